@@ -1,0 +1,33 @@
+# `make demo` and `make test` set everything up by themselves; PYTHON picks the interpreter (3.11 or 3.12).
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+# Where CPU builds of torch come from when the pip configuration does not already offer them.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN = $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test lint setup doctor docs clean
+
+demo: setup
+	$(BIN)/python jobs/self_train.py --config configs/self_train/tiny-cpu.yaml --run $(RUN) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+
+doctor: setup
+	$(BIN)/python -m medray.doctor
+
+docs: setup
+	$(BIN)/python -m medray.reference > docs/reference/config.md
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements/cpu.txt requirements/setup.sh pyproject.toml
+	PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) sh requirements/setup.sh && touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""medray: tunes medical vision-language models on a Ray cluster."""

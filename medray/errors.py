@@ -1,0 +1,17 @@
+"""The errors medray raises itself. Each message names the field, file or sample and the fix."""
+
+
+class MedrayError(Exception):
+    """Base of every error a user is meant to read; jobs print it without a traceback."""
+
+
+class ConfigError(MedrayError):
+    """A configuration that cannot run. Raised before any process is started."""
+
+
+class DataError(MedrayError):
+    """A data source that cannot be read at all (single bad rows are quarantined, not raised)."""
+
+
+class StageError(MedrayError):
+    """A stage of a run that cannot go on; the run directory stays and the same command continues it."""

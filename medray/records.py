@@ -1,0 +1,167 @@
+"""The rows that travel between stages, as pyarrow schemas, and the checks they must pass.
+
+Every row has a `sample_id`: text, unique within its set, the same on every run and machine. Images are the
+encoded bytes as found (JPEG, PNG), never decoded arrays. Derived rows keep the image's own id in `image_id`,
+so that questions, pairs and predictions can be clustered by image.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pyarrow as pa
+
+Role = Literal["system", "user", "assistant", "questioner"]
+ROLES: tuple[str, ...] = ("system", "user", "assistant", "questioner")
+ANSWER_TYPES: tuple[str, ...] = ("open", "closed", "mcq")
+
+TURN = pa.struct([("role", pa.string()), ("text", pa.string())])
+CANDIDATE = pa.struct([("text", pa.string()), ("seed", pa.int64()), ("finish_reason", pa.string()), ("tokens", pa.int32())])
+
+IMAGE_TEXT = pa.schema([
+    ("sample_id", pa.string()),
+    ("image", pa.binary()),
+    ("image_format", pa.string()),  # JPEG, PNG, ...
+    ("source", pa.string()),
+    ("split", pa.string()),
+    ("caption", pa.string()),
+    ("context", pa.string()),
+    ("attributes", pa.map_(pa.string(), pa.string())),
+    ("modality", pa.string()),
+])
+
+CONVERSATION = pa.schema([
+    ("sample_id", pa.string()),
+    ("image_id", pa.string()),
+    ("image", pa.binary()),
+    ("turns", pa.list_(TURN)),
+])
+
+QUESTION = pa.schema([
+    ("sample_id", pa.string()),
+    ("image_id", pa.string()),
+    ("image", pa.binary()),
+    ("question", pa.string()),
+    ("reference", pa.string()),
+    ("answer_type", pa.string()),  # open | closed | mcq
+    ("attribute", pa.string()),  # or the question's type, e.g. PRES in VQA-RAD; null where unknown
+    ("choices", pa.list_(pa.string())),  # mcq: the options' texts in the order shown; null otherwise
+])
+
+# One row per image and round, so that a resumed stage can tell finished rows by their id.
+SELF_PLAY = pa.schema([
+    ("sample_id", pa.string()),  # the image's id
+    ("image", pa.binary()),
+    ("description", pa.string()),
+    ("questions", pa.list_(pa.struct([
+        ("question_id", pa.string()),  # "{sample_id}/r{round}/q{index}"
+        ("question", pa.string()),
+        ("seed", pa.int64()),
+        ("answers", pa.list_(CANDIDATE)),
+    ]))),
+    ("dropped_questions", pa.list_(pa.struct([("question", pa.string()), ("reason", pa.string())]))),  # empty, duplicate, ...
+    ("error", pa.string()),  # null, or why the row could not be worked on (the row is then quarantined)
+])
+
+VERDICT = pa.struct([
+    ("question_id", pa.string()),
+    ("first", pa.int32()),  # indices into the question's answers
+    ("second", pa.int32()),
+    ("first_score", pa.float64()),  # mean over the orders asked
+    ("second_score", pa.float64()),
+    ("order_agreement", pa.bool_()),  # both orders prefer the same answer; null where one order was asked
+    ("raw", pa.list_(pa.string())),  # the judge's own words, one per order
+    ("error", pa.string()),  # null, or why there is no verdict
+])
+
+JUDGED = pa.schema([
+    *SELF_PLAY,
+    ("verdicts", pa.list_(VERDICT)),
+    ("judge", pa.string()),
+    ("prompt_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("requests", pa.int64()),
+    ("retries", pa.int64()),
+])
+
+PREFERENCE = pa.schema([
+    ("sample_id", pa.string()),  # the question_id
+    ("image_id", pa.string()),
+    ("image", pa.binary()),
+    ("prompt", pa.string()),  # the question
+    ("chosen", pa.string()),
+    ("rejected", pa.string()),
+    ("chosen_score", pa.float64()),
+    ("rejected_score", pa.float64()),
+    ("judge", pa.string()),
+    ("order_agreement", pa.bool_()),
+])
+
+# Reference log-probabilities: nats, summed over the answer's tokens and its end token.
+PREFERENCE_WITH_REFERENCE = pa.schema([
+    *PREFERENCE,
+    ("ref_chosen_logp", pa.float64()),
+    ("ref_rejected_logp", pa.float64()),
+    ("ref_model", pa.string()),  # hash of the reference model's weights
+])
+
+PREDICTION = pa.schema([
+    ("sample_id", pa.string()),
+    ("image_id", pa.string()),
+    ("question", pa.string()),
+    ("reference", pa.string()),
+    ("answer", pa.string()),
+    ("answer_type", pa.string()),
+    ("attribute", pa.string()),
+    ("choices", pa.list_(pa.string())),
+    ("model", pa.string()),
+    ("finish_reason", pa.string()),
+    ("tokens", pa.int32()),
+    ("error", pa.string()),
+])
+
+QUARANTINE = pa.schema([
+    ("sample_id", pa.string()),
+    ("file", pa.string()),
+    ("stage", pa.string()),
+    ("reason", pa.string()),
+])
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with exactly the schema's columns, in order; missing columns become nulls.
+
+    Raises pa.ArrowInvalid where a column's values do not fit its type.
+    """
+    columns = []
+    for field in schema:
+        if field.name in table.column_names:
+            columns.append(table[field.name].cast(field.type))
+        else:
+            columns.append(pa.nulls(table.num_rows, field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def check_turns(turns: list[dict[str, str]]) -> str | None:
+    """Why a dialogue cannot be trained on, or None.
+
+    A dialogue is an optional system turn, then user (or questioner) and assistant in turn, ending with the
+    assistant, every text non-empty.
+    """
+    if not turns:
+        return "no turns"
+    expected = "user"
+    for index, turn in enumerate(turns):
+        role, text = turn.get("role"), turn.get("text")
+        if role not in ROLES:
+            return f"turn {index}: unknown role {role!r}"
+        if not isinstance(text, str) or not text.strip():
+            return f"turn {index}: empty {role} text"
+        if role == "system" and index == 0:
+            continue
+        if (role == "assistant") != (expected == "assistant") or role == "system":
+            return f"turn {index}: {role} where {expected} was expected"
+        expected = "user" if role == "assistant" else "assistant"
+    if expected == "assistant":
+        return "the last turn has no answer"
+    return None

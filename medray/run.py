@@ -1,0 +1,200 @@
+"""A run is a directory: the resolved config, a folder per stage with its manifest, metrics, the models, the report.
+
+The directory may be a local path, NFS, s3:// or gs:// (anything fsspec opens). Running the same job again on it
+continues: a stage whose manifest carries the same hash of its inputs is skipped, an unfinished stage with the same
+inputs goes on from what it left, a stage whose inputs changed starts over in an emptied folder.
+
+Layout::
+
+    config.yaml              the resolved configuration
+    stages/03-self_play/     inputs.json (written first), whatever the stage writes, manifest.json (written last)
+    metrics.jsonl            every training metric, one line per step, with its stage
+    report.html  results.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import posixpath
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import yaml
+from fsspec.core import url_to_fs
+
+from medray.config import Section
+from medray.errors import ConfigError
+
+logger = logging.getLogger("medray")
+
+MANIFEST = "manifest.json"
+INPUTS = "inputs.json"
+
+
+def digest(value: Any) -> str:
+    """A short stable hash of anything JSON can hold (and of pydantic sections)."""
+    text = json.dumps(value, sort_keys=True, default=_plain, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__name__} has no place in a stage's inputs")
+
+
+class Run:
+    """One run directory.
+
+    Args:
+        uri: local path or fsspec URL. Created if absent.
+
+    Raises ConfigError where the place cannot be written.
+    """
+
+    def __init__(self, uri: str | os.PathLike):
+        uri = os.fspath(uri)
+        try:
+            self.fs, path = url_to_fs(uri)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"--run {uri}: {error}; install the matching extra (medray[s3], medray[gcs]) or give a local path") from error
+        self.is_local = isinstance(self.fs, fsspec.get_filesystem_class("file"))
+        self._root = path
+        self.uri = os.path.abspath(path) if self.is_local else uri.rstrip("/")
+        try:
+            self.fs.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--run {uri}: cannot be written: {error}") from error
+        self.timeline: list[dict[str, Any]] = []
+
+    def path(self, *parts: str) -> str:
+        """URI of something in the run, usable by Ray Data, Ray Train and fsspec."""
+        return posixpath.join(self.uri, *parts)
+
+    def exists(self, *parts: str) -> bool:
+        return self.fs.exists(posixpath.join(self._root, *parts))
+
+    def read_text(self, *parts: str) -> str:
+        return self.fs.cat_file(posixpath.join(self._root, *parts)).decode()
+
+    def write_text(self, text: str, *parts: str) -> None:
+        """Write whole or not at all: object stores put atomically, file systems rename."""
+        self.write_bytes(text.encode(), *parts)
+
+    def write_bytes(self, data: bytes, *parts: str) -> None:
+        target = posixpath.join(self._root, *parts)
+        self.fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        if not self.is_local:
+            self.fs.pipe_file(target, data)
+            return
+        with tempfile.NamedTemporaryFile(dir=posixpath.dirname(target), delete=False) as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(handle.name, 0o644)
+        os.replace(handle.name, target)
+
+    def write_json(self, value: Any, *parts: str) -> None:
+        self.write_text(json.dumps(value, indent=1, default=_plain) + "\n", *parts)
+
+    def read_json(self, *parts: str) -> Any:
+        return json.loads(self.read_text(*parts))
+
+    def write_config(self, config: Section) -> None:
+        self.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "config.yaml")
+
+    def stage(self, name: str, inputs: dict[str, Any], work: Callable[[Stage], dict[str, Any]]) -> dict[str, Any]:
+        """Run one stage, or skip it when it is done with the same inputs.
+
+        Args:
+            name: folder under stages/, e.g. "03-self_play".
+            inputs: everything the stage's outcome depends on, JSON-able; upstream stages by their `hash`.
+            work: does the stage inside `stage.dir` and returns its outputs (JSON-able, with optional "counts").
+                It must continue what an earlier, killed attempt left there.
+
+        Returns the manifest: {"stage", "hash", "outputs", "seconds", "attempts", "started", "finished"}.
+        """
+        fingerprint = digest({"stage": name, "inputs": inputs})
+        folder = posixpath.join("stages", name)
+        if self.exists(folder, MANIFEST):
+            manifest = self.read_json(folder, MANIFEST)
+            if manifest["hash"] == fingerprint:
+                logger.info("stage %s: done before (%.0f s), skipped", name, manifest["seconds"])
+                self.timeline.append(manifest)
+                return manifest
+        attempts = 1
+        if self.exists(folder, INPUTS):
+            before = self.read_json(folder, INPUTS)
+            if before["hash"] == fingerprint and not self.exists(folder, MANIFEST):
+                attempts = before["attempts"] + 1
+                logger.info("stage %s: continues (attempt %d)", name, attempts)
+            else:
+                logger.info("stage %s: its inputs changed, starts over", name)
+                self.remove(folder)
+        started = time.time()
+        self.write_json({"hash": fingerprint, "inputs": inputs, "attempts": attempts}, folder, INPUTS)
+        logger.info("stage %s: begins", name)
+        outputs = work(Stage(self, folder))
+        manifest = {
+            "stage": name, "hash": fingerprint, "outputs": outputs, "attempts": attempts,
+            "started": started, "finished": time.time(), "seconds": time.time() - started,
+        }
+        self.write_json(manifest, folder, MANIFEST)
+        logger.info("stage %s: done in %.0f s", name, manifest["seconds"])
+        self.timeline.append(manifest)
+        return manifest
+
+    def remove(self, *parts: str) -> None:
+        target = posixpath.join(self._root, *parts)
+        if self.fs.exists(target):
+            self.fs.rm(target, recursive=True)
+
+
+class Stage:
+    """The folder a stage works in."""
+
+    def __init__(self, run: Run, folder: str):
+        self.run = run
+        self.folder = folder
+
+    @property
+    def dir(self) -> str:
+        return self.run.path(self.folder)
+
+    def path(self, *parts: str) -> str:
+        return self.run.path(self.folder, *parts)
+
+    def exists(self, *parts: str) -> bool:
+        return self.run.exists(self.folder, *parts)
+
+    def reset(self, *parts: str) -> None:
+        """Empty a part of the stage that is made anew by each attempt."""
+        self.run.remove(self.folder, *parts)
+
+    def publish(self, name: str, make: Callable[[str], Any]) -> Any:
+        """Make a folder locally with `make(local_dir)`, then put it into the stage under `name`.
+
+        For writers that only know local files (model exports). On a local run it is written beside its place
+        and renamed; on an object store it is uploaded. Returns what `make` returned.
+        """
+        if self.run.is_local:
+            target = Path(self.path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+            value = make(str(scratch))
+            shutil.rmtree(target, ignore_errors=True)
+            os.chmod(scratch, 0o755)
+            os.replace(scratch, target)
+            return value
+        with tempfile.TemporaryDirectory() as scratch:
+            value = make(scratch)
+            self.run.fs.put(scratch.rstrip("/") + "/", posixpath.join(self.run._root, self.folder, name) + "/", recursive=True)
+            return value
