@@ -1,0 +1,233 @@
+"""Rows to training batches. `Encoder` runs on Ray Data workers (decode, resize, tokenise); the functions below it run
+in the training worker on encoded rows (self-questioning, padding). No Ray in here.
+
+Shapes: B samples, T tokens, S spans. Pixels stay uint8 until the model's device, where `normalise_pixels` does what the
+processor's rescale and normalise would have done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from medray.config import DataConfig, ModelConfig
+from medray.data.images import ImageError, decode, pad_to_square
+from medray.data.spans import ANSWER, QUESTION, QUESTION_PREFIX, Dialogues, EncodeError, TokenInfo
+from medray.records import check_turns
+
+IGNORE = -100
+
+_PIXELS = [("pixels", pa.binary()), ("pixel_shape", pa.list_(pa.int32())), ("image_grid_thw", pa.list_(pa.int32()))]
+ENCODED_SFT = pa.schema([("sample_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), *_PIXELS, ("error", pa.string())])
+ENCODED_DPO = pa.schema([
+    ("sample_id", pa.string()), ("chosen_ids", pa.list_(pa.int32())), ("rejected_ids", pa.list_(pa.int32())), ("answer_start", pa.int32()),
+    ("ref_chosen_logp", pa.float64()), ("ref_rejected_logp", pa.float64()), *_PIXELS, ("error", pa.string()),
+])
+
+
+class Encoder:
+    """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.CONVERSATION ("sft") or of
+    PREFERENCE ("dpo") to encoded rows, one for one. A row that cannot be encoded carries its reason in `error`.
+
+    Args:
+        model_path: folder of the processor.
+        model_config, data_config: as dicts, so that the constructor arguments travel as plain data.
+    """
+
+    def __init__(self, model_path: str, model_config: dict[str, Any], data_config: dict[str, Any], kind: str):
+        from transformers import AutoProcessor
+
+        self.config = ModelConfig.model_validate(model_config)
+        self.limits = DataConfig.model_validate(data_config)
+        self.processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=self.config.trust_remote_code)
+        self.dialogues = Dialogues(self.processor, self.config)
+        self.kind = kind
+        self.schema = ENCODED_SFT if kind == "sft" else ENCODED_DPO
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = []
+        encode = self._sft if self.kind == "sft" else self._dpo
+        for row in table.to_pylist():
+            try:
+                rows.append({"sample_id": row["sample_id"], **encode(row)})
+            except (EncodeError, ImageError) as error:
+                rows.append({"sample_id": row["sample_id"], "error": str(error)})
+        return pa.Table.from_pylist(rows, schema=self.schema)
+
+    def _sft(self, row: dict[str, Any]) -> dict[str, Any]:
+        problem = check_turns(row["turns"])
+        if problem:
+            raise EncodeError(problem)
+        ids, spans = self.dialogues.encode(row["turns"])
+        pixels, image_tokens = self._image(row["image"])
+        ids, spans = self.dialogues.expand(ids, spans, image_tokens)
+        self._check_length(ids)
+        return {"input_ids": ids, "spans": spans.ravel(), **pixels}
+
+    def _dpo(self, row: dict[str, Any]) -> dict[str, Any]:
+        encoded = {}
+        start = 0
+        pixels, image_tokens = self._image(row["image"])
+        for name in ("chosen", "rejected"):
+            if not (row[name] or "").strip():
+                raise EncodeError(f"empty {name} answer")
+            ids, start = self.dialogues.encode_answer(row["prompt"], row[name])
+            ids, _ = self.dialogues.expand(ids, np.empty((0, 3), np.int32), image_tokens)
+            self._check_length(ids)
+            encoded[f"{name}_ids"] = ids
+        return {
+            **encoded, "answer_start": start + image_tokens - 1, **pixels,
+            "ref_chosen_logp": row.get("ref_chosen_logp"), "ref_rejected_logp": row.get("ref_rejected_logp"),
+        }
+
+    def _check_length(self, ids: np.ndarray) -> None:
+        if len(ids) > self.config.max_length:
+            raise EncodeError(f"{len(ids)} tokens are over model.max_length {self.config.max_length}")
+
+    def _image(self, data: bytes | None) -> tuple[dict[str, Any], int]:
+        """The processor's uint8 pixels of one image, and how many tokens stand for it."""
+        image = decode(data, self.limits)
+        if self.config.pad_to_square:
+            image = pad_to_square(image)
+        out = self.processor(text=[self.dialogues.image_token], images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+        values = np.asarray(out["pixel_values"])
+        # LLaVA: [1, 3, H, W] -> [3, H, W]; Qwen-VL: [patches, 3 * time * side * side] as it is.
+        values = values[0] if "image_grid_thw" not in out else values
+        pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        tokens = int((np.asarray(out["input_ids"]) == self.dialogues.image_token_id).sum())
+        grid = np.asarray(out["image_grid_thw"])[0].tolist() if "image_grid_thw" in out else None
+        return {"pixels": pixels.tobytes(), "pixel_shape": list(pixels.shape), "image_grid_thw": grid}, tokens
+
+
+def draw_flips(sample_id: str, turns: int, rho: float, seed: int, epoch: int) -> np.ndarray:
+    """Which of `turns` user turns (those after the first) become the questioner's this epoch: bool [turns].
+
+    Each with probability rho, independently, re-drawn every epoch (STLLaVA-Med / SQ-LLaVA code), and fixed by
+    (seed, epoch, sample_id), so a restarted epoch draws the same.
+    """
+    key = hashlib.sha256(f"{seed}|{epoch}|{sample_id}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(key[:8], "little")).random(turns) < rho
+
+
+def apply_self_questioning(
+    ids: np.ndarray, spans: np.ndarray, flips: Sequence[bool], questioner_prefix_ids: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels after the drawn user turns were given to the questioner.
+
+    A flipped turn's role prefix is replaced by the questioner's and not supervised; its text and end token are.
+    Answers always are; unflipped questions are context only. Labels are IGNORE elsewhere. int64 [T'], int64 [T'].
+
+    Args:
+        spans: [S, 3] of (kind, start, end); QUESTION_PREFIX and QUESTION come in pairs, in order.
+        flips: one per pair.
+    """
+    pieces, labels, at, pair = [], [], 0, -1
+
+    def take(until: int, supervised: bool) -> None:
+        nonlocal at
+        piece = ids[at:until]
+        pieces.append(piece)
+        labels.append(piece if supervised else np.full(len(piece), IGNORE, ids.dtype))
+        at = until
+
+    for kind, start, end in spans.tolist():
+        take(start, supervised=False)
+        if kind == QUESTION_PREFIX:
+            pair += 1
+            if flips[pair]:
+                prefix = np.asarray(questioner_prefix_ids, ids.dtype)
+                pieces.append(prefix)
+                labels.append(np.full(len(prefix), IGNORE, ids.dtype))
+                at = end
+                continue
+            take(end, supervised=False)
+        elif kind == QUESTION:
+            take(end, supervised=bool(flips[pair]))
+        elif kind == ANSWER:
+            take(end, supervised=True)
+    take(len(ids), supervised=False)
+    return np.concatenate(pieces).astype(np.int64), np.concatenate(labels).astype(np.int64)
+
+
+def collate_sft(rows: Sequence[dict[str, Any]], info: TokenInfo, rho: float, seed: int, epoch: int) -> dict[str, Any]:
+    """Encoded rows to torch tensors: input_ids, attention_mask, labels [B, T]; pixel_values uint8; model extras."""
+    sequences = []
+    for row in rows:
+        ids = np.asarray(row["input_ids"], np.int32)
+        spans = np.asarray(row["spans"], np.int32).reshape(-1, 3)
+        flips = draw_flips(row["sample_id"], int((spans[:, 0] == QUESTION_PREFIX).sum()), rho, seed, epoch)
+        sequences.append(apply_self_questioning(ids, spans, flips, info.questioner_prefix_ids))
+    return {**_pad(sequences, info), **_images(rows, copies=1)}
+
+
+def collate_dpo(rows: Sequence[dict[str, Any]], info: TokenInfo) -> dict[str, Any]:
+    """Encoded pairs to torch tensors of 2B sequences (B chosen, then B rejected) over B images.
+
+    image_grid_thw, where the model has one, is given for all 2B sequences; pixel_values only once per image.
+    ref_chosen_logps and ref_rejected_logps are float32 [B] where the rows carry them.
+    """
+    import torch
+
+    sequences = []
+    for name in ("chosen_ids", "rejected_ids"):
+        for row in rows:
+            ids = np.asarray(row[name], np.int64)
+            labels = np.full(len(ids), IGNORE, np.int64)
+            labels[row["answer_start"]:] = ids[row["answer_start"]:]
+            sequences.append((ids, labels))
+    batch = {**_pad(sequences, info), **_images(rows, copies=2)}
+    if rows[0].get("ref_chosen_logp") is not None:
+        for name in ("chosen", "rejected"):
+            batch[f"ref_{name}_logps"] = torch.tensor([row[f"ref_{name}_logp"] for row in rows], dtype=torch.float32)
+    return batch
+
+
+def _pad(sequences: Sequence[tuple[np.ndarray, np.ndarray]], info: TokenInfo) -> dict[str, Any]:
+    import torch
+
+    longest = max(len(ids) for ids, _ in sequences)
+    ids_BT = np.full((len(sequences), longest), info.pad_id, np.int64)
+    labels_BT = np.full_like(ids_BT, IGNORE)
+    mask_BT = np.zeros_like(ids_BT)
+    for row, (ids, labels) in enumerate(sequences):
+        ids_BT[row, : len(ids)] = ids
+        labels_BT[row, : len(ids)] = labels
+        mask_BT[row, : len(ids)] = 1
+    batch = {"input_ids": ids_BT, "labels": labels_BT, "attention_mask": mask_BT}
+    if info.wants_token_types:
+        batch["mm_token_type_ids"] = (ids_BT == info.image_token_id).astype(np.int64)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _images(rows: Sequence[dict[str, Any]], copies: int) -> dict[str, Any]:
+    import torch
+
+    arrays = [np.frombuffer(row["pixels"], np.uint8).reshape(row["pixel_shape"]) for row in rows]
+    if rows[0]["image_grid_thw"] is None:
+        return {"pixel_values": torch.from_numpy(np.stack(arrays))}
+    grid = torch.tensor([row["image_grid_thw"] for row in rows])
+    return {"pixel_values": torch.from_numpy(np.concatenate(arrays)), "image_grid_thw": grid.repeat(copies, 1)}
+
+
+def normalise_pixels(pixel_values: Any, image_processor: Any, dtype: Any = None) -> Any:
+    """uint8 pixels to what the processor would have returned: (x * rescale_factor - mean) / std per channel.
+
+    Args:
+        pixel_values: uint8 [B, 3, H, W] (LLaVA) or [patches, 3 * time * side * side] (Qwen-VL, channel first).
+        dtype: torch dtype of the result, default float32.
+    """
+    import torch
+
+    mean = torch.tensor(image_processor.image_mean, device=pixel_values.device)
+    std = torch.tensor(image_processor.image_std, device=pixel_values.device)
+    values = pixel_values.float() * image_processor.rescale_factor
+    if values.dim() == 2:
+        channels = values.view(values.shape[0], 3, -1)
+        values = ((channels - mean[:, None]) / std[:, None]).reshape(values.shape)
+    else:
+        values = (values - mean[:, None, None]) / std[:, None, None]
+    return values if dtype is None else values.to(dtype)

@@ -1,0 +1,61 @@
+"""Reading Parquet shards with Ray Data, and stages that continue: read -> map -> write, each id exactly once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+
+def parquet_files(uri: str) -> list[str]:
+    """URIs of the Parquet files of a folder, in order of name."""
+    fs, root = url_to_fs(uri)
+    if not fs.exists(root):
+        return []
+    return [fs.unstrip_protocol(p) if "://" in uri else p for p in sorted(fs.glob(f"{root}/*.parquet"))]
+
+
+def count_rows(uri: str) -> int:
+    """Rows of a folder of shards, from the files' footers."""
+    fs, _ = url_to_fs(uri)
+    total = 0
+    for path in parquet_files(uri):
+        with fs.open(fs._strip_protocol(path), "rb") as handle:
+            total += pq.read_metadata(handle).num_rows
+    return total
+
+
+def read_rows(uri: str, columns: list[str] | None = None, num_cpus: float = 1.0) -> Any:
+    """Lazy ray.data.Dataset over a folder of shards, in order of file name."""
+    import ray.data
+
+    # File metadata (sizes, schema) is fetched lazily by read tasks, so any number of shards starts at once.
+    return ray.data.read_parquet(parquet_files(uri), columns=columns, ray_remote_args={"num_cpus": num_cpus})
+
+
+def write_resumable(rows_uri: str, out_uri: str, checkpoint_uri: str, stage: Any, num_cpus: float = 1.0, columns: list[str] | None = None) -> int:
+    """Read shards, pass them through `stage(dataset) -> dataset`, write them; the same call after a kill finishes.
+
+    Rows are known by `sample_id`; one input row gives one output row with the same id. Ray Data commits each written
+    file together with the ids it holds (two phases), and a restarted call reads only ids that are not committed.
+
+    Returns the number of rows in `out_uri`.
+    """
+    import ray.data
+    from ray.data.checkpoint import CheckpointConfig
+
+    wanted = count_rows(rows_uri)
+    fs, root = url_to_fs(out_uri)
+    fs.makedirs(root, exist_ok=True)
+    context = ray.data.DataContext.get_current()
+    before = context.checkpoint_config
+    context.checkpoint_config = CheckpointConfig(id_column="sample_id", checkpoint_path=checkpoint_uri, delete_checkpoint_on_success=False)
+    try:
+        if wanted:
+            stage(read_rows(rows_uri, columns, num_cpus)).write_parquet(out_uri, ray_remote_args={"num_cpus": num_cpus})
+    finally:
+        context.checkpoint_config = before
+    return count_rows(out_uri)
+
+

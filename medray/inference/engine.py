@@ -1,0 +1,298 @@
+"""One vLLM engine for everything medray generates: descriptions, questions, answers, verdicts, benchmark answers.
+
+`VLMEngine` owns one AsyncLLM (V1). Requests are small coroutines, so continuous batching mixes whatever rows are in
+flight. Sampling is seeded per request: with fp32 weights on one kind of machine a repeated request gives the same
+tokens; in bf16 on GPUs rounding may depend on what shares the batch.
+
+Nothing here can fetch media: a request carries a decoded PIL image or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medray.config import EngineConfig, ModelConfig, SamplingConfig
+from medray.errors import MedrayError, StageError
+from medray.inference.chat import Chat, Turn
+from medray.inference.engine_guard import OWNER_ENV
+
+_GIB = 2**30
+_CPU_BATCH_TOKENS = 4096
+
+
+class EngineLost(MedrayError):
+    """The engine's process died. The rows in flight must be redone by a new engine."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One sampled text.
+
+    Attributes:
+        text: decoded without special tokens.
+        token_ids: as sampled, with the end token where one was reached.
+        finish_reason: "stop" or "length".
+        seed: the seed of this very sample, or None.
+        logprobs: log-probability of each token (nats), if asked for.
+        prompt_tokens: length of the prompt as the engine saw it, image tokens included.
+        special: a special token other than the final end token was sampled.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    seed: int | None
+    logprobs: list[float] | None
+    special: bool
+    prompt_tokens: int
+
+
+class VLMEngine:
+    """A vLLM engine with the model's chat template.
+
+    Args:
+        model_dir: local folder in Hugging Face format (see `localize`), or a hub id.
+        model_config: precision, template and length; its `path` is not read.
+        engine_config: memory, parallelism and batch limits.
+        max_lora_rank: allows `lora_path` in requests, for adapters of the language model up to this rank; merged
+            weights (0) are the normal path.
+
+    Raises StageError where the engine does not start. Must be used from one event loop; `close` ends its processes.
+    """
+
+    def __init__(self, model_dir: str, model_config: ModelConfig, engine_config: EngineConfig, max_lora_rank: int = 0):
+        started = time.monotonic()
+        self.chat = Chat(model_dir, model_config)
+        self._engine = _start(model_dir, model_config, engine_config, max_lora_rank)
+        self._ids = itertools.count()
+        self._loras: dict[str, int] = {}
+        self._special = frozenset(self.chat.tokenizer.all_special_ids)
+        self.start_seconds = time.monotonic() - started
+
+    async def generate(
+        self, prompt: Sequence[int] | str, image: Any, sampling: SamplingConfig, seed: int | None = None, n: int = 1, *,
+        image_id: str | None = None, logprobs: bool = False, lora_path: str | None = None, pattern: str | None = None,
+    ) -> list[Output]:
+        """Sample `n` texts.
+
+        Args:
+            prompt: token ids with one image token per image (not expanded), or rendered text.
+            image: decoded PIL image (already padded if the model wants it), or None.
+            sampling: temperature 0 is greedy; then the seed has no effect.
+            seed: sample i uses seed + i.
+            image_id: stands for the image in vLLM's caches; must differ for images that differ. Default: vLLM hashes it.
+            pattern: regular expression the text must match (structured output).
+
+        Raises EngineLost when the engine died; ValueError for a prompt that does not fit.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        params = SamplingParams(
+            n=n, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, max_tokens=sampling.max_tokens,
+            seed=seed, logprobs=0 if logprobs else None, output_kind=RequestOutputKind.FINAL_ONLY,
+            structured_outputs=StructuredOutputsParams(regex=pattern) if pattern else None,
+        )
+        result = await self._run(self._request(prompt, image, image_id), params, self._lora(lora_path))
+        return [self._output(one, None if seed is None else seed + one.index, len(result.prompt_token_ids)) for one in result.outputs]
+
+    async def loglikelihood(
+        self, turns: list[Turn], image: Any, answer: str, *, image_id: str | None = None,
+    ) -> tuple[float, int]:
+        """How likely the model itself would answer so: (sum of nats, tokens), end-of-turn token included.
+
+        Raises EngineLost, or ValueError for an answer that does not fit into the context.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        prompt_ids, answer_ids = self.chat.answer_ids(turns, answer)
+        params = SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # The engine needs room for one sampled token after the answer, which is thrown away.
+        result = await self._run(self._request([*prompt_ids, *answer_ids], image, image_id), params, None)
+        scored = result.prompt_logprobs[-len(answer_ids):]
+        total = sum(position[token].logprob for position, token in zip(scored, answer_ids, strict=True))
+        return total, len(answer_ids)
+
+    async def prompt_ids(self, prompt: Sequence[int] | str, image: Any) -> list[int]:
+        """The prompt's ids as the engine sees them, image tokens expanded."""
+        from vllm import SamplingParams
+
+        result = await self._run(self._request(prompt, image, None), SamplingParams(temperature=0, max_tokens=1), None)
+        return list(result.prompt_token_ids)
+
+    def close(self) -> None:
+        self._engine.shutdown(timeout=1)
+        del self._engine  # vLLM's own finaliser fails noisily when it runs at interpreter exit
+
+    def _request(self, prompt: Sequence[int] | str, image: Any, image_id: str | None) -> dict[str, Any]:
+        ids = self.chat.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        request: dict[str, Any] = {"prompt_token_ids": ids}
+        if image is not None:
+            request["multi_modal_data"] = {"image": image}
+            if image_id is not None:
+                request["multi_modal_uuids"] = {"image": image_id}
+        return request
+
+    async def _run(self, request: dict[str, Any], params: Any, lora: Any) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        final = None
+        try:
+            async for final in self._engine.generate(request, params, f"r{next(self._ids)}", lora_request=lora):
+                pass
+        except EngineDeadError as error:
+            raise EngineLost("the vLLM engine process died; its log is above") from error
+        return final
+
+    def _lora(self, path: str | None) -> Any:
+        if path is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        number = self._loras.setdefault(path, len(self._loras) + 1)
+        return LoRARequest(path, number, path)
+
+    def _output(self, one: Any, seed: int | None, prompt_tokens: int) -> Output:
+        ids = list(one.token_ids)
+        body = ids[:-1] if one.finish_reason == "stop" and ids else ids
+        logprobs = None
+        if one.logprobs is not None:
+            logprobs = [position[token].logprob for position, token in zip(one.logprobs, ids, strict=True)]
+        return Output(one.text, ids, one.finish_reason, seed, logprobs, any(token in self._special for token in body), prompt_tokens)
+
+
+def _start(model_dir: str, model: ModelConfig, config: EngineConfig, max_lora_rank: int) -> Any:
+    """An AsyncLLM with medray's settings; its processes end with this one."""
+    on_cpu = config.gpus_per_actor == 0
+    os.environ[OWNER_ENV] = str(os.getpid())
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if on_cpu:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(config.cpus_per_actor))))
+        # vLLM's CPU build puts its worker into a third process to bind threads; without it the engine starts in two
+        # thirds of the time, and OMP_NUM_THREADS above already keeps it to its share of the cores.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if on_cpu:
+        # Where a prompt is prefilled in parts, vLLM 0.29 rewinds the request's seeded generator, which CPU generators
+        # cannot ("CPU Generator does not use offset"), and the engine dies: prefill whole prompts.
+        longest = config.max_model_len or _own_length(model_dir, model.trust_remote_code)
+        limits = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, longest)}
+    else:
+        limits = {}
+    parallel = config.tensor_parallel_size > 1
+    arguments = AsyncEngineArgs(
+        model_dir,
+        dtype="float32" if model.precision == "fp32" else "bfloat16",
+        trust_remote_code=model.trust_remote_code,
+        max_model_len=config.max_model_len,
+        gpu_memory_utilization=config.memory_utilization,
+        kv_cache_memory_bytes=config.kv_cache_gib * _GIB if on_cpu else None,
+        enforce_eager=config.enforce_eager,
+        max_num_seqs=config.max_num_seqs,
+        tensor_parallel_size=config.tensor_parallel_size,
+        # Inside a Ray actor vLLM would pick Ray itself; the actor already holds the GPUs.
+        distributed_executor_backend="mp" if parallel else "uni",
+        limit_mm_per_prompt={"image": 1, "video": 0},
+        enable_prefix_caching=True,
+        enable_lora=max_lora_rank > 0,
+        max_lora_rank=max(8, max_lora_rank),
+        worker_extension_cls="medray.inference.engine_guard.EngineGuard",
+        disable_log_stats=True,
+        skip_mm_profiling=on_cpu,
+        **limits,
+    )
+    try:
+        # The batch limits of the offline class: here, too, throughput counts and nobody waits for a first token.
+        return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise StageError(
+            f"the vLLM engine for {model_dir} did not start: {error}. Its own log says more; on GPUs lower "
+            "engine.memory_utilization or engine.max_model_len, on CPU engine.kv_cache_gib"
+        ) from error
+
+
+def _own_length(model_dir: str, trust_remote_code: bool) -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code).get_text_config().max_position_embeddings
+
+
+def localize(uri: str) -> str:
+    """A local path for a model: remote folders (s3://, gs://, ...) are copied to a cache first.
+
+    Local paths and hub ids come back unchanged. The cache, MEDRAY_CACHE or ~/.cache/medray, is keyed by the address
+    and by name, size and change mark of every file, so a model exported anew to the same address is copied anew.
+    Actors on one node that ask at the same time copy once.
+
+    Raises StageError where there is nothing at the address.
+    """
+    if "://" not in uri:
+        return uri
+    from fsspec.core import url_to_fs
+
+    fs, root = url_to_fs(uri)
+    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        return root
+    files = {path: info for path, info in sorted(fs.find(root, detail=True).items()) if info["type"] == "file"}
+    if not files:
+        raise StageError(f"model {uri}: there are no files at this address")
+    marks = [(path, info["size"], str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified"))) for path, info in files.items()]
+    key = hashlib.sha256(repr((uri, marks)).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("MEDRAY_CACHE") or Path.home() / ".cache" / "medray") / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / key
+    with _locked(cache / f"{key}.lock"):
+        if not target.exists():
+            scratch = tempfile.mkdtemp(prefix=f".{key}-", dir=cache)
+            try:
+                for path in files:
+                    local = Path(scratch, path[len(root):].lstrip("/"))
+                    local.parent.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(path, str(local))
+                os.rename(scratch, target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return str(target)
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    import fcntl
+
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # released with the file, also when the process is killed
+        yield
+
+
+def seed_for(base_seed: int, sample_id: str, *place: str | int) -> int:
+    """A request's seed: the same on every run and machine for the same base seed, sample and place.
+
+    Below 2**62, so that `seed + i` stays a valid 64-bit seed.
+    """
+    text = "\x1f".join([str(base_seed), sample_id, *map(str, place)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def image_key(data: bytes, padded: bool) -> str:
+    """Cache key of an image for vLLM: its bytes, and whether it is padded to a square."""
+    return f"{hashlib.sha256(data).hexdigest()[:32]}{'p' if padded else ''}"

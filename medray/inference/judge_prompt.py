@@ -1,0 +1,40 @@
+"""What a judge is asked and how its reply is read (pure).
+
+STLLaVA-Med's own rule text is not public; prompts/judge.txt is ours, after the criteria its paper names.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+LOWEST, HIGHEST = 1.0, 10.0
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|\.\d)")
+
+
+class VerdictError(ValueError):
+    """A reply without two valid scores on its first line."""
+
+
+def judge_prompt(question: str, first: str, second: str) -> str:
+    """The user turn that goes with the image."""
+    template = resources.files("medray.inference.prompts").joinpath("judge.txt").read_text(encoding="utf-8")
+    # Not str.format: answers may contain braces.
+    parts = {"{question}": question, "{first}": first, "{second}": second}
+    return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]].strip(), template).strip()
+
+
+def parse_scores(reply: str) -> tuple[float, float]:
+    """The two scores of a reply's first line.
+
+    Raises VerdictError unless that line holds exactly two numbers, both from 1 to 10: a missing score is missing.
+    """
+    line = reply.strip().split("\n", 1)[0].strip()
+    numbers = [float(number) for number in _NUMBER.findall(line)]
+    if len(numbers) != 2:
+        raise VerdictError(f"the first line holds {len(numbers)} numbers instead of two")
+    first, second = numbers
+    for score in (first, second):
+        if not LOWEST <= score <= HIGHEST:
+            raise VerdictError(f"score {score:g} is not from 1 to 10")
+    return first, second

@@ -1,0 +1,63 @@
+"""Judged rows to preference pairs (pure). What is dropped is counted by reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from medray.config import JudgeConfig
+
+IDENTICAL = "identical answers"  # the judge's `error` for a pair that was not worth asking about
+DROP_REASONS = ("empty answer", IDENTICAL, "judge error", "order disagreement", "tie", "row error")
+
+
+def preference_rows(judged: dict[str, Any], config: JudgeConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """At most one pair per question: the best against the worst answer of its accepted verdicts.
+
+    A verdict is accepted when the judge gave both scores, both orders agree (where both were asked) and the scores
+    differ by more than config.min_margin. With two answers there is one verdict per question; with more, the
+    accepted verdict with the largest margin makes the pair.
+
+    Args:
+        judged: a row of records.JUDGED.
+
+    Returns rows of records.PREFERENCE and the number of verdicts dropped per reason (DROP_REASONS).
+    """
+    drops: Counter[str] = Counter()
+    if judged.get("error") is not None:
+        return [], {"row error": 1}
+    questions = {question["question_id"]: question for question in judged["questions"] or []}
+    best: dict[str, dict[str, Any]] = {}
+    for verdict in judged["verdicts"] or []:
+        question = questions[verdict["question_id"]]
+        first, second = (question["answers"][verdict[side]]["text"] for side in ("first", "second"))
+        reason = _drop_reason(verdict, first, second, config.min_margin)
+        if reason is not None:
+            drops[reason] += 1
+            continue
+        margin = verdict["first_score"] - verdict["second_score"]
+        chosen, rejected = (first, second) if margin > 0 else (second, first)
+        scores = sorted((verdict["first_score"], verdict["second_score"]), reverse=True)
+        pair = {
+            "sample_id": question["question_id"], "image_id": judged["sample_id"], "image": judged["image"], "prompt": question["question"],
+            "chosen": chosen, "rejected": rejected, "chosen_score": scores[0], "rejected_score": scores[1],
+            "judge": judged["judge"], "order_agreement": verdict["order_agreement"],
+        }
+        known = best.get(question["question_id"])
+        if known is None or abs(margin) > known["chosen_score"] - known["rejected_score"]:
+            best[question["question_id"]] = pair
+    return list(best.values()), dict(drops)
+
+
+def _drop_reason(verdict: dict[str, Any], first: str, second: str, min_margin: float) -> str | None:
+    if not first.strip() or not second.strip():
+        return "empty answer"
+    if first.strip() == second.strip():
+        return IDENTICAL
+    if verdict["error"] is not None or verdict["first_score"] is None or verdict["second_score"] is None:
+        return "judge error"
+    if verdict["order_agreement"] is False:
+        return "order disagreement"
+    if abs(verdict["first_score"] - verdict["second_score"]) <= min_margin:
+        return "tie"
+    return None

@@ -1,0 +1,162 @@
+"""Callables for Ray Data's `map_batches` that work on rows as coroutines.
+
+One output row per input row. A row that fails carries its reason in `error` and never stops the batch; a dead engine
+ends the actor's process, so that Ray starts a new one and gives it the unfinished rows again.
+
+Example::
+
+    rows = ray.data.read_parquet(uri).map_batches(
+        SelfPlay, fn_constructor_kwargs={"model": path, ...}, **map_options(config.engine),
+    )
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from medray.config import DataConfig, EngineConfig, ModelConfig
+from medray.inference.engine import EngineLost, VLMEngine, image_key, localize
+from medray.records import conform
+
+logger = logging.getLogger("medray")
+
+# A batch that ends its engine time and again is a fault of its own; spot nodes lose a few actors in a normal run.
+_TASK_RETRIES = 8
+
+
+def map_options(config: EngineConfig) -> dict[str, Any]:
+    """Arguments of `map_batches` for engine actors: pool, reservation, retry unit and Arrow batches.
+
+    Two batches are in an actor at once, so that the engine is not left idling at the end of each.
+    """
+    import ray.data
+
+    low, high = config.actors
+    return {
+        "batch_size": config.rows_per_task,
+        "batch_format": "pyarrow",
+        "num_cpus": config.cpus_per_actor,
+        "num_gpus": config.gpus_per_actor,
+        "compute": ray.data.ActorPoolStrategy(
+            min_size=low, max_size=high, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True,
+        ),
+        "udf_modifying_row_count": False,
+        "max_task_retries": _TASK_RETRIES,
+    }
+
+
+class RowWorker:
+    """Base of the callables: a table in, a table of `schema` with as many rows out.
+
+    Subclasses give `schema`, `row` and the name of their `stage`. Calls may overlap; `rows_in_flight` bounds them together.
+    """
+
+    schema: ClassVar[pa.Schema]
+    stage: ClassVar[str] = "rows"
+
+    def __init__(self, rows_in_flight: int):
+        # One loop for the actor's life: vLLM's engine is bound to the loop it was first used in.
+        self._loop = asyncio.new_event_loop()
+        self._slots = asyncio.Semaphore(rows_in_flight)
+        threading.Thread(target=self._loop.run_forever, name=f"{self.stage}-rows", daemon=True).start()
+
+    async def row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Work on one row; what it raises becomes the row's `error`."""
+        raise NotImplementedError
+
+    def failed(self, row: dict[str, Any], reason: str) -> dict[str, Any]:
+        """The output row of an input row that could not be worked on: what both schemas share, without the image."""
+        kept = {name: row.get(name) for name in self.schema.names if name != "image"}
+        return {**kept, "error": reason}
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        try:
+            rows = self.run(self._rows(table.to_pylist()))
+        except EngineLost:
+            _end_actor()
+            raise
+        return conform(pa.Table.from_pylist(rows, schema=self.schema), self.schema)
+
+    def run(self, coroutine: Any) -> Any:
+        """Run a coroutine in the worker's loop and wait for it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._guarded(row)) for row in rows]
+        lost = next((task.result() for task in tasks if isinstance(task.result(), EngineLost)), None)
+        if lost is not None:
+            raise lost
+        return [task.result() for task in tasks]
+
+    async def _guarded(self, row: dict[str, Any]) -> dict[str, Any] | EngineLost:
+        async with self._slots:
+            try:
+                return await self.row(row)
+            except EngineLost as lost:
+                return lost
+            except Exception as error:  # the row boundary: whatever is wrong with one row is named and set aside
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning("%s: row %s set aside: %s", self.stage, row.get("sample_id"), reason)
+                return self.failed(row, reason)
+
+
+class EngineWorker(RowWorker):
+    """A row worker with an engine.
+
+    Args:
+        model: model folder, hub id or remote address (copied to a cache first).
+        model_config, data_config, engine_config: the sections, or their dumps.
+    """
+
+    def __init__(self, model: str, model_config: ModelConfig | dict, data_config: DataConfig | dict, engine_config: EngineConfig | dict):
+        self.model_config = ModelConfig.model_validate(model_config)
+        self.data_config = DataConfig.model_validate(data_config)
+        engine_config = EngineConfig.model_validate(engine_config)
+        super().__init__(engine_config.rows_in_flight)
+        self.engine = self.run(_made(localize(model), self.model_config, engine_config))
+
+    async def image(self, row: dict[str, Any]) -> tuple[Any, str]:
+        """The row's decoded (and, where the model wants it, padded) image, and its cache key.
+
+        Raises medray.errors.DataError or ValueError for an image outside the limits.
+        """
+        data = row.get("image")
+        if not data:
+            raise ValueError("no image")
+        return await asyncio.to_thread(self._decode, data), image_key(data, self.model_config.pad_to_square)
+
+    def _decode(self, data: bytes) -> Any:
+        from medray.data.images import decode, pad_to_square
+
+        image = decode(data, self.data_config)
+        return pad_to_square(image) if self.model_config.pad_to_square else image
+
+    def close(self) -> None:
+        """End the engine (a Ray actor need not: the engine ends with its process)."""
+        self.run(_closed(self.engine))
+
+
+async def _made(model_dir: str, model_config: ModelConfig, engine_config: EngineConfig) -> VLMEngine:
+    # Inside the loop: vLLM starts its output handler in the running one.
+    return VLMEngine(model_dir, model_config, engine_config)
+
+
+async def _closed(engine: VLMEngine) -> None:
+    engine.close()
+
+
+def _end_actor() -> None:
+    """End this process if it is a Ray actor: Ray restarts it elsewhere and redoes the rows (an exception would not)."""
+    import ray
+
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
+        logger.error("the vLLM engine died; this actor ends, Ray starts a new one and gives it the unfinished rows")
+        logging.shutdown()
+        os._exit(1)

@@ -1,0 +1,104 @@
+"""STLLaVA-Med (arXiv 2406.19973): a model that learns to ask as well as answer makes its own preference data.
+
+Reads top to bottom like the paper. Stage names are its steps; every constant is a field of
+`medray.config.SelfTrainingConfig` whose default is the paper's.
+
+    data          conversations of the labelled share, unlabelled images, held-out questions
+    sq_sft        visual self-questioning instruction tuning (SQ-LLaVA, arXiv 2403.11299), merged and exported
+    verify        vLLM and transformers agree on the export
+    per round r = 1 .. rounds:
+      self_play   describe, ask n questions, answer each twice        (vLLM actors)
+      judge       a stronger judge rates both answers                 (api, vLLM actors or random)
+      pairs       clear preferences become pairs, the rest is counted
+      reference   log-probabilities under the frozen round r-1 model
+      dpo         direct preference optimisation, merged and exported
+      verify
+    evaluate      every model on the held-out questions, greedy
+    report        report.html, results.json, metrics.jsonl
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from medray.config import SelfTrainingConfig
+from medray.errors import StageError
+from medray.methods import stages
+from medray.methods.session import ray_session
+from medray.methods.summary import write_report
+from medray.preflight import check_self_training
+from medray.run import Run
+
+
+def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
+    """Run or continue the whole method in the run directory `run_uri`.
+
+    Returns the summary that the job prints: run, base, tuned (mean accuracy with interval), pairs, seconds, report,
+    model, and a text table of the arms.
+
+    Raises ConfigError before anything starts, StageError where a stage cannot go on (for example when the judge
+    leaves no pair); the run directory stays and the same call continues it.
+    """
+    check_self_training(config)
+    started = time.time()
+    run = Run(run_uri)
+    run.write_config(config)
+    with ray_session(config.cluster):
+        data = run.stage("00-data", stages.data_inputs(config), lambda stage: stages.prepare_data(stage, config))
+        base = stages.resolve_base(config)
+
+        sft = run.stage(
+            "01-sq_sft", {"data": data["hash"], "model": config.model, "base": base.hash, "train": config.sft},
+            lambda stage: stages.tune(stage, config, base, data["outputs"]["conversations"], "sft", config.sft),
+        )
+        model = stages.exported(sft)
+        stages.verify(run, "01-verify", config, model, data)
+
+        models = {"base": base, "sft": model}
+        pairs_made = 0
+        for number in range(1, config.rounds + 1):
+            played = run.stage(
+                f"{number}1-self_play", {"data": data["hash"], "model": model.hash, "config": config.self_play, "round": number,
+                                          "fresh": config.data.unlabelled_per_round == "fresh" and config.rounds},
+                lambda stage, model=model, number=number: stages.self_play(stage, config, model, data, number),
+            )
+            judged = run.stage(
+                f"{number}2-judge", {"rows": played["hash"], "config": stages.judge_inputs(config)},
+                lambda stage, played=played: stages.judge(stage, config, played),
+            )
+            pairs = run.stage(
+                f"{number}3-pairs", {"rows": judged["hash"], "margin": config.judge.min_margin},
+                lambda stage, judged=judged: stages.make_pairs(stage, config, judged),
+            )
+            if pairs["outputs"]["counts"]["pairs"] == 0:
+                raise StageError(
+                    f"round {number}: the judge left no preference pair ({pairs['outputs']['counts']}); "
+                    "lower judge.min_margin, raise self_play.answer.temperature or question more images"
+                )
+            reference = run.stage(
+                f"{number}4-reference", {"pairs": pairs["hash"], "model": model.hash, "normalised": config.dpo.length_normalised},
+                lambda stage, pairs=pairs, model=model: stages.reference_logps(stage, config, model, pairs),
+            )
+            tuned = run.stage(
+                f"{number}5-dpo", {"pairs": reference["hash"], "model": model.hash, "train": config.dpo},
+                lambda stage, reference=reference, model=model: stages.tune(stage, config, model, reference["outputs"]["rows"], "dpo", config.dpo),
+            )
+            model = stages.exported(tuned)
+            stages.verify(run, f"{number}6-verify", config, model, data)
+            models[f"dpo-{number}"] = model
+            pairs_made += pairs["outputs"]["counts"]["pairs"]
+
+        scores = {
+            name: run.stage(
+                f"90-evaluate-{name}", {"data": data["hash"], "model": one.hash, "config": config.evaluate, "suffix": ""},
+                lambda stage, one=one, name=name: stages.evaluate(stage, config, one, name, data),
+            )
+            for name, one in models.items() if stages.arm_of(name) in config.evaluate.arms
+        }
+        results = write_report(run, config, scores)
+    return {
+        "run": run.uri, "base": results["accuracy"].get("base"), "tuned": results["accuracy"][list(scores)[-1]],
+        "pairs": pairs_made, "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),
+        "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"), "model": model.path, "table": results["table"],
+    }

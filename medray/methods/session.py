@@ -1,0 +1,48 @@
+"""One Ray session per job: start or join Ray, keep its logs readable, leave it in order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+from medray.config import ClusterConfig
+
+
+@contextlib.contextmanager
+def ray_session(config: ClusterConfig) -> Iterator[None]:
+    """Join the cluster at `config.address` (or RAY_ADDRESS), else start a local Ray, for the time of the block.
+
+    An already initialised Ray (a test, a notebook) is used as it is and left running.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    terminal = sys.stderr.isatty()
+    started = not ray.is_initialized()
+    if started:
+        address = config.address or os.environ.get("RAY_ADDRESS")
+        local = {} if address else {
+            "num_cpus": config.num_cpus,
+            "include_dashboard": False,
+            "object_store_memory": int(config.object_store_gib * 2**30) if config.object_store_gib else None,
+        }
+        ray.init(
+            address=address, log_to_driver=True, logging_level=logging.WARNING,
+            runtime_env={"env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false"}}, **local,
+        )
+    context = ray.data.DataContext.get_current()
+    # A log file wants lines, a terminal wants bars.
+    context.enable_progress_bars = terminal
+    context.enable_rich_progress_bars = False
+    # Stages are reproducible only where blocks keep their order.
+    context.execution_options.preserve_order = True
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.INFO if terminal else logging.WARNING)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,172 @@
+"""results.json, metrics.jsonl, TensorBoard files and report.html of a self-training run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from medray.config import SelfTrainingConfig
+from medray.evaluation import report
+from medray.run import Run
+
+
+def write_report(run: Run, config: SelfTrainingConfig, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Gather what the stages recorded and write the run's reading matter.
+
+    Args:
+        scores: per model ("base", "sft", "dpo-1", ...) the manifest of its evaluate stage.
+
+    Returns the results, as in results.json: `accuracy` per model (mean over the kinds of question of strict
+    accuracy, {"value", "low", "high"}), `scores`, `counts`, `judge`, `dropped`, `table` (text).
+    """
+    by_model = {name: manifest["outputs"]["scores"] for name, manifest in scores.items()}
+    stages = {manifest["stage"]: manifest for manifest in run.timeline}
+    results = {
+        "accuracy": {name: score["overall"]["accuracy"] for name, score in by_model.items()},
+        "scores": by_model,
+        "differences": {name: manifest["outputs"].get("difference") for name, manifest in scores.items()},
+        "counts": {name: manifest["outputs"].get("counts", {}) for name, manifest in stages.items()},
+        "attempts": {name: manifest["attempts"] for name, manifest in stages.items()},
+        "seconds": {name: manifest["seconds"] for name, manifest in stages.items()},
+        "judge": {name: manifest["outputs"]["ledger"] for name, manifest in stages.items() if "ledger" in manifest["outputs"]},
+    }
+    results["table"] = text_table(by_model)
+    metrics = write_metrics(run, stages)
+    run.write_json(results, "results.json")
+    run.write_text(render(run, config, results, stages, metrics), "report.html")
+    return results
+
+
+def text_table(by_model: dict[str, dict[str, Any]]) -> str:
+    """Accuracy of every model, whole and by kind of question, with 95 % intervals over images."""
+    kinds = sorted({kind for score in by_model.values() for kind in score["by_type"]})
+    lines = [f"{'model':<10}{'all':>24}" + "".join(f"{kind:>24}" for kind in kinds) + f"{'words':>8}"]
+    for name, score in by_model.items():
+        cells = [score["overall"]["accuracy"], *(score["by_type"].get(kind, {}).get("accuracy") for kind in kinds)]
+        words = score["overall"]["answer_words"]
+        lines.append(f"{name:<10}" + "".join(f"{report.with_interval(c) if c else '':>24}" for c in cells) + f"{words:>8.2f}")
+    return "\n".join(lines)
+
+
+def write_metrics(run: Run, stages: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Every stage's training metrics into metrics.jsonl and TensorBoard files; returns them by stage."""
+    metrics = {name: list(_lines(run, name)) for name, manifest in stages.items() if "metrics" in manifest["outputs"]}
+    text = "".join(json.dumps({"stage": name, **row}) + "\n" for name, rows in metrics.items() for row in rows)
+    run.write_text(text, "metrics.jsonl")
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    run.remove("tensorboard")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, rows in metrics.items():
+            with SummaryWriter(f"{scratch}/{name}") as writer:
+                for row in rows:
+                    for key, value in row.items():
+                        if isinstance(value, (int, float)) and key not in ("step", "epoch"):
+                            writer.add_scalar(key, value, row["step"])
+        run.fs.put(scratch + "/", run.path("tensorboard") + "/", recursive=True)
+    return metrics
+
+
+def _lines(run: Run, stage: str) -> Iterator[dict[str, Any]]:
+    for line in run.read_text("stages", stage, "metrics.jsonl").splitlines():
+        yield json.loads(line)
+
+
+def render(run: Run, config: SelfTrainingConfig, results: dict[str, Any], stages: dict[str, Any], metrics: dict[str, list[dict]]) -> str:
+    """The HTML page."""
+    by_model = results["scores"]
+    sections = [
+        ("Held-out accuracy, before and after", _accuracy(by_model, results)),
+        ("By attribute", _attributes(by_model)),
+        ("Training", _curves(metrics)),
+        ("Answers: length and form", _form(by_model)),
+        ("Preference pairs", _pairs(results, stages)),
+        ("Questions the model asked itself", report.gallery(_judged_sample(run, stages))),
+        ("Rows: kept, dropped, quarantined, retried", _counts(results)),
+        ("Time", report.timeline(run.timeline)),
+        ("Configuration", report.config_section(config.model_dump(mode="json"))),
+    ]
+    return report.page("Self-training report", sections, f"{config.model.path} on {config.data.source}; run {run.uri}")
+
+
+def _accuracy(by_model: dict[str, Any], results: dict[str, Any]) -> str:
+    kinds = sorted({kind for score in by_model.values() for kind in score["by_type"]})
+    rows = [
+        [name, report.with_interval(score["overall"]["accuracy"]), *(
+            report.with_interval(score["by_type"][kind]["accuracy"]) if kind in score["by_type"] else "" for kind in kinds
+        ), score["overall"]["n"], score["overall"]["images"]]
+        for name, score in by_model.items()
+    ]
+    plot = report.arms_plot({name: score["overall"]["accuracy"] for name, score in by_model.items()}, "strict accuracy, 95 % interval over images")
+    gains = [
+        [name, difference["against"], report.with_interval(difference)]
+        for name, difference in results["differences"].items() if difference
+    ]
+    gain_table = report.table(["model", "against", "paired difference"], gains) if gains else ""
+    return report.table(["model", "all", *kinds, "questions", "images"], rows) + f'<div class="plots">{plot}</div>' + gain_table
+
+
+def _attributes(by_model: dict[str, Any]) -> str:
+    names = sorted({name for score in by_model.values() for name in score["by_attribute"]})
+    rows = []
+    for name in names:
+        floors = [score["by_attribute"][name]["majority"] for score in by_model.values() if name in score["by_attribute"]]
+        rows.append([name, floors[0], *(
+            report.with_interval(score["by_attribute"][name]["accuracy"]) if name in score["by_attribute"] else "" for score in by_model.values()
+        )])
+    return report.table(["attribute", "majority floor", *by_model], rows)
+
+
+def _curves(metrics: dict[str, list[dict[str, Any]]]) -> str:
+    def line(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+        return [(row["step"], row[key]) for row in rows if key in row]
+
+    plots = []
+    for stage, rows in metrics.items():
+        plots.append(report.curve({"train": line(rows, "loss"), "held-out": line(rows, "eval_loss")}, f"{stage}: loss"))
+        plots.append(report.curve({"margin": line(rows, "margin"), "chosen": line(rows, "rewards_chosen"), "rejected": line(rows, "rewards_rejected")}, f"{stage}: rewards"))
+        plots.append(report.curve({"accuracy": line(rows, "reward_accuracy")}, f"{stage}: reward accuracy"))
+        plots.append(report.curve({"learning rate": line(rows, "lr")}, f"{stage}: learning rate"))
+    return f'<div class="plots">{"".join(plots)}</div>'
+
+
+def _form(by_model: dict[str, Any]) -> str:
+    rows = [
+        [name, kind, score["answer_words"], score.get("unparsable", 0.0), score["n"]]
+        for name, whole in by_model.items() for kind, score in whole["by_type"].items()
+    ]
+    return report.table(["model", "kind", "mean answer words", "share unparsable", "questions"], rows)
+
+
+def _pairs(results: dict[str, Any], stages: dict[str, Any]) -> str:
+    rows = [
+        [name, key, value]
+        for name, manifest in stages.items() if name.endswith("-pairs")
+        for key, value in manifest["outputs"]["counts"].items()
+    ]
+    ledger = [[name, key, value] for name, entries in results["judge"].items() for key, value in entries.items()]
+    return report.table(["stage", "what", "number"], rows) + (report.table(["judge", "what", "number"], ledger) if ledger else "")
+
+
+def _counts(results: dict[str, Any]) -> str:
+    rows = [[stage, key, value] for stage, counts in results["counts"].items() for key, value in counts.items()]
+    rows += [[stage, "attempts", number] for stage, number in results["attempts"].items() if number > 1]
+    return report.table(["stage", "what", "number"], rows)
+
+
+def _judged_sample(run: Run, stages: dict[str, Any], rows: int = 40) -> Iterator[dict[str, Any]]:
+    """The first rows of the last round's judged file; only one file is opened."""
+    import pyarrow.parquet as pq
+
+    judged = [manifest for name, manifest in stages.items() if name.endswith("-judge")]
+    if not judged:
+        return
+    _, _, folder = judged[-1]["outputs"]["rows"].partition(run.uri)
+    files = sorted(run.fs.glob(f"{run._root}{folder}/*.parquet"))
+    for path in files[:1]:
+        with run.fs.open(path, "rb") as handle:
+            batch = next(pq.ParquetFile(handle).iter_batches(batch_size=rows), None)
+            yield from (batch.to_pylist() if batch is not None else [])

@@ -1,0 +1,176 @@
+"""Makes the bundled tiny models `base` and `expert` (minutes on two CPU cores; any number of torch threads).
+
+`base`: from random weights on `testbed.corpus` (shapes with questions, reports of cells in words; no cell picture).
+`expert`: base, tuned on many labelled synthetic cells (or a WBCAtt folder's train split with --data).
+
+Example::
+
+    python -m medray.testbed.build                      # both, into medray/testbed/models
+    python -m medray.testbed.build --only expert --data wbcatt --to my-models
+
+Written as bf16 safetensors with build.json beside them: seed, steps, versions, held-out accuracies. Seeds of the
+cells used here are disjoint from those `testbed.cells` draws for a data set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from medray.errors import ConfigError
+
+# Steps of the whole model; its vision tower is taught first, for TOWER_STEPS times as many steps (of 64 pictures).
+BASE_STEPS, EXPERT_STEPS, TOWER_STEPS = 1400, 1000, 0.3
+SCENES, CELLS, HELD_OUT = 5000, 6000, 150
+IMAGE_TOKENS = 64
+BATCH = 10  # rows per step: models this small learn from many small steps, not from few large ones
+
+
+def _cells(count: int, seed: str) -> tuple[list, list]:
+    """Records and pictures; `seed` is text that no data set of `testbed.cells` uses."""
+    from medray.testbed.cells import render_cell, sample_record
+
+    rng = random.Random(seed)
+    records = [sample_record(rng) for _ in range(count)]
+    return records, [render_cell(record, rng) for record in records]
+
+
+def _wbcatt(folder: Path, split: str, limit: int | None = None) -> tuple[list, list]:
+    from PIL import Image
+
+    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [row for row in map(json.loads, lines) if row["split"] == split][:limit]
+    if not records:
+        raise ConfigError(f"{folder}/records.jsonl has no row of split {split!r}")
+    return records, [Image.open(folder / row["image"]).convert("RGB").resize((160, 160)) for row in records]
+
+
+def _save(model: Any, processor: Any, folder: Path, facts: dict) -> None:
+    import torch
+    import transformers
+
+    from medray.models.export import save_vlm
+
+    save_vlm(model, processor, folder, dtype=torch.bfloat16)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    parameters = sum(p.numel() for p in model.parameters())
+    (folder / "build.json").write_text(json.dumps({**facts, "parameters": parameters, "versions": versions}, indent=1) + "\n")
+
+
+def _means(result: dict) -> dict:
+    return {kind: round(by_name["mean"], 4) for kind, by_name in result.items()}
+
+
+def _rounded(result: dict) -> dict:
+    return {kind: {name: round(share, 4) for name, share in by_name.items()} for kind, by_name in result.items()}
+
+
+def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS, resume: bool = False) -> None:
+    """Train `base` and write it to `to`/base; `resume` goes on from the weights there with new dialogues."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from medray.data.dialogues import ATTRIBUTES
+    from medray.testbed import corpus, training
+    from medray.testbed.tiny_vlm import build_tokenizer, llava_model, llava_processor
+
+    started = time.monotonic()
+    before = []
+    if resume:
+        processor = AutoProcessor.from_pretrained(to / "base")
+        tokenizer = processor.tokenizer
+        model = LlavaForConditionalGeneration.from_pretrained(to / "base", dtype=torch.float32)
+        before = json.loads((to / "base" / "build.json").read_text())["runs"]
+    else:
+        tokenizer = build_tokenizer(corpus.tokenizer_texts())
+        processor = llava_processor(tokenizer)
+        model = llava_model(tokenizer, seed=seed)
+    encoder = training.Encoder(tokenizer, IMAGE_TOKENS)
+    rng = random.Random(f"scenes/{seed}")
+    records = [corpus.sample_uniform(corpus.SHAPES, rng) for _ in range(SCENES + HELD_OUT)]
+    pixels = training.pixels_of([corpus.render_scene(record, rng) for record in records], processor)
+    print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {SCENES} scenes, {time.monotonic() - started:.0f} s")
+    if not resume:
+        training.pretrain_tower(
+            model.model.vision_tower, pixels[:SCENES], records[:SCENES], corpus.SHAPES, steps=int(TOWER_STEPS * steps), seed=seed
+        )
+    training.train(
+        model, encoder, pixels[:SCENES], lambda i, r: corpus.scene_dialogue(records[i], r), steps=steps, seed=seed + len(before),
+        batch=BATCH, text_rows=2, text_dialogue=corpus.report_dialogue,
+    )
+    shapes = training.accuracies(model, encoder, pixels[SCENES:], records[SCENES:], corpus.SHAPES)
+    cells, pictures = _cells(HELD_OUT, f"held-out cells/{seed}")
+    zero_shot = training.accuracies(model, encoder, training.pixels_of(pictures, processor), cells, ATTRIBUTES)
+    print("base: held-out shapes", _means(shapes), "cells, never seen", _means(zero_shot))
+    _save(model, processor, to / "base", {
+        "command": "python -m medray.testbed.build --only base", "seed": seed, "steps": steps,
+        "runs": [*before, {"steps": steps, "batch": BATCH, "seconds": round(time.monotonic() - started)}],
+        "accuracy_shapes": _rounded(shapes), "accuracy_cells": _rounded(zero_shot),
+    })
+
+
+def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path | None = None) -> None:
+    """Tune `to`/base on labelled cells and write `to`/expert; `data` is a WBCAtt folder (default: synthetic cells)."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from medray.data.dialogues import ATTRIBUTES, attribute_dialogue
+    from medray.testbed import corpus, training
+
+    if not (to / "base" / "config.json").is_file():
+        raise ConfigError(f"{to / 'base'} holds no model; build base first")
+    started = time.monotonic()
+    processor = AutoProcessor.from_pretrained(to / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(to / "base", dtype=torch.float32)
+    encoder = training.Encoder(processor.tokenizer, IMAGE_TOKENS)
+    if data is None:
+        records, pictures = _cells(CELLS, f"expert cells/{seed}")
+        held_out, held_out_pictures = _cells(2 * HELD_OUT, f"held-out cells/{seed}")
+    else:
+        records, pictures = _wbcatt(data, "train")
+        held_out, held_out_pictures = _wbcatt(data, "val", 2 * HELD_OUT)
+    pixels = training.pixels_of(pictures, processor)
+    print(f"expert: {len(records)} cells, {time.monotonic() - started:.0f} s")
+
+    def dialogue_of(index: int, rng: random.Random) -> list[dict]:
+        dialogue = attribute_dialogue(records[index], rng, 6)
+        return corpus.with_system(corpus.with_questioner(dialogue, rng, 0.25), rng)
+
+    training.pretrain_tower(
+        model.model.vision_tower, pixels, records, ATTRIBUTES, steps=int(TOWER_STEPS * steps), seed=seed, turn_images=True
+    )
+    training.train(model, encoder, pixels, dialogue_of, batch=BATCH, steps=steps, seed=seed, turn_images=True)
+    cells = training.accuracies(model, encoder, training.pixels_of(held_out_pictures, processor), held_out, ATTRIBUTES)
+    print("expert: held-out cells", _means(cells), {name: round(share, 3) for name, share in cells["open"].items()})
+    _save(model, processor, to / "expert", {
+        "command": "python -m medray.testbed.build --only expert" + (" --data" if data else ""), "seed": seed, "steps": steps,
+        "data": "WBCAtt train" if data else f"{CELLS} synthetic cells", "seconds": round(time.monotonic() - started),
+        "accuracy_cells": _rounded(cells),
+    })
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the bundled tiny models.")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "models", help="folder that gets base/ and expert/")
+    parser.add_argument("--only", choices=("base", "expert"), help="build one of them; expert starts from TO/base")
+    parser.add_argument("--data", type=Path, help="WBCAtt folder for the expert (default: synthetic cells)")
+    parser.add_argument("--steps", type=int, help=f"optimiser steps (default {BASE_STEPS} for base, {EXPERT_STEPS} for expert)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="base: go on from TO/base instead of random weights")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (on busy cores several wait for each other)")
+    args = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    if args.only != "expert":
+        build_base(args.to, args.seed, args.steps or BASE_STEPS, args.resume)
+    if args.only != "base":
+        build_expert(args.to, args.seed, args.steps or EXPERT_STEPS, args.data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What the bundled `base` model learns from: coloured shapes, and blood cells described in words only.
+
+`base` stands for a general vision-language model: it sees pictures (shapes, colours, sizes, positions, textures,
+counts), speaks the language of medical questions from text-only dialogues, answers open, yes/no and multiple-choice
+questions, describes, and asks questions in the questioner's role. It never sees a picture of a cell. The attribute
+values in its texts are drawn independently and uniformly, so they carry no knowledge about cell types either.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+
+from PIL import Image, ImageDraw, ImageFilter
+
+from medray.config import SELF_QUESTIONING_SYSTEM_PROMPT
+from medray.data.dialogues import (
+    ATTRIBUTES,
+    Attribute,
+    attribute_dialogue,
+    describe,
+    noun_attribute,
+    words_of,
+)
+
+SIDE = 128
+"""Width and height of a rendered scene in pixels."""
+
+QUESTIONER = "vuser"
+
+COLOURS = {
+    "red": (205, 50, 50), "green": (60, 150, 70), "blue": (60, 90, 200), "yellow": (235, 210, 70),
+    "purple": (120, 55, 150), "pink": (230, 140, 180), "orange": (235, 140, 50),
+}
+BACKGROUNDS = {"white": (248, 248, 248), "grey": (150, 150, 155), "beige": (236, 218, 186), "light blue": (196, 212, 238)}
+COUNTS = ("zero", "one", "two", "three", "four")
+POSITIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
+
+SHAPES: dict[str, Attribute] = {
+    "shape": noun_attribute(("circle", "square", "triangle", "star", "ring", "cross"), "shape", "this object", ("Which shape is this?",)),
+    "colour": noun_attribute(tuple(COLOURS), "colour", "this object", ("Which colour does the object have?",)),
+    "size": noun_attribute(("big", "small"), "size", "this object", ("How large is the object?",)),
+    "position": noun_attribute(tuple(POSITIONS), "position", "this object", ("Where is the object?",)),
+    "texture": noun_attribute(("plain", "striped", "speckled"), "texture", "this object", ("How does the surface look?",)),
+    "background": noun_attribute(tuple(BACKGROUNDS), "background colour", "the image", ("Which colour does the background have?",)),
+    "dots": Attribute(
+        COUNTS,
+        ("How many dots are there?", "How many dots are in the image?", "State the number of dots."),
+        ("Is the number of dots {word}?", "Are there {word} dots?", "Would you count {word} dots?"),
+    ),
+}
+"""The attributes of a scene: one object and some dots beside it."""
+
+SHAPE_DESCRIPTIONS = (
+    "This is a {size} {colour} {shape}. The texture is {texture} and the position is {position}. The background is "
+    "{background} and the number of dots is {dots}.",
+    "The image shows a {shape}. Its colour is {colour}, its size is {size} and its texture {texture}. There are {dots} "
+    "dots on a {background} background. The position of the object is {position}.",
+)
+
+_INTRODUCTIONS = (
+    "A blood cell was described like this.", "Read this report of a blood cell.", "Findings under the microscope:", "Report:",
+)
+
+
+def sample_uniform(schema: Mapping[str, Attribute], rng: random.Random) -> dict:
+    """A record with every attribute of `schema` drawn independently and uniformly."""
+    return {name: rng.choice(attribute.values) for name, attribute in schema.items()}
+
+
+def _vary(colour, rng: random.Random, spread: float = 14) -> tuple[int, ...]:
+    return tuple(int(min(255, max(0, channel + rng.gauss(0, spread)))) for channel in colour)
+
+
+def _polygon(centre, radii, turn: float) -> list[tuple[float, float]]:
+    step = 2 * math.pi / len(radii)
+    return [(centre[0] + r * math.cos(turn + i * step), centre[1] + r * math.sin(turn + i * step)) for i, r in enumerate(radii)]
+
+
+def _mask(shape: str, centre, radius: float, rng: random.Random) -> Image.Image:
+    mask = Image.new("L", (SIDE, SIDE))
+    draw = ImageDraw.Draw(mask)
+    x, y = centre
+    turn = rng.uniform(0, 2 * math.pi)
+    if shape in ("circle", "ring"):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+        if shape == "ring":
+            hole = radius * rng.uniform(0.45, 0.6)
+            draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
+    elif shape in ("square", "triangle"):
+        draw.polygon(_polygon(centre, [radius * 1.1] * (4 if shape == "square" else 3), turn), fill=255)
+    elif shape == "star":
+        draw.polygon(_polygon(centre, [radius * 1.2, radius * 0.5] * 5, turn), fill=255)
+    else:
+        for angle in (turn, turn + math.pi / 2):
+            dx, dy = radius * math.cos(angle), radius * math.sin(angle)
+            draw.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=max(3, int(radius * 0.55)))
+    return mask
+
+
+def render_scene(record: Mapping, rng: random.Random) -> Image.Image:
+    """One picture of a `SHAPES` record (RGB, 128 x 128).
+
+    Raises:
+        ValueError: a missing attribute or one outside `SHAPES`.
+    """
+    words_of(record, SHAPES)
+    image = Image.new("RGB", (SIDE, SIDE), _vary(BACKGROUNDS[record["background"]], rng, 5))
+    radius = rng.uniform(23, 29) if record["size"] == "big" else rng.uniform(12, 17)
+    across, down = POSITIONS[record["position"]]
+    centre = tuple(SIDE / 2 + 30 * direction + rng.uniform(-4, 4) for direction in (across, down))
+    colour = _vary(COLOURS[record["colour"]], rng)
+    surface = Image.new("RGB", (SIDE, SIDE), colour)
+    draw = ImageDraw.Draw(surface)
+    second = tuple(channel // 2 if sum(colour) > 330 else (channel + 255) // 2 for channel in colour)
+    if record["texture"] == "striped":
+        for start in range(-SIDE, SIDE, 10):
+            draw.line((start, 0, start + SIDE, SIDE), fill=second, width=3)
+    elif record["texture"] == "speckled":
+        for _ in range(420):
+            x, y, r = rng.uniform(0, SIDE), rng.uniform(0, SIDE), rng.uniform(1.0, 2.0)
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=second)
+    image.paste(surface, mask=_mask(record["shape"], centre, radius, rng))
+    draw = ImageDraw.Draw(image)
+    places: list[tuple[float, float]] = []
+    while len(places) < COUNTS.index(record["dots"]):
+        spot = (rng.uniform(7, SIDE - 7), rng.uniform(7, SIDE - 7))
+        if math.dist(spot, centre) > radius * 1.25 + 8 and all(math.dist(spot, other) > 14 for other in places):
+            places.append(spot)
+    for x, y in places:
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_vary((40, 40, 50), rng, 8))
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.9)))
+
+
+def with_questioner(dialogue: list[dict], rng: random.Random, share: float) -> list[dict]:
+    """The same dialogue with some user turns (each with probability `share`) asked by the questioner instead.
+
+    The first turn stays the user's in half of the dialogues that would lose it, as it then does in every use but
+    asking the very first question.
+    """
+    turns = []
+    for index, turn in enumerate(dialogue):
+        asked = turn["role"] == "user" and rng.random() < (share / 2 if index == 0 else share)
+        turns.append({**turn, "role": QUESTIONER} if asked else turn)
+    return turns
+
+
+def with_system(dialogue: list[dict], rng: random.Random, share: float = 0.1) -> list[dict]:
+    """Puts the self-questioning system prompt before some dialogues, so that the model knows both forms."""
+    return [{"role": "system", "text": SELF_QUESTIONING_SYSTEM_PROMPT}, *dialogue] if rng.random() < share else dialogue
+
+
+def scene_dialogue(record: Mapping, rng: random.Random, turns: int = 5) -> list[dict]:
+    """A dialogue about a scene, partly asked by the questioner; roles "user", "vuser", "assistant", "system"."""
+    dialogue = attribute_dialogue(record, rng, turns, SHAPES, SHAPE_DESCRIPTIONS)
+    return with_system(with_questioner(dialogue, rng, 0.35), rng)
+
+
+def report_dialogue(rng: random.Random, turns: int = 4) -> list[dict]:
+    """A text-only dialogue: a cell described in words, then questions about it in all forms of `data.dialogues`."""
+    record = sample_uniform(ATTRIBUTES, rng)
+    if rng.random() < 0.5:
+        text = describe(record, rng)
+    else:
+        words = list(words_of(record).items())
+        rng.shuffle(words)
+        text = "; ".join(f"{name.replace('_', ' ')}: {word}" for name, word in words) + "."
+    dialogue = attribute_dialogue(record, rng, turns, description_share=0.15)
+    dialogue[0] = {"role": "user", "text": f"{rng.choice(_INTRODUCTIONS)} {text}\n{dialogue[0]['text']}"}
+    return [dialogue[0], *with_questioner(dialogue[1:], rng, 0.35)]
+
+
+def tokenizer_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:
+    """The texts the tokenizer is trained on: turns of scene dialogues and of reports."""
+    rng = random.Random(f"tokenizer/{seed}")
+    for _ in range(count):
+        for turn in scene_dialogue(sample_uniform(SHAPES, rng), rng) + report_dialogue(rng):
+            yield turn["text"]

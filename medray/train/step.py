@@ -1,0 +1,198 @@
+"""One optimiser step over a global batch: model, objective, engine, learning rate. Importable without Ray and vLLM.
+
+Where DeepSpeed is not installed (or `engine="torch"`), the same interface runs on plain torch on one device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from medray.config import DpoConfig, ModelConfig, TrainConfig
+from medray.data.collate import normalise_pixels
+from medray.models.vlm import load_processor, load_vlm, prepare_trainable
+from medray.train.engine import full_state, load_full_state, make_engine, zero_stage
+from medray.train.objectives import DPO_METRICS, IGNORE, dpo_objective, sft_objective
+
+Objective = Literal["sft", "dpo"]
+
+
+def learning_rate_factor(progress: float, warmup_ratio: float) -> float:
+    """Linear warm-up over the first share of the samples, then cosine to zero; progress in [0, 1] is samples consumed / all."""
+    if progress < warmup_ratio:
+        return progress / warmup_ratio
+    rest = (progress - warmup_ratio) / max(1 - warmup_ratio, 1e-9)
+    return 0.5 * (1 + math.cos(math.pi * min(rest, 1.0)))
+
+
+class TrainStep:
+    """Everything one training worker holds.
+
+    Args:
+        model_dir: model in Hugging Face format.
+        objective: "sft" or "dpo" (`config` is then a DpoConfig).
+        total_samples: samples of the whole training (rows x epochs), for the learning rate.
+        device: default CUDA's current device, else the CPU.
+        engine: "deepspeed", "torch", or "auto" (DeepSpeed where it is installed and torch.distributed runs).
+        model, image_processor: use these instead of loading `model_dir` (random weights in benchmarks).
+    """
+
+    def __init__(
+        self, model_dir: str, model_config: ModelConfig, config: TrainConfig, objective: Objective, total_samples: int,
+        device: Any = None, engine: str = "auto", model: Any = None, image_processor: Any = None,
+    ):
+        torch.manual_seed(config.seed)  # the same adapters' initial weights on every worker
+        self.config = config
+        self.kind = objective
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.total_samples = max(total_samples, 1)
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[model_config.precision]
+        if model is None:
+            image_processor = load_processor(model_dir, model_config.trust_remote_code).image_processor
+            model = load_vlm(model_dir, model_config.precision, model_config.trust_remote_code, self.device)
+        self.image_processor = image_processor
+        self.engine = make_engine(prepare_trainable(model, config), config, model_config.precision, engine)
+        self.model = self.engine.module
+        self.steps = 0
+        self.engine.train()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    def objective(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        if self.kind == "sft":
+            return sft_objective(self.engine, batch)
+        config: DpoConfig = self.config
+        return dpo_objective(self.engine, batch, config.beta, config.label_smoothing, config.length_normalised, config.sft_weight)
+
+    def samples_of(self, batch: dict[str, Any]) -> int:
+        return len(batch["labels"]) // (2 if self.kind == "dpo" else 1)
+
+    def weight_of(self, batch: dict[str, Any]) -> int:
+        """What a batch counts in the mean over the global batch: supervised tokens (sft) or pairs (dpo)."""
+        return self.samples_of(batch) if self.kind == "dpo" else int((batch["labels"][:, 1:] != IGNORE).sum())
+
+    def place(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch on the device, uint8 pixels normalised there."""
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        if batch["pixel_values"].dtype == torch.uint8:
+            batch["pixel_values"] = normalise_pixels(batch["pixel_values"], self.image_processor, self.dtype)
+        return batch
+
+    def update(self, micro_batches: Sequence[dict[str, Any]], consumed: int, filler: dict[str, Any] | None = None) -> dict[str, float]:
+        """One optimiser step over this rank's micro-batches of a global batch (collated, on the CPU).
+
+        Every rank calls it equally often, but may hold another number of micro-batches than the others, even none:
+        it then runs `filler` with weight zero, as every rank must take part in each pass's collectives.
+
+        Args:
+            consumed: samples of the whole training consumed before this step, over all ranks.
+            filler: any batch; needed where this rank may have fewer micro-batches than another.
+
+        Returns metrics of the whole global batch: loss (mean over supervised tokens or pairs), the objective's own
+        (means over pairs), samples, tokens (padding not counted), weight, grad_norm (before clipping), lr_<part>.
+        """
+        counts = [[self.weight_of(b), self.samples_of(b), int(b["attention_mask"].sum())] for b in micro_batches]
+        weight, samples, tokens = self.reduce(torch.tensor(counts or [[0, 0, 0]], dtype=torch.float64).sum(0)).tolist()
+        passes = int(self.reduce(torch.tensor(len(micro_batches)), dist.ReduceOp.MAX))
+        # The middle of the step: neither the first nor the last step is wasted on a rate of zero.
+        factor = learning_rate_factor((consumed + samples / 2) / self.total_samples, self.config.warmup_ratio)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        torch.manual_seed((self.config.seed * 1_000_003 + self.steps) * 1009 + self.rank)  # dropout: the same after a restart
+        loss_sum, sums = self._accumulate(micro_batches, passes, max(weight, 1.0), filler)
+        self.steps += 1
+        names = DPO_METRICS if self.kind == "dpo" else ()
+        means = self.reduce(torch.stack([loss_sum, *(sums[name] for name in names)]) if names and sums else torch.cat([loss_sum[None], torch.zeros(len(names))]))
+        means = (means / max(weight, 1.0)).tolist()
+        metrics = {"loss": means[0], **dict(zip(names, means[1:], strict=True)), "samples": samples, "tokens": tokens, "weight": weight}
+        metrics["grad_norm"] = self._grad_norm
+        return metrics | {f"lr_{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
+
+    def _accumulate(self, micro_batches: Sequence[dict[str, Any]], passes: int, weight: float, filler: dict[str, Any] | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward and backward of `passes` micro-batches, then the optimiser step; this rank's sums (CPU, double)."""
+        loss_sum = torch.zeros((), device=self.device)
+        sums: dict[str, torch.Tensor] = {}
+        for index in range(passes):
+            real = index < len(micro_batches)
+            batch = self.place(micro_batches[index] if real else filler)
+            self.engine.set_gradient_accumulation_boundary(is_boundary=index == passes - 1)
+            loss, _, metrics = self.objective(batch)
+            # Engines average gradients over ranks; the sum over the global batch is wanted.
+            self.engine.backward(loss * (self.world_size / weight if real else 0.0))
+            if index == passes - 1:
+                self._grad_norm = self._unsharded_norm()
+            self.engine.step()
+            if real:
+                loss_sum += loss.detach()
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0) + value
+        if self._grad_norm is None:
+            self._grad_norm = float(self.engine.get_global_grad_norm())
+        return loss_sum.double().cpu(), {name: value.double().cpu() for name, value in sums.items()}
+
+    def _unsharded_norm(self) -> float | None:
+        """DeepSpeed keeps no gradient norm without ZeRO."""
+        if zero_stage(self.engine) is not None or not hasattr(self.engine, "zero_optimization_stage"):
+            return None
+        gradients = [p.grad for group in self.engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[dict[str, Any]], filler: dict[str, Any]) -> float | None:
+        """Mean loss over all ranks' batches, without dropout; None where there are none. Collective."""
+        self.engine.train(False)
+        passes = int(self.reduce(torch.tensor(len(batches)), dist.ReduceOp.MAX))
+        totals = torch.zeros(2, dtype=torch.float64)
+        for index in range(passes):
+            loss, weight, _ = self.objective(self.place(batches[index] if index < len(batches) else filler))
+            if index < len(batches):
+                totals += torch.stack([loss.double(), weight.double()]).cpu()
+        self.engine.train(True)
+        loss, weight = self.reduce(totals).tolist()
+        return loss / weight if weight else None
+
+    def reduce(self, value: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        """All-reduced over the workers, on the CPU."""
+        if self.world_size > 1:
+            value = value.to(self.device)
+            dist.all_reduce(value, op=op)
+        return value.cpu()
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        """The values of all ranks, stacked in rank order [world, ...], on the CPU."""
+        if self.world_size == 1:
+            return value[None].cpu()
+        parts = [torch.empty_like(value, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(parts, value.to(self.device))
+        return torch.stack(parts).cpu()
+
+    def save(self, path: Path) -> None:
+        """Write the training state (trained weights in fp32, Adam moments, step) as one safetensors file, from rank 0.
+
+        It can be restored at any world size and ZeRO stage. Collective; at least one step must have been taken.
+        """
+        from safetensors.torch import save_file
+
+        state = dict(full_state(self.engine, keep=self.rank == 0))
+        if self.rank == 0:
+            save_file(state, path, metadata={"steps": str(self.steps)})
+
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote. Collective."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as handle:
+            self.steps = int(handle.metadata()["steps"])
+            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        load_full_state(self.engine, state, self.steps)

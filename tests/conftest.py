@@ -1,0 +1,55 @@
+"""Shared fixtures. Everything real: one local Ray for the whole session, tiny models in temporary folders."""
+
+import os
+from pathlib import Path
+
+# Before torch or Ray are imported: two cores are shared by Ray workers, vLLM and pytest itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A local Ray with four logical CPUs, shared by every test that needs one."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory):
+    """A tiny LLaVA with random weights, in Hugging Face format."""
+    from medray.testbed.tiny_vlm import random_llava
+
+    path = tmp_path_factory.mktemp("llava")
+    random_llava(path, seed=0)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory):
+    """A tiny Qwen2.5-VL with random weights, in Hugging Face format."""
+    from medray.testbed.tiny_vlm import random_qwen2_5_vl
+
+    path = tmp_path_factory.mktemp("qwen")
+    random_qwen2_5_vl(path, seed=0)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data sets named by MEDRAY_DATA."""
+    folder = os.environ.get("MEDRAY_DATA")
+    if not folder or not (Path(folder) / "wbcatt").is_dir():
+        pytest.skip("MEDRAY_DATA does not name a folder with wbcatt/ and vqa_rad/")
+    return Path(folder)

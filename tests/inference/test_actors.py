@@ -1,0 +1,98 @@
+"""Engines in Ray Data actors: what survives when processes are killed."""
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pyarrow.parquet
+import pytest
+
+from medray.config import EngineConfig, SamplingConfig
+from medray.inference.engine_guard import OWNER_ENV
+from medray.inference.worker import map_options
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults]
+
+
+def engines(model, but=()):
+    """vLLM engine processes of this model's actors, as {pid: owner's pid}."""
+    found = {}
+    for process in psutil.process_iter(["name"]):
+        try:
+            if process.info["name"].startswith("VLLM::") and process.environ().get("MEDRAY_TEST_RUN") == model:
+                found[process.pid] = int(process.environ()[OWNER_ENV])
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return {pid: owner for pid, owner in found.items() if pid not in but}
+
+
+def busy_engine(model, marks, but=(), seconds=150):
+    """The next engine that works on rows, as (its pid, its actor's pid)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        working = {int(path.name) for path in marks.iterdir()}
+        for pid, owner in engines(model, but).items():
+            if owner in working:
+                time.sleep(1)  # into the batch
+                return pid, owner
+        time.sleep(0.1)
+    raise AssertionError("no engine got to work")
+
+
+def gone(pid, seconds=10):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray_cluster, talker, sections, play_config, png, tmp_path):
+    from medray.inference.self_play import SelfPlay
+
+    marks = tmp_path / "marks"
+    marks.mkdir()
+
+    class Marked(SelfPlay):
+        async def row(self, row):
+            (marks / str(os.getpid())).touch()
+            return await super().row(row)
+
+    long = SamplingConfig(max_tokens=150)
+    config = play_config.model_copy(update={"ask": SamplingConfig(max_tokens=20), "answer": long, "questions": 4})
+    engine = EngineConfig.model_validate({**sections["engine_config"].model_dump(), "rows_per_task": 40, "rows_in_flight": 16})
+    rows = [{"sample_id": f"s{number}", "image": png(number)} for number in range(160)]
+    kwargs = {"model": talker, **sections, "engine_config": engine, "config": config}
+    dataset = ray_cluster.data.from_items(rows, override_num_blocks=4).map_batches(
+        Marked, fn_constructor_kwargs=kwargs, **map_options(engine), runtime_env={"env_vars": {"MEDRAY_TEST_RUN": talker}},
+    )
+    out = tmp_path / "out"
+    failures = []
+
+    def work():
+        try:
+            dataset.write_parquet(str(out))
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    engine_pid, actor_pid = busy_engine(talker, marks)
+    os.kill(actor_pid, signal.SIGKILL)
+    assert gone(engine_pid), "the engine outlived its actor"
+
+    second_pid, second_actor = busy_engine(talker, marks, but={engine_pid})
+    assert second_actor != actor_pid
+    os.kill(second_pid, signal.SIGKILL)
+    thread.join(300)
+    assert not thread.is_alive() and not failures
+
+    written = pyarrow.parquet.read_table(out).to_pylist()
+    assert sorted(row["sample_id"] for row in written) == sorted(row["sample_id"] for row in rows)
+    assert all(row["error"] is None for row in written)
+    assert len(list(marks.iterdir())) == 3
+    # The third engine came after both; it ends with the dataset's actors.
+    assert all(gone(pid) for pid in engines(talker))

@@ -1,0 +1,52 @@
+import pytest
+
+from medray.config import JudgeConfig
+from medray.inference.pairs import preference_rows
+from medray.records import PREFERENCE
+
+
+def judged(verdicts, texts=("good", "bad"), error=None):
+    question = {"question_id": "i/r1/q0", "question": "Q?", "seed": 1, "answers": [{"text": text} for text in texts]}
+    base = {"question_id": "i/r1/q0", "first": 0, "second": 1, "first_score": 8.0, "second_score": 5.0, "order_agreement": True, "raw": [], "error": None}
+    return {"sample_id": "i", "image": b"x", "questions": [question], "verdicts": [{**base, **v} for v in verdicts], "judge": "j", "error": error}
+
+
+def test_the_higher_score_is_chosen():
+    pairs, drops = preference_rows(judged([{"first_score": 4.0}]), JudgeConfig())
+    assert drops == {}
+    assert pairs == [{
+        "sample_id": "i/r1/q0", "image_id": "i", "image": b"x", "prompt": "Q?", "chosen": "bad", "rejected": "good",
+        "chosen_score": 5.0, "rejected_score": 4.0, "judge": "j", "order_agreement": True,
+    }]
+    assert set(pairs[0]) == set(PREFERENCE.names)
+
+
+@pytest.mark.parametrize(("verdict", "texts", "reason"), [
+    ({"first_score": 5.0}, ("a", "b"), "tie"),
+    ({"first_score": 6.0}, ("a", "b"), "tie"),  # no more than min_margin
+    ({"order_agreement": False}, ("a", "b"), "order disagreement"),
+    ({"first_score": None, "error": "order 1: the first line holds 0 numbers instead of two"}, ("a", "b"), "judge error"),
+    ({"first_score": None}, ("a", "b"), "judge error"),
+    ({"error": "identical answers"}, ("a", "a "), "identical answers"),
+    ({}, ("a", " "), "empty answer"),
+])
+def test_what_is_dropped_is_counted(verdict, texts, reason):
+    assert preference_rows(judged([verdict], texts), JudgeConfig(min_margin=1.0)) == ([], {reason: 1})
+
+
+def test_no_order_is_no_disagreement():
+    assert len(preference_rows(judged([{"order_agreement": None}]), JudgeConfig())[0]) == 1
+
+
+def test_best_against_worst_of_three_answers():
+    verdicts = [
+        {"first": 0, "second": 1, "first_score": 7.0, "second_score": 5.0}, {"first": 0, "second": 2, "first_score": 7.0, "second_score": 2.0},
+        {"first": 1, "second": 2, "first_score": 5.0, "second_score": 5.0},
+    ]
+    (pair,), drops = preference_rows(judged(verdicts, ("a", "b", "c")), JudgeConfig())
+    assert (pair["chosen"], pair["rejected"]) == ("a", "c")
+    assert drops == {"tie": 1}
+
+
+def test_a_row_set_aside_gives_nothing():
+    assert preference_rows(judged([], error="no image"), JudgeConfig()) == ([], {"row error": 1})

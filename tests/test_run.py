@@ -1,0 +1,92 @@
+"""A run directory continues: done stages are skipped, changed ones start over, killed ones go on."""
+
+import json
+
+import pytest
+import yaml
+
+from medray.config import DpoConfig, SelfTrainingConfig
+from medray.errors import ConfigError
+from medray.run import Run, digest
+
+
+def test_digest_sees_every_field():
+    assert digest({"a": DpoConfig()}) == digest({"a": DpoConfig()})
+    assert digest({"a": DpoConfig()}) != digest({"a": DpoConfig(beta=0.2)})
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+
+
+def test_done_stage_is_skipped_and_changed_one_starts_over(tmp_path):
+    calls = []
+
+    def work(stage):
+        calls.append(stage.exists("left"))
+        stage.run.write_text("x", stage.folder, "left")
+        return {"n": len(calls)}
+
+    run = Run(tmp_path / "r")
+    first = run.stage("a", {"x": 1}, work)
+    assert Run(tmp_path / "r").stage("a", {"x": 1}, work) == first
+    assert calls == [False]
+    changed = run.stage("a", {"x": 2}, work)
+    assert calls == [False, False]  # the folder was emptied first
+    assert changed["hash"] != first["hash"]
+    assert changed["outputs"] == {"n": 2}
+
+
+def test_killed_stage_goes_on_from_what_it_left(tmp_path):
+    def dies(stage):
+        stage.run.write_text("half", stage.folder, "part")
+        raise KeyboardInterrupt
+
+    run = Run(tmp_path / "r")
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("a", {"x": 1}, dies)
+    done = Run(tmp_path / "r").stage("a", {"x": 1}, lambda stage: {"part": stage.run.read_text(stage.folder, "part")})
+    assert done["outputs"] == {"part": "half"}
+    assert done["attempts"] == 2
+
+
+def test_publish_replaces_whole_folders(tmp_path):
+    run = Run(tmp_path / "r")
+
+    def make(text):
+        def write(folder):
+            with open(f"{folder}/f", "w") as handle:
+                handle.write(text)
+        return write
+
+    def dies(folder):
+        make("half")(folder)
+        raise RuntimeError("killed")
+
+    run.stage("a", {}, lambda stage: stage.publish("model", make("one")) or {})
+    with pytest.raises(RuntimeError):
+        run.stage("b", {}, lambda stage: stage.publish("model", dies))
+    assert run.read_text("stages/a/model/f") == "one"
+    assert not run.exists("stages/b/model")
+
+
+def test_memory_filesystem_behaves_like_a_store():
+    run = Run("memory://bucket/run")
+    manifest = run.stage("a", {"x": 1}, lambda stage: stage.publish("model", lambda d: open(f"{d}/f", "w").write("x")) and {"k": 1})
+    assert run.read_text("stages/a/model/f") == "x"
+    assert Run("memory://bucket/run").stage("a", {"x": 1}, lambda _: pytest.fail("ran again")) == manifest
+
+
+def test_config_is_written_resolved(tmp_path):
+    run = Run(tmp_path / "r")
+    run.write_config(SelfTrainingConfig())
+    assert SelfTrainingConfig.model_validate(yaml.safe_load((tmp_path / "r/config.yaml").read_text())) == SelfTrainingConfig()
+
+
+def test_unwritable_and_unknown_places():
+    with pytest.raises(ConfigError, match="--run nosuch://x"):
+        Run("nosuch://x/y")
+
+
+def test_manifest_is_json(tmp_path):
+    run = Run(tmp_path / "r")
+    run.stage("a", {"x": 1}, lambda _: {"counts": {"rows": 3}})
+    manifest = json.loads((tmp_path / "r/stages/a/manifest.json").read_text())
+    assert set(manifest) == {"stage", "hash", "outputs", "attempts", "started", "finished", "seconds"}
