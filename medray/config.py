@@ -71,7 +71,8 @@ class DataConfig(Section):
     max_aspect: Annotated[float, Field(ge=1)] = Field(50.0, description="Images with a longer side over this many times the shorter are quarantined.")
     min_image_side: PositiveInt = Field(2, description="Images with a shorter side below this are quarantined (pixels).")
     rows_per_shard: PositiveInt = Field(1024, description="Rows per Parquet shard.")
-    read_cpus: NonNegative = Field(1.0, description="CPUs per Ray Data read/encode task.")
+    read_cpus: NonNegative = Field(1.0, description="CPUs per Ray Data task that reads, encodes or writes.")
+    encoders: PositiveInt = Field(8, description="At most this many actors that decode and tokenise for a training stage.")
 
 
 class LoraConfig(Section):

@@ -1,6 +1,7 @@
 """A run directory continues: done stages are skipped, changed ones start over, killed ones go on."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -69,7 +70,7 @@ def test_publish_replaces_whole_folders(tmp_path):
 
 def test_memory_filesystem_behaves_like_a_store():
     run = Run("memory://bucket/run")
-    manifest = run.stage("a", {"x": 1}, lambda stage: stage.publish("model", lambda d: open(f"{d}/f", "w").write("x")) and {"k": 1})
+    manifest = run.stage("a", {"x": 1}, lambda stage: stage.publish("model", lambda d: Path(d, "f").write_text("x")) and {"k": 1})
     assert run.read_text("stages/a/model/f") == "x"
     assert Run("memory://bucket/run").stage("a", {"x": 1}, lambda _: pytest.fail("ran again")) == manifest
 

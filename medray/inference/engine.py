@@ -129,8 +129,9 @@ class VLMEngine:
     async def prompt_ids(self, prompt: Sequence[int] | str, image: Any) -> list[int]:
         """The prompt's ids as the engine sees them, image tokens expanded."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        result = await self._run(self._request(prompt, image, None), SamplingParams(temperature=0, max_tokens=1), None)
+        result = await self._run(self._request(prompt, image, None), SamplingParams(temperature=0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY), None)
         return list(result.prompt_token_ids)
 
     def close(self) -> None:
@@ -149,13 +150,12 @@ class VLMEngine:
     async def _run(self, request: dict[str, Any], params: Any, lora: Any) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        final = None
         try:
-            async for final in self._engine.generate(request, params, f"r{next(self._ids)}", lora_request=lora):
-                pass
+            # FINAL_ONLY: one result, when the whole request is done.
+            results = [result async for result in self._engine.generate(request, params, f"r{next(self._ids)}", lora_request=lora)]
         except EngineDeadError as error:
             raise EngineLost("the vLLM engine process died; its log is above") from error
-        return final
+        return results[-1]
 
     def _lora(self, path: str | None) -> Any:
         if path is None:

@@ -11,7 +11,6 @@ import base64
 import io
 import os
 import random
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx

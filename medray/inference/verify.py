@@ -33,6 +33,8 @@ def verify_export(
     Raises StageError naming the row and position of the first difference, or where no row was usable. Holds one model
     at a time; run it in a process of its own (`verify_on_cluster`).
     """
+    if not any(row.get("image") and row.get("question") for row in rows):
+        raise StageError(f"verify: none of {len(rows)} rows could be used")
     model_dir = localize(model_dir)
     worker = EngineWorker(model_dir, model_config, data_config, engine_config)
     try:

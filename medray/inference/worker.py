@@ -26,7 +26,8 @@ from medray.records import conform
 
 logger = logging.getLogger("medray")
 
-# A batch that ends its engine time and again is a fault of its own; spot nodes lose a few actors in a normal run.
+# Ray Data's default is to retry for ever, but a batch that ends its engine time and again is a fault of its own. Spot
+# nodes lose a few actors in a normal run.
 _TASK_RETRIES = 8
 
 
@@ -47,8 +48,12 @@ def map_options(config: EngineConfig) -> dict[str, Any]:
             min_size=low, max_size=high, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True,
         ),
         "udf_modifying_row_count": False,
-        "max_task_retries": _TASK_RETRIES,
+        "ray_remote_args_fn": _bounded_retries,
     }
+
+
+def _bounded_retries() -> dict[str, int]:
+    return {"max_task_retries": _TASK_RETRIES}
 
 
 class RowWorker:

@@ -6,8 +6,10 @@ medray.train and medray.evaluation. Nothing here holds rows.
 
 from __future__ import annotations
 
-import contextlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medray.config import SelfTrainingConfig, TrainConfig
@@ -24,7 +26,7 @@ class Model:
 
 def data_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
     """What the data stage depends on: execution settings such as CPUs are left out."""
-    return {"data": config.data.model_dump(exclude={"read_cpus"}), "kinds": config.evaluate.kinds, "eval_seed": config.evaluate.seed,
+    return {"data": config.data.model_dump(exclude={"read_cpus", "encoders"}), "kinds": config.evaluate.kinds, "eval_seed": config.evaluate.seed,
             "max_eval": config.evaluate.max_images, "seed": config.sft.seed, "eval_rows": config.sft.eval_rows}
 
 
@@ -59,34 +61,232 @@ def prepare_data(stage: Stage, config: SelfTrainingConfig) -> dict[str, Any]:
 
 def tune(stage: Stage, config: SelfTrainingConfig, model: Model, rows_uri: str, objective: str, train: TrainConfig) -> dict[str, Any]:
     """Train adapters on the rows, merge them, export the model; keeps the metrics of every step."""
-    import shutil
-    import tempfile
-
-    from medray.data.collate import Encoder
-    from medray.data.shards import count_rows, read_rows
+    from medray.data.shards import count_rows
     from medray.inference.engine import localize
     from medray.models.vlm import model_hash
     from medray.train.worker import export_merged, run_training
 
     local = localize(model.path)
-    rows = count_rows(rows_uri)
-    kwargs = {"model_path": local, "model_config": config.model.model_dump(), "data_config": config.data.model_dump(), "kind": objective}
-
-    def encoded(uri: str):
-        return read_rows(uri, num_cpus=config.data.read_cpus).map_batches(
-            Encoder, fn_constructor_kwargs=kwargs, batch_size=32, num_cpus=config.data.read_cpus,
-        )
-
-    evaluation = stage.run.path("stages", "00-data", "eval_conversations")
-    has_eval = objective == "sft" and train.eval_rows > 0 and count_rows(evaluation) > 0
+    held_out = stage.run.path("stages", "00-data", "eval_conversations")
+    has_eval = objective == "sft" and train.eval_rows > 0 and count_rows(held_out) > 0
     result = run_training(
-        stage.path("train"), encoded(rows_uri), encoded(evaluation) if has_eval else None, rows=rows,
-        model_dir=local, model_config=config.model, train_config=train, objective=objective,
+        stage.path("train"), encoded(rows_uri, local, config, objective), encoded(held_out, local, config, "sft") if has_eval else None,
+        rows=count_rows(rows_uri), model_dir=local, model_config=config.model, train_config=train, objective=objective,
     )
     stage.publish("model", lambda folder: export_merged(result.checkpoint, local, folder, config.model, train))
-    with tempfile.TemporaryDirectory() as scratch:
-        shutil.copy(result.metrics, f"{scratch}/metrics.jsonl")
-        with open(f"{scratch}/metrics.jsonl") as handle:
-            stage.run.write_text(handle.read(), stage.folder, "metrics.jsonl")
+    stage.run.write_text(Path(result.metrics).read_text(), stage.folder, "metrics.jsonl")
+    quarantine = "".join(json.dumps({"sample_id": sample, "reason": reason}) + "\n" for sample, reason in result.quarantine.items())
+    stage.run.write_text(quarantine, stage.folder, "quarantine.jsonl")
     path = stage.path("model")
     return {"model": path, "model_hash": model_hash(localize(path)), "counts": result.counts, "metrics": stage.path("metrics.jsonl")}
+
+
+def encoded(rows_uri: str, model_dir: str, config: SelfTrainingConfig, kind: str) -> Any:
+    """Rows of conversations ("sft") or pairs ("dpo") as encoded rows, by tasks on Data workers."""
+    import ray.data
+
+    from medray.data.collate import Encoder
+    from medray.data.shards import read_rows
+
+    arguments = {"model_path": model_dir, "model_config": config.model.model_dump(), "data_config": config.data.model_dump(), "kind": kind}
+    return read_rows(rows_uri, num_cpus=config.data.read_cpus).map_batches(
+        Encoder, fn_constructor_kwargs=arguments, batch_size=64, batch_format="pyarrow", num_cpus=config.data.read_cpus,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.data.encoders),
+    )
+
+
+def verify(run: Run, name: str, config: SelfTrainingConfig, model: Model, data: dict[str, Any]) -> None:
+    """vLLM and transformers give the same greedy tokens for the exported model, or the run stops here."""
+    from medray.data.shards import read_rows
+    from medray.inference.verify import verify_on_cluster
+
+    def work(_: Stage) -> dict[str, Any]:
+        rows = read_rows(data["outputs"]["questions"], ["sample_id", "image", "question"], config.data.read_cpus).take(2 * config.verify.rows)
+        report = verify_on_cluster(model.path, rows, config.verify, config.model, config.data, config.engine)
+        return {"counts": report}
+
+    run.stage(name, {"model": model.hash, "config": config.verify, "data": data["hash"]}, work)
+
+
+def self_play(stage: Stage, config: SelfTrainingConfig, model: Model, data: dict[str, Any], number: int) -> dict[str, Any]:
+    """Describe, ask and answer: one row per unlabelled image (records.SELF_PLAY)."""
+    from medray.data.shards import write_resumable
+    from medray.inference.self_play import SelfPlay
+    from medray.inference.worker import map_options
+
+    arguments = {**engine_arguments(config, model), "config": config.self_play.model_dump(), "round": number}
+    images = data["outputs"]["images"]
+
+    def played(rows: Any) -> Any:
+        if config.data.unlabelled_per_round == "fresh":
+            rows = rows.filter(_FreshShare(number, config.rounds), num_cpus=config.data.read_cpus)
+        return rows.map_batches(SelfPlay, fn_constructor_kwargs=arguments, **map_options(config.engine))
+
+    rows = write_resumable(images, stage.path("rows"), stage.path("committed"), played, config.data.read_cpus)
+    tally = _tally(stage.path("rows"), ["sample_id", "error", "questions", "dropped_questions"], _played)
+    return {"rows": stage.path("rows"), "counts": {"images": rows, **tally}}
+
+
+class _FreshShare:
+    """Keeps the part of the images that belongs to one round, by a hash of the id."""
+
+    def __init__(self, number: int, rounds: int):
+        self.number, self.rounds = number, rounds
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        from medray.data.prepare import unit
+
+        return int(unit("round", row["sample_id"]) * self.rounds) == self.number - 1
+
+
+def _played(row: dict[str, Any]) -> dict[str, int]:
+    answers = [answer for question in row["questions"] or [] for answer in question["answers"]]
+    counts = {"questions": len(row["questions"] or []), "answers": len(answers), "quarantined": int(row["error"] is not None)}
+    counts["empty answers"] = sum(not answer["text"] for answer in answers)
+    for dropped in row["dropped_questions"] or []:
+        counts[f"dropped questions: {dropped['reason']}"] = counts.get(f"dropped questions: {dropped['reason']}", 0) + 1
+    return counts
+
+
+def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> dict[str, Any]:
+    """A stronger judge rates the answers (records.JUDGED)."""
+    from medray.data.shards import write_resumable
+    from medray.inference.judge import cost_ledger, judge_map
+    from medray.models.vlm import resolve_model
+
+    model = resolve_model(config.judge.model) if config.judge.kind == "vllm" else None
+    judge_class, options = judge_map(config.judge, model, config.model, config.data, config.engine)
+    rows = write_resumable(
+        played["outputs"]["rows"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(judge_class, **options), config.data.read_cpus,
+    )
+    ledger = cost_ledger(_rows(stage.path("rows"), ["requests", "retries", "prompt_tokens", "completion_tokens"]), config.judge)
+    tally = _tally(stage.path("rows"), ["sample_id", "error", "verdicts"], _verdicts)
+    return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"images": rows, **tally, "retried requests": ledger["retries"]}}
+
+
+def _verdicts(row: dict[str, Any]) -> dict[str, int]:
+    verdicts = row["verdicts"] or []
+    return {"verdicts": len(verdicts), "without verdict": sum(v["error"] is not None for v in verdicts), "quarantined": int(row["error"] is not None)}
+
+
+def make_pairs(stage: Stage, config: SelfTrainingConfig, judged: dict[str, Any]) -> dict[str, Any]:
+    """Verdicts to preference pairs (records.PREFERENCE); what is dropped is counted by reason."""
+    from collections import Counter
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from fsspec.core import url_to_fs
+
+    from medray.data.shards import parquet_files
+    from medray.inference.pairs import preference_rows
+    from medray.records import PREFERENCE
+
+    stage.reset("rows")
+    fs, root = url_to_fs(stage.path("rows"))
+    fs.makedirs(root, exist_ok=True)
+    counts: Counter[str] = Counter({"pairs": 0})
+    lengths: Counter[str] = Counter()
+    # A light pass, shard by shard: one shard is in memory at a time.
+    for number, path in enumerate(parquet_files(judged["outputs"]["rows"])):
+        pairs: list[dict[str, Any]] = []
+        for row in _rows_of_file(path):
+            made, drops = preference_rows(row, config.judge)
+            pairs += made
+            counts.update({f"dropped: {reason}": times for reason, times in drops.items()})
+        for pair in pairs:
+            lengths.update(chosen=len(pair["chosen"].split()), rejected=len(pair["rejected"].split()))
+        counts["pairs"] += len(pairs)
+        if pairs:
+            with fs.open(f"{root}/pairs-{number:05d}.parquet", "wb") as handle:
+                pq.write_table(pa.Table.from_pylist(pairs, schema=PREFERENCE), handle, row_group_size=64)
+    made = max(counts["pairs"], 1)
+    drift = {f"mean words, {side}": round(lengths[side] / made, 3) for side in ("chosen", "rejected")}
+    return {"rows": stage.path("rows"), "counts": {**counts, **drift}}
+
+
+def reference_logps(stage: Stage, config: SelfTrainingConfig, model: Model, pairs: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of both answers under the frozen reference, once, as columns; so DPO holds one model."""
+    import ray.data
+
+    from medray.data.shards import write_resumable
+    from medray.inference.engine import localize
+    from medray.train.reference import Reference
+
+    arguments = {
+        "model_dir": localize(model.path), "model_hash": model.hash, "model_config": config.model.model_dump(),
+        "data_config": config.data.model_dump(), "threads": config.dpo.threads or max(1, int(config.dpo.cpus_per_worker)),
+    }
+    low, high = config.dpo.reference_workers
+
+    def scored(rows: Any) -> Any:
+        return rows.map_batches(
+            Reference, fn_constructor_kwargs=arguments, batch_size=config.dpo.reference_batch, batch_format="pyarrow",
+            num_cpus=config.dpo.cpus_per_worker, num_gpus=config.dpo.gpus_per_worker, compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
+        )
+
+    rows = write_resumable(pairs["outputs"]["rows"], stage.path("rows"), stage.path("committed"), scored, config.data.read_cpus)
+    return {"rows": stage.path("rows"), "counts": {"pairs": rows}}
+
+
+def evaluate(stage: Stage, config: SelfTrainingConfig, model: Model, name: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Greedy answers to the held-out questions, scored; paired with the base model's where that was evaluated before."""
+    from medray.data.shards import write_resumable
+    from medray.evaluation.predict import Predict, compare, score
+    from medray.inference.worker import map_options
+
+    arguments = {**engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}
+    rows = write_resumable(
+        data["outputs"]["questions"], stage.path("rows"), stage.path("committed"),
+        lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), config.data.read_cpus,
+    )
+    scores = score(stage.path("rows"), config.evaluate)
+    difference = None
+    against = previous_model(name)
+    if against and stage.run.exists("stages", f"90-evaluate-{against}", "manifest.json"):
+        found = compare(stage.run.path("stages", f"90-evaluate-{against}", "rows"), stage.path("rows"), config.evaluate)
+        difference = {"against": against, **found["accuracy"]}
+    return {"rows": stage.path("rows"), "scores": scores, "difference": difference, "counts": {"questions": rows, "without answer": scores["errors"]}}
+
+
+def previous_model(name: str) -> str | None:
+    """The model one step earlier: sft after base, dpo-1 after sft, dpo-2 after dpo-1."""
+    if name == "base":
+        return None
+    if name == "sft":
+        return "base"
+    number = int(name.partition("-")[2])
+    return "sft" if number == 1 else f"dpo-{number - 1}"
+
+
+def engine_arguments(config: SelfTrainingConfig, model: Model) -> dict[str, Any]:
+    """Constructor arguments every engine actor takes, as plain data."""
+    return {
+        "model": model.path, "model_config": config.model.model_dump(), "data_config": config.data.model_dump(),
+        "engine_config": config.engine.model_dump(),
+    }
+
+
+def _rows(uri: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+    from medray.data.shards import parquet_files
+
+    for path in parquet_files(uri):
+        yield from _rows_of_file(path, columns)
+
+
+def _rows_of_file(path: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+    from fsspec.core import url_to_fs
+
+    fs, inner = url_to_fs(path)
+    with fs.open(inner, "rb") as handle:
+        for batch in pq.ParquetFile(handle).iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _tally(uri: str, columns: list[str], count: Callable[[dict[str, Any]], dict[str, int]]) -> dict[str, int]:
+    from collections import Counter
+
+    total: Counter[str] = Counter()
+    for row in _rows(uri, columns):
+        total.update(count(row))
+    return dict(total)

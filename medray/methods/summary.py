@@ -127,9 +127,9 @@ def _curves(metrics: dict[str, list[dict[str, Any]]]) -> str:
     plots = []
     for stage, rows in metrics.items():
         plots.append(report.curve({"train": line(rows, "loss"), "held-out": line(rows, "eval_loss")}, f"{stage}: loss"))
-        plots.append(report.curve({"margin": line(rows, "margin"), "chosen": line(rows, "rewards_chosen"), "rejected": line(rows, "rewards_rejected")}, f"{stage}: rewards"))
-        plots.append(report.curve({"accuracy": line(rows, "reward_accuracy")}, f"{stage}: reward accuracy"))
-        plots.append(report.curve({"learning rate": line(rows, "lr")}, f"{stage}: learning rate"))
+        plots.append(report.curve({name: line(rows, f"rewards/{name}") for name in ("margin", "chosen", "rejected")}, f"{stage}: rewards"))
+        plots.append(report.curve({"accuracy": line(rows, "rewards/accuracy")}, f"{stage}: reward accuracy"))
+        plots.append(report.curve({part: line(rows, f"lr_{part}") for part in ("llm", "projector", "vision")}, f"{stage}: learning rates"))
     return f'<div class="plots">{"".join(plots)}</div>'
 
 

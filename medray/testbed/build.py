@@ -137,6 +137,8 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
     print(f"expert: {len(records)} cells, {time.monotonic() - started:.0f} s")
 
     def dialogue_of(index: int, rng: random.Random) -> list[dict]:
+        if rng.random() < 0.5:
+            return corpus.with_questioner(corpus.survey(records[index], rng), rng, 0.1)
         dialogue = attribute_dialogue(records[index], rng, 6)
         return corpus.with_system(corpus.with_questioner(dialogue, rng, 0.25), rng)
 

@@ -21,6 +21,7 @@ from medray.data.dialogues import (
     attribute_dialogue,
     describe,
     noun_attribute,
+    question,
     words_of,
 )
 
@@ -151,8 +152,20 @@ def with_system(dialogue: list[dict], rng: random.Random, share: float = 0.1) ->
     return [{"role": "system", "text": SELF_QUESTIONING_SYSTEM_PROMPT}, *dialogue] if rng.random() < share else dialogue
 
 
-def scene_dialogue(record: Mapping, rng: random.Random, turns: int = 5) -> list[dict]:
+def survey(record: Mapping, rng: random.Random, schema: Mapping[str, Attribute] = ATTRIBUTES) -> list[dict]:
+    """Every attribute asked about once, in random order, by an open question.
+
+    The densest lesson in seeing: short questions whose answers only the picture holds. Yes/no questions and letters
+    say little about the picture and are learned only once it is read.
+    """
+    rows = [question(record, name, "open", rng, schema, canonical=rng.random() < 0.6) for name in rng.sample(list(schema), len(schema))]
+    return [turn for row in rows for turn in ({"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]})]
+
+
+def scene_dialogue(record: Mapping, rng: random.Random, turns: int = 5, survey_share: float = 0.6) -> list[dict]:
     """A dialogue about a scene, partly asked by the questioner; roles "user", "vuser", "assistant", "system"."""
+    if rng.random() < survey_share:
+        return with_questioner(survey(record, rng, SHAPES), rng, 0.1)
     dialogue = attribute_dialogue(record, rng, turns, SHAPES, SHAPE_DESCRIPTIONS)
     return with_system(with_questioner(dialogue, rng, 0.35), rng)
 

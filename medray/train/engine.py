@@ -101,11 +101,14 @@ def make_engine(model: Any, config: TrainConfig, precision: str, kind: str = "au
     if kind == "torch":
         if distributed and torch.distributed.get_world_size() > 1:
             raise ConfigError("num_workers: several training workers need deepspeed; install it or set num_workers to 1")
-        return TorchEngine(model, config)
-    import deepspeed
+        engine = TorchEngine(model, config)
+    else:
+        import deepspeed
 
-    optimizer = torch.optim.AdamW(optimizer_groups(model, config))
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, precision))[0]
+        optimizer = torch.optim.AdamW(optimizer_groups(model, config))
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, precision))[0]
+    _make_moments(engine)
+    return engine
 
 
 def zero_stage(engine: Any) -> int | None:
@@ -116,7 +119,7 @@ def zero_stage(engine: Any) -> int | None:
 
 
 def full_state(engine: Any, keep: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-    """Per trained parameter its fp32 master and Adam moments, whole and on the CPU; needs at least one step taken.
+    """Per trained parameter its fp32 master and Adam moments, whole and on the CPU.
 
     Names are "weight/...", "exp_avg/...", "exp_avg_sq/..." and the parameter's own. Collective: every rank iterates,
     only those with `keep` get tensors.
@@ -136,7 +139,6 @@ def load_full_state(engine: Any, state: dict[str, torch.Tensor], steps: int) -> 
 
     Raises KeyError where a trained parameter is missing in `state`.
     """
-    _prepare_moments(engine)
     for name, parameter in trainable_parameters(engine.module).items():
         for kind in ("weight", *MOMENTS):
             _write(engine, parameter, kind, state[f"{kind}/{name}"])
@@ -148,8 +150,9 @@ def _adam(engine: Any) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if zero_stage(engine) else engine.optimizer
 
 
-def _prepare_moments(engine: Any) -> None:
-    """torch makes Adam's moments in the first step; restoring needs them before."""
+def _make_moments(engine: Any) -> None:
+    """Adam's moments, zero. torch makes them in the first step; restoring needs them before, and DeepSpeed's ZeRO-1/2
+    would link those of the first parameter group only."""
     stage = zero_stage(engine)
     zero = engine.optimizer
     if stage is None:
@@ -158,9 +161,8 @@ def _prepare_moments(engine: Any) -> None:
         flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     adam = _adam(engine)
     for flat in flats:
-        if "exp_avg" not in adam.state[flat]:
-            step = torch.zeros((), device=flat.device if adam.defaults["fused"] else "cpu")
-            adam.state[flat] = {"step": step, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+        step = torch.zeros((), device=flat.device if adam.defaults["fused"] else "cpu")
+        adam.state[flat] = {"step": step, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
     if stage in (1, 2):
         zero._lazy_init_hp_params_optimizer_state()
 
@@ -168,8 +170,7 @@ def _prepare_moments(engine: Any) -> None:
 def _read(engine: Any, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
     if zero_stage(engine) is None:
         master = engine.master[parameter] if isinstance(engine, TorchEngine) else parameter
-        # A parameter that no gradient ever reached (CLIP's last layer, which LLaVA skips) has no moments.
-        return master if kind == "weight" else engine.optimizer.state.get(master, {}).get(kind, torch.zeros_like(master))
+        return master if kind == "weight" else engine.optimizer.state[master][kind]
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     return safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)

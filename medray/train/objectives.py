@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medray.models.vlm import plain_model, shared_image_features
+from medray.train.packing import IGNORE, pack_pairs
 
-IGNORE = -100
 NOT_INPUTS = ("labels", "ref_chosen_logps", "ref_rejected_logps")
 
 # Log-probabilities are taken in fp32 over this many tokens at a time: with 150k words in the vocabulary, fp32 copies of
@@ -31,10 +31,10 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _head_only_at(model: Any, positions_BT: torch.Tensor) -> Iterator[None]:
-    """Within the block the output head sees the hidden states of these positions only: [B, T, D] -> [N, D]."""
+def _head_only_at(model: Any, rows_N: torch.Tensor, positions_N: torch.Tensor) -> Iterator[None]:
+    """Within the block the output head sees the hidden states at these places only: [B, T, D] -> [N, D]."""
     head = plain_model(model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][positions_BT],))
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][rows_N, positions_N],))
     try:
         yield
     finally:
@@ -46,11 +46,11 @@ def supervised_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, 
 
     The vocabulary projection of an image's hundreds of tokens, which nothing is asked of, is never computed.
     """
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
-    positions = targets != IGNORE
-    with _head_only_at(model, positions):
+    targets = batch["labels"][:, 1:]
+    rows, positions = (targets != IGNORE).nonzero(as_tuple=True)
+    with _head_only_at(model, rows, positions):
         logits = model(**model_inputs(batch), use_cache=False).logits
-    return logits, targets[positions], positions.nonzero()[:, 0]
+    return logits, targets[rows, positions], rows
 
 
 def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -76,10 +76,11 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     """
     targets = labels[:, 1:]
     positions = targets != IGNORE
-    return _sum_rows(token_logps(logits[:, :-1][positions], targets[positions]), positions.nonzero()[:, 0], len(labels))
+    return sum_rows(token_logps(logits[:, :-1][positions], targets[positions]), positions.nonzero()[:, 0], len(labels))
 
 
-def _sum_rows(logps_N: torch.Tensor, rows_N: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sum_rows(logps_N: torch.Tensor, rows_N: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over each sequence's tokens [count], and how many there are [count]."""
     sums = torch.zeros(count, dtype=logps_N.dtype, device=logps_N.device).index_add(0, rows_N, logps_N)
     return sums, torch.bincount(rows_N, minlength=count)
 
@@ -127,11 +128,20 @@ def dpo_loss(
 def answer_logps(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed log-probabilities and token counts of a collated batch of pairs: [2B] (chosen, then rejected), nats.
 
-    Each of the B images is encoded once. The reference stage and the policy both come through here.
+    Each of the B images is encoded once, and each prompt passed once (`medray.train.packing`), where the attention
+    kernel takes a mask; else chosen and rejected pass separately and share the image's features. The reference stage
+    and the policy both come through here.
     """
-    with shared_image_features(model, copies=2):
-        logits, labels, rows = supervised_logits(model, batch)
-    return _sum_rows(token_logps(logits, labels), rows, len(batch["labels"]))
+    plain = plain_model(model)
+    if plain.config._attn_implementation in ("sdpa", "eager"):
+        packed = pack_pairs(plain, batch)
+        with _head_only_at(model, *packed.predicted_at):
+            logits = model(**packed.inputs, use_cache=False).logits
+        labels, rows = packed.labels, packed.sequences
+    else:
+        with shared_image_features(model, copies=2):
+            logits, labels, rows = supervised_logits(model, batch)
+    return sum_rows(token_logps(logits, labels), rows, len(batch["labels"]))
 
 
 def dpo_objective(

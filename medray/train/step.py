@@ -59,6 +59,7 @@ class TrainStep:
         self.engine = make_engine(prepare_trainable(model, config), config, model_config.precision, engine)
         self.model = self.engine.module
         self.steps = 0
+        self._grad_norm: float | None = None
         self.engine.train()
 
     @property
@@ -180,7 +181,7 @@ class TrainStep:
     def save(self, path: Path) -> None:
         """Write the training state (trained weights in fp32, Adam moments, step) as one safetensors file, from rank 0.
 
-        It can be restored at any world size and ZeRO stage. Collective; at least one step must have been taken.
+        It can be restored at any world size and ZeRO stage. Collective.
         """
         from safetensors.torch import save_file
 

@@ -1,348 +1,315 @@
-"""The one training loop: a Ray Data shard -> DeepSpeed engine -> checkpoint, under Ray Train V2.
+"""The one training loop: Ray Data shard -> global batches -> TrainStep -> checkpoints, under Ray Train.
 
-Every row is trained exactly once per epoch, at any number of workers and after any restart: a checkpoint holds the ids
-that all ranks consumed in the epoch so far, and a restarted epoch skips them. Splits need not be equal, and no row is
-dropped to make them so.
+A checkpoint holds the training state (any world size, any ZeRO stage), the ids of this epoch that are done, and the
+metrics so far, so that a restart on other machines goes on with exactly the samples that are left::
+
+    state.safetensors     trained weights in fp32, Adam moments
+    progress.json         epoch, finished (whether the epoch is), steps, samples, world_size
+    rows-00000.parquet    one per worker: sample_id, error (null: trained; text: quarantined) of this epoch
+    metrics.jsonl         one line per optimiser step
 """
 
 from __future__ import annotations
 
+import io
 import json
-import posixpath
+import logging
+import os
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray.data
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.train
-from ray.train import DataConfig as RayDataConfig
+import ray.train.torch
+import torch
+from PIL import Image
 
-from medray.config import DpoConfig, ModelConfig, TrainConfig
-from medray.errors import StageError
+from medray.config import DpoConfig, ModelConfig, SftConfig
+from medray.data.collate import Encoder, collate_dpo, collate_sft
+from medray.errors import ConfigError, StageError
+from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 
-STATE, PROGRESS, CONSUMED, METRICS, QUARANTINE = "state.safetensors", "progress.json", "consumed.json", "metrics.jsonl", "quarantine.jsonl"
-ROWS_PER_FETCH = 64
+logger = logging.getLogger("medray")
 
-
-@dataclass
-class TrainResult:
-    """What a finished training left: the last checkpoint's URI, the metrics of every step, counts of rows."""
-
-    checkpoint: str
-    metrics: list[dict[str, Any]]
-    quarantine: list[dict[str, str]]
-    counts: dict[str, int]
-
-
-class UnequalSplits(RayDataConfig):
-    """Ray Train's data config without its equal splits, which drop rows (`streaming_split(equal=True)` is its default)."""
-
-    def configure(self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any) -> list[dict[str, Any]]:
-        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            if dataset.name is None:
-                dataset.set_name(name)
-            for rank, split in enumerate(dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)):
-                shards[rank][name] = split
-        return shards
+CONFIGS = {"sft": SftConfig, "dpo": DpoConfig}
+ROWS = pa.schema([("sample_id", pa.string()), ("error", pa.string())])
+SECONDS_BETWEEN_LOGS = 10.0
+SECONDS_BETWEEN_PREEMPTION_CHECKS = 5.0
 
 
 @dataclass
 class Progress:
-    """Where the training stands; what a checkpoint restores."""
+    """Where the training stands. `done` holds this epoch's ids (reason where quarantined): on rank 0 also those of all
+    workers before a restart, else this worker's own."""
 
     epoch: int = 0
-    step: int = 0
-    consumed: int = 0  # samples of the whole training, over all ranks
-    restarts: int = 0
-    seen: set[str] = field(default_factory=set)  # ids of this epoch, over all ranks
+    steps: int = 0
+    samples: int = 0
+    done: dict[str, str | None] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    quarantine: dict[str, str] = field(default_factory=dict)
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs. `settings` is plain data (see run_training)."""
-    import torch
+def train_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs.
 
-    config_class = {"sft": _sft_class(), "dpo": DpoConfig}[settings["objective"]]
-    config = config_class.model_validate(settings["train"])
-    model_config = ModelConfig.model_validate(settings["model"])
-    torch.set_num_threads(config.threads or max(1, int(config.cpus_per_worker)))
+    Args:
+        config: model_dir, objective, rows (of the dataset), and model_config, train_config as plain dicts.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    model_config = ModelConfig.model_validate(config["model_config"])
+    train_config = CONFIGS[config["objective"]].model_validate(config["train_config"])
+    torch.set_num_threads(train_config.threads or max(1, int(train_config.cpus_per_worker)))
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
     from medray.train.step import TrainStep
 
     device = ray.train.torch.get_device()
-    step = TrainStep(settings["model_dir"], model_config, config, settings["objective"], settings["rows"] * config.epochs, device)
-    worker = _Worker(step, config, settings)
-    worker.restore()
-    worker.run()
+    step = TrainStep(config["model_dir"], model_config, train_config, config["objective"], config["rows"] * train_config.epochs, device)
+    batches = Batches(config["model_dir"], model_config, train_config, config["objective"])
+    progress, done = restore(step)
+    shards = {name: ray.train.get_dataset_shard(name) for name in config["datasets"]}
+    while progress.epoch < train_config.epochs:
+        train_epoch(step, batches, progress, done, shards, config["rows"])
+        done = set()
 
 
-def _sft_class() -> type[TrainConfig]:
-    from medray.config import SftConfig
+class Batches:
+    """Collates encoded rows for one model and objective."""
 
-    return SftConfig
-
-
-class _Worker:
-    """State of one rank between steps."""
-
-    def __init__(self, step: Any, config: TrainConfig, settings: dict[str, Any]):
-        from medray.data.spans import Dialogues
-
-        self.step = step
+    def __init__(self, model_dir: str, model_config: ModelConfig, config: SftConfig | DpoConfig, objective: str):
         self.config = config
-        self.settings = settings
-        self.info = Dialogues(step.processor, ModelConfig.model_validate(settings["model"])).info()
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.progress = Progress()
-        # The global batch stays what the config says at any number of workers.
-        share, rest = divmod(config.samples_per_step, self.world)
-        self.quota = share + (self.rank < rest)
-        self.filler: dict[str, Any] | None = None
+        self.objective = objective
+        encoder = Encoder(model_dir, model_config.model_dump(), {}, objective)
+        self.info = encoder.dialogues.info()
+        self.filler = self.collate(encoder(_filler_table(objective)).to_pylist(), 0)
 
-    def restore(self) -> None:
-        """Continue from the checkpoint Ray Train hands over, if there is one; only then is data read."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return
-        from safetensors.torch import load_file
-
-        with checkpoint.as_directory() as folder:
-            self.step.load_state(load_file(f"{folder}/{STATE}"))
-            saved = json.loads(Path(folder, PROGRESS).read_text())
-            self.progress = Progress(
-                epoch=saved["epoch"], step=saved["step"], consumed=saved["consumed"], restarts=saved["restarts"] + 1,
-                seen=set(json.loads(Path(folder, CONSUMED).read_text())),
-                metrics=[json.loads(line) for line in Path(folder, METRICS).read_text().splitlines()],
-                quarantine=dict(json.loads(line) for line in Path(folder, QUARANTINE).read_text().splitlines()),
-            )
-        if saved["epoch_done"]:
-            self.progress.epoch += 1
-            self.progress.seen = set()
-
-    def run(self) -> None:
-        shard = ray.train.get_dataset_shard("train")
-        while self.progress.epoch < self.config.epochs:
-            self._epoch(shard)
-            self.progress.epoch += 1
-            self.progress.seen = set()
-
-    def _epoch(self, shard: Any) -> None:
-        progress = self.progress
-        rows = self._rows(shard, progress.epoch)
-        new_ids: list[str] = []
-        since_checkpoint = 0
-        while True:
-            began = time.perf_counter()
-            taken = [row for _, row in zip(range(self.quota), rows, strict=False)]
-            batches, weight = self._batches(taken)
-            # A rank may be out of rows while others are not: all stop together.
-            samples = self._sum(len(taken))
-            if samples == 0:
-                break
-            metrics = self.step.update(batches, weight, len(taken), progress.consumed, self.filler)
-            progress.step += 1
-            progress.consumed += int(samples)
-            since_checkpoint += 1
-            new_ids += [row["sample_id"] for row in taken]
-            metrics |= {"step": progress.step, "epoch": progress.epoch, "seconds": time.perf_counter() - began, "world_size": self.world}
-            progress.metrics.append(metrics)
-            if since_checkpoint >= self.config.checkpoint_every:
-                self._checkpoint(new_ids, metrics, epoch_done=False)
-                new_ids, since_checkpoint = [], 0
-        last: dict[str, Any] = progress.metrics[-1] if progress.metrics else {"step": 0}
-        evaluation = self._evaluate()
-        if evaluation is not None:
-            last = {"step": progress.step, "epoch": progress.epoch, "eval_loss": evaluation}
-            progress.metrics.append(last)
-        self._checkpoint(new_ids, last, epoch_done=True)
-
-    def _rows(self, shard: Any, epoch: int) -> Iterator[dict[str, Any]]:
-        """Encoded rows of this rank that the epoch has not seen; rows that could not be encoded are set aside."""
-        for batch in shard.iter_batches(
-            batch_size=ROWS_PER_FETCH, batch_format="pyarrow", prefetch_batches=2,
-            local_shuffle_buffer_size=max(self.config.shuffle_buffer, ROWS_PER_FETCH), local_shuffle_seed=self.config.seed * 1000 + epoch,
-        ):
-            for row in batch.to_pylist():
-                if row["error"] is not None:
-                    self.progress.quarantine[row["sample_id"]] = row["error"]
-                elif row["sample_id"] not in self.progress.seen:
-                    yield row
-
-    def _batches(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-        size = self.config.micro_batch
-        batches = [self._collate(rows[at: at + size]) for at in range(0, len(rows), size)]
-        if batches and self.filler is None:
-            self.filler = batches[0]
-        if self.filler is None and self.world > 1:
-            self.filler = self._borrowed_filler()
-        weight = len(rows) if self.settings["objective"] == "dpo" else sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
-        return batches, weight
-
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        from medray.data.collate import collate_dpo, collate_sft
-
-        if self.settings["objective"] == "dpo":
+    def collate(self, rows: list[Row], epoch: int | None) -> dict[str, torch.Tensor]:
+        """One micro-batch; epoch None (evaluation) draws no questions."""
+        if self.objective == "dpo":
             return collate_dpo(rows, self.info)
-        return collate_sft(rows, self.info, self.config.self_questioning, self.config.seed, self.progress.epoch)
+        return collate_sft(rows, self.info, 0.0 if epoch is None else self.config.self_questioning, self.config.seed, epoch or 0)
 
-    def _borrowed_filler(self) -> dict[str, Any]:
-        """A batch for a rank that never got a row: a minimal dialogue on a grey image."""
-        import io
-
-        import pyarrow as pa
-        from PIL import Image
-
-        from medray.data.collate import Encoder
-
-        buffer = io.BytesIO()
-        Image.new("RGB", (64, 64), (128, 128, 128)).save(buffer, format="PNG")
-        encoder = Encoder(self.settings["model_dir"], self.settings["model"], {}, self.settings["objective"])
-        row = {"sample_id": "filler", "image": buffer.getvalue(), "turns": [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}],
-               "prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}
-        return self._collate(encoder(pa.Table.from_pylist([row])).to_pylist())
-
-    def _evaluate(self) -> float | None:
-        if not self.settings["has_eval"]:
-            return None
-        rows = []
-        for batch in ray.train.get_dataset_shard("eval").iter_batches(batch_size=ROWS_PER_FETCH, batch_format="pyarrow"):
-            rows += [row for row in batch.to_pylist() if row["error"] is None]  # config.eval_rows bounds them
+    def micro_batches(self, rows: list[Row], epoch: int | None) -> list[dict[str, torch.Tensor]]:
+        """Rows in micro-batches of like length (less padding)."""
         size = self.config.micro_batch
-        from medray.data.collate import collate_sft
+        rows = sorted(rows, key=lambda row: len(row["input_ids" if self.objective == "sft" else "chosen_ids"]))
+        return [self.collate(rows[start : start + size], epoch) for start in range(0, len(rows), size)]
 
-        # rho 0: plain answers, so that the curve does not move with the draw.
-        batches = [collate_sft(rows[at: at + size], self.info, 0.0, 0, 0) for at in range(0, len(rows), size)]
-        passes = int(self._sum(len(batches)))
-        if passes == 0:
-            return None
-        loss, weight = self.step.evaluate(batches or [self.filler], passes) if batches or self.config.zero_stage == 3 else (0.0, 0.0)
-        return self._sum(loss) / max(self._sum(weight), 1.0)
 
-    def _checkpoint(self, new_ids: list[str], metrics: dict[str, Any], epoch_done: bool) -> None:
-        """Report a checkpoint: state on rank 0, the ids of all ranks. Every rank calls it equally often."""
-        progress = self.progress
-        for ids, bad in self._gather((new_ids, progress.quarantine)):
-            progress.seen.update(ids)
-            progress.quarantine |= bad
-        state = self.step.state()
-        reported = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-        if self.rank != 0:
-            ray.train.report(reported, checkpoint=None)
-            return
-        from safetensors.torch import save_file
+def _filler_table(objective: str) -> pa.Table:
+    """A worker without rows of its own still takes part in every pass, with this picture and dialogue at weight zero."""
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), (127, 127, 127)).save(data, "PNG")
+    row: dict[str, Any] = {"sample_id": "filler", "image": data.getvalue()}
+    if objective == "sft":
+        row["turns"] = [{"role": "user", "text": "What is this?"}, {"role": "assistant", "text": "Nothing."}]
+    else:
+        row |= {"prompt": "What is this?", "chosen": "Nothing.", "rejected": "No.", "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}
+    return pa.Table.from_pylist([row])
 
-        with tempfile.TemporaryDirectory() as folder:
-            save_file(state, f"{folder}/{STATE}")
-            Path(folder, CONSUMED).write_text(json.dumps(sorted(progress.seen)))
-            Path(folder, METRICS).write_text("".join(json.dumps(row) + "\n" for row in progress.metrics))
-            Path(folder, QUARANTINE).write_text("".join(json.dumps(item) + "\n" for item in progress.quarantine.items()))
-            Path(folder, PROGRESS).write_text(json.dumps({
-                "epoch": progress.epoch, "step": progress.step, "consumed": progress.consumed, "restarts": progress.restarts,
-                "epoch_done": epoch_done, "world_size": self.world,
-            }))
-            ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    def _sum(self, value: float) -> float:
-        import torch
+def train_epoch(step: Any, batches: Batches, progress: Progress, done: set[str], shards: dict[str, Any], rows_per_epoch: int) -> None:
+    """Train on what is left of an epoch, checkpoint on the way and at its end."""
+    config = step.config
+    rows = EpochRows(rows_of(shards["train"]), done, config.shuffle_buffer, seed=[config.seed, progress.epoch, step.rank])
+    clock = Clock()
+    more = True
+    while more:
+        taken, total, more = take_global_batch(rows, config.samples_per_step, step.rank, step.gather)
+        clock.rows_are_here()
+        progress.done |= rows.quarantined
+        if total:
+            metrics = step.update(batches.micro_batches(taken, progress.epoch), progress.samples, batches.filler)
+            progress.steps += 1
+            progress.samples += total
+            progress.done |= dict.fromkeys((row["sample_id"] for row in taken), None)
+            progress.metrics.append(clock.stamp({"step": progress.steps, "epoch": progress.epoch, **metrics}))
+            clock.log(progress, rows_per_epoch * config.epochs, step.rank)
+        if more and (progress.steps % config.checkpoint_every == 0 or clock.preemption_coming(step)):
+            save(step, progress, finished=False)
+    if "eval" in shards:
+        held_out = [row for row in rows_of(shards["eval"]) if row["error"] is None]
+        loss = step.evaluate(batches.micro_batches(held_out, None), batches.filler)
+        if loss is not None:
+            progress.metrics.append({"step": progress.steps, "epoch": progress.epoch, "eval_loss": loss})
+    save(step, progress, finished=True)
+    progress.epoch += 1
+    progress.done = {}
 
-        return float(self.step._reduce(torch.tensor(float(value), dtype=torch.float64)))
 
-    def _gather(self, value: Any) -> list[Any]:
-        """Plain data of every rank, as JSON bytes: no pickle between processes."""
-        if self.world == 1:
-            return [value]
-        import torch
-        import torch.distributed as dist
+class Clock:
+    """Speeds, log lines and preemption checks, each at its own pace."""
 
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.step.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=data.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(data)], device=data.device))
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8, device=data.device)
-        padded[: len(data)] = data
-        parts = [torch.zeros_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded)
-        return [json.loads(bytes(part[: int(size)].cpu().numpy())) for part, size in zip(parts, sizes, strict=True)]
+    def __init__(self) -> None:
+        self.last_step = self.last_log = self.last_check = time.monotonic()
+        self.waited = 0.0
+        self.warned = False
+
+    def rows_are_here(self) -> None:
+        self.waited = time.monotonic() - self.last_step
+
+    def stamp(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """With `seconds` since the last step, and the part of it, `data_seconds`, spent on waiting for rows and checkpoints."""
+        now = time.monotonic()
+        seconds = now - self.last_step
+        self.last_step = now
+        return metrics | {"seconds": seconds, "data_seconds": self.waited, "samples_per_second": metrics["samples"] / seconds}
+
+    def log(self, progress: Progress, all_samples: int, rank: int) -> None:
+        if rank == 0 and time.monotonic() - self.last_log >= SECONDS_BETWEEN_LOGS:
+            self.last_log = time.monotonic()
+            last = progress.metrics[-1]
+            logger.info("step %d, epoch %d, %d of %d samples, loss %.4f, %.1f samples/s",
+                        progress.steps, progress.epoch, progress.samples, all_samples, last["loss"], last["samples_per_second"])
+
+    def preemption_coming(self, step: Any) -> bool:
+        """Whether a node is about to be taken away; true once. Collective, and a barrier, so asked every few seconds only."""
+        now = time.monotonic()
+        due = bool(step.gather(torch.tensor([int(now - self.last_check >= SECONDS_BETWEEN_PREEMPTION_CHECKS)]))[0])
+        if not due or self.warned:
+            return False
+        self.last_check = now
+        self.warned = ray.train.get_preemption_info() is not None
+        return self.warned
+
+
+def save(step: Any, progress: Progress, finished: bool) -> None:
+    """Write and report a checkpoint; it is uploaded in the background. Collective."""
+    folder = Path(tempfile.mkdtemp(prefix="medray-checkpoint-"))
+    step.save(folder / "state.safetensors")
+    rows = {"sample_id": list(progress.done), "error": list(progress.done.values())}
+    pq.write_table(pa.table(rows, schema=ROWS), folder / f"rows-{step.rank:05d}.parquet")
+    if step.rank == 0:
+        state = {"epoch": progress.epoch, "finished": finished, "steps": progress.steps, "samples": progress.samples, "world_size": step.world_size}
+        (folder / "progress.json").write_text(json.dumps(state, indent=1) + "\n")
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in progress.metrics))
+    ray.train.report(
+        progress.metrics[-1] if progress.metrics else {}, checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+    )
+
+
+def restore(step: Any) -> tuple[Progress, set[str]]:
+    """The last checkpoint's progress and the ids that are done in the current epoch, on any worker; fresh ones without it."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return Progress(), set()
+    with checkpoint.as_directory() as folder:
+        state = json.loads(Path(folder, "progress.json").read_text())
+        step.load(Path(folder, "state.safetensors"))
+        done = read_rows(folder)
+        metrics = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    progress = Progress(state["epoch"], state["steps"], state["samples"], metrics=metrics)
+    if state["finished"]:
+        progress.epoch += 1
+        return progress, set()
+    if step.rank == 0:
+        progress.done = dict(done)
+    return progress, set(done)
+
+
+def read_rows(folder: str | os.PathLike) -> dict[str, str | None]:
+    """The ids of a checkpoint's epoch that are done, over all workers, with the reason where quarantined."""
+    world_size = json.loads(Path(folder, "progress.json").read_text())["world_size"]
+    tables = [pq.read_table(Path(folder, f"rows-{rank:05d}.parquet")) for rank in range(world_size)]
+    done: dict[str, str | None] = {}
+    for table in tables:
+        done.update(zip(table["sample_id"].to_pylist(), table["error"].to_pylist(), strict=True))
+    return done
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training left behind.
+
+    checkpoint: the last one, see the module's docstring.
+    metrics: local JSON-lines file, one line per optimiser step (and one per evaluation).
+    counts: steps, samples (over all epochs), and of the last epoch trained and quarantined rows.
+    quarantine: reason by sample_id.
+    """
+
+    checkpoint: Any
+    metrics: str
+    counts: dict[str, int]
+    quarantine: dict[str, str]
 
 
 def run_training(
-    stage_dir: str, train: ray.data.Dataset, evaluation: ray.data.Dataset | None, rows: int, model_dir: str,
-    model_config: ModelConfig, config: TrainConfig, objective: str,
+    stage_dir: str, train_ds: Any, eval_ds: Any, rows: int, model_dir: str, model_config: ModelConfig,
+    train_config: SftConfig | DpoConfig, objective: str = "sft",
 ) -> TrainResult:
-    """Train on encoded rows (medray.data.collate.Encoder); the same call after a killed driver continues.
+    """Train in Ray workers; the same call after a crash, of workers or of this process, goes on from the last checkpoint.
 
     Args:
-        stage_dir: where Ray Train keeps checkpoints, local or remote; the run continues what lies there.
-        rows: rows of `train`, for the learning rate.
-        objective: "sft" or "dpo".
+        stage_dir: where checkpoints go: a path or URL that every node reaches (s3:// too).
+        train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder); eval_ds may be None.
+        rows: rows of train_ds, bad ones included.
+        model_dir: the model in Hugging Face format, at the same path on every node.
 
-    Raises StageError where the workers failed more often than config.max_failures, or no row could be trained.
+    Raises ConfigError for a train_config of the wrong kind, StageError where workers failed more than max_failures times.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources = {"CPU": config.cpus_per_worker}
-    if config.gpus_per_worker:
-        resources["GPU"] = config.gpus_per_worker
+    if not isinstance(train_config, CONFIGS[objective]):
+        raise ConfigError(f"train_config: objective {objective} needs a {CONFIGS[objective].__name__}, not a {type(train_config).__name__}")
+    datasets = {"train": train_ds}
+    if eval_ds is not None and train_config.eval_rows:
+        datasets["eval"] = eval_ds.limit(train_config.eval_rows)
+    if train_config.max_workers > 1:
+        # Blocks are what is shared out: a small data set in one block would keep one worker busy and the others idle.
+        datasets["train"] = train_ds.repartition(target_num_rows_per_block=train_config.micro_batch)
+    resources = {"CPU": train_config.cpus_per_worker}
+    if train_config.gpus_per_worker:
+        resources["GPU"] = train_config.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "objective": objective, "rows": rows, "model_dir": model_dir, "model": model_config.model_dump(),
-            "train": config.model_dump(), "has_eval": evaluation is not None,
+            "model_dir": model_dir, "objective": objective, "rows": rows, "datasets": list(datasets),
+            "model_config": model_config.model_dump(), "train_config": train_config.model_dump(),
         },
-        datasets={"train": train} | ({"eval": evaluation} if evaluation is not None else {}),
-        dataset_config=UnequalSplits(),
-        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources),
-        run_config=RunConfig(
-            name="ray_train", storage_path=stage_dir, checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=config.max_failures),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train_config.num_workers, use_gpu=train_config.gpus_per_worker > 0, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            name="training", storage_path=stage_dir,
+            failure_config=ray.train.FailureConfig(max_failures=train_config.max_failures, max_preemption_failures=-1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train_config.keep_checkpoints),
         ),
+        datasets=datasets,
+        dataset_config=UnequalSplits(),
     )
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise StageError(f"training failed after {config.max_failures} restarts: {error}") from error
-    if result.checkpoint is None:
-        raise StageError(f"no checkpoint was written in {stage_dir}")
-    return _read_result(result.checkpoint)
+        raise StageError(f"training in {stage_dir} failed; the same command goes on from its last checkpoint: {error}") from error
+    with result.checkpoint.as_directory() as folder:
+        state = json.loads(Path(folder, "progress.json").read_text())
+        done = read_rows(folder)
+        metrics = Path(tempfile.mkdtemp(prefix="medray-metrics-"), "metrics.jsonl")
+        metrics.write_bytes(Path(folder, "metrics.jsonl").read_bytes())
+    quarantine = {sample: error for sample, error in done.items() if error is not None}
+    counts = {"steps": state["steps"], "samples": state["samples"], "trained": len(done) - len(quarantine), "quarantined": len(quarantine)}
+    return TrainResult(result.checkpoint, str(metrics), counts, quarantine)
 
 
-def _read_result(checkpoint: Any) -> TrainResult:
-    with checkpoint.as_directory() as folder:
-        progress = json.loads(Path(folder, PROGRESS).read_text())
-        metrics = [json.loads(line) for line in Path(folder, METRICS).read_text().splitlines()]
-        quarantine = [dict(zip(("sample_id", "reason"), json.loads(line), strict=True)) for line in Path(folder, QUARANTINE).read_text().splitlines()]
-    if progress["consumed"] == 0:
-        reasons = sorted({entry["reason"] for entry in quarantine})[:3]
-        raise StageError(f"no row could be trained; {len(quarantine)} were set aside, for example: {'; '.join(reasons) or 'none was read'}")
-    counts = {
-        "samples_trained": progress["consumed"], "steps": progress["step"], "quarantined": len(quarantine), "restarts": progress["restarts"],
-    }
-    uri = checkpoint.path if "://" in checkpoint.path else posixpath.abspath(checkpoint.path)
-    return TrainResult(uri, metrics, quarantine, counts)
+def export_merged(checkpoint: Any, model_dir: str, out_dir: str | os.PathLike, model_config: ModelConfig, train_config: SftConfig | DpoConfig) -> None:
+    """Merge a checkpoint's adapters and projector into plain Hugging Face weights, in the precision of model_config.
 
-
-def export_merged(checkpoint_dir: str, model_dir: str, out_dir: str, model_config: ModelConfig, config: TrainConfig) -> None:
-    """Merge a checkpoint's adapters and projector into plain weights and write a model folder (local paths)."""
-    from safetensors.torch import load_file
+    Merged in fp32, on the CPU. model_config.chat_template, where set, becomes the exported model's own.
+    """
+    from safetensors import safe_open
 
     from medray.models.export import save_vlm
-    from medray.models.vlm import load_processor, load_vlm, merge, prepare_trainable, trainable_state
+    from medray.models.vlm import load_processor, load_vlm, merge, prepare_trainable, trainable_parameters
 
-    # fp32 for the addition: in bf16 a small update would vanish beside a large weight.
-    model = prepare_trainable(load_vlm(model_dir, "fp32", model_config.trust_remote_code), config.model_copy(update={"gradient_checkpointing": False}))
-    state = load_file(f"{checkpoint_dir}/{STATE}")
-    for name, parameter in trainable_state(model).items():
-        parameter.data.copy_(state[f"weight/{name}"])
+    model = prepare_trainable(load_vlm(model_dir, "fp32", model_config.trust_remote_code), train_config)
+    with checkpoint.as_directory() as folder, safe_open(Path(folder, "state.safetensors"), framework="pt") as state, torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            parameter.copy_(state.get_tensor(f"weight/{name}"))
     processor = load_processor(model_dir, model_config.trust_remote_code)
     if model_config.chat_template:
-        template = Path(model_config.chat_template).read_text(encoding="utf-8")
-        processor.chat_template = processor.tokenizer.chat_template = template
-    import torch
-
+        processor.chat_template = processor.tokenizer.chat_template = Path(model_config.chat_template).read_text(encoding="utf-8")
     save_vlm(merge(model), processor, out_dir, {"bf16": torch.bfloat16, "fp32": torch.float32}[model_config.precision])

@@ -6,10 +6,12 @@ import threading
 import time
 
 import psutil
+import pyarrow
 import pyarrow.parquet
 import pytest
 
 from medray.config import EngineConfig, SamplingConfig
+from medray.data.shards import write_resumable
 from medray.inference.engine_guard import OWNER_ENV
 from medray.inference.worker import map_options
 
@@ -63,18 +65,24 @@ def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray
 
     long = SamplingConfig(max_tokens=150)
     config = play_config.model_copy(update={"ask": SamplingConfig(max_tokens=20), "answer": long, "questions": 4})
-    engine = EngineConfig.model_validate({**sections["engine_config"].model_dump(), "rows_per_task": 40, "rows_in_flight": 16})
-    rows = [{"sample_id": f"s{number}", "image": png(number)} for number in range(160)]
+    engine = EngineConfig.model_validate({**sections["engine_config"].model_dump(), "rows_per_task": 30, "rows_in_flight": 16})
+    rows = [{"sample_id": f"s{number}", "image": png(number)} for number in range(120)]
     kwargs = {"model": talker, **sections, "engine_config": engine, "config": config}
-    dataset = ray_cluster.data.from_items(rows, override_num_blocks=4).map_batches(
-        Marked, fn_constructor_kwargs=kwargs, **map_options(engine), runtime_env={"env_vars": {"MEDRAY_TEST_RUN": talker}},
-    )
-    out = tmp_path / "out"
+    source, out = tmp_path / "rows", tmp_path / "out"
+    source.mkdir()
+    for part in range(4):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[part::4]), source / f"{part}.parquet")
+
+    def stage(dataset):
+        return dataset.map_batches(
+            Marked, fn_constructor_kwargs=kwargs, **map_options(engine), runtime_env={"env_vars": {"MEDRAY_TEST_RUN": talker}},
+        )
+
     failures = []
 
     def work():
         try:
-            dataset.write_parquet(str(out))
+            write_resumable(str(source), str(out), str(tmp_path / "checkpoint"), stage)
         except Exception as error:
             failures.append(error)
 

@@ -21,7 +21,8 @@ def server(talker, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = open(tmp_path_factory.mktemp("server") / "log", "w")
+    log_path = tmp_path_factory.mktemp("server") / "log"
+    log = log_path.open("w")
     process = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", talker, "--served-model-name", "tiny", "--host", "127.0.0.1",
          "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**28),
@@ -37,7 +38,7 @@ def server(talker, tmp_path_factory):
                     break
             except httpx.TransportError:
                 pass
-            assert process.poll() is None, open(log.name).read()[-3000:]
+            assert process.poll() is None, log_path.read_text()[-3000:]
             assert time.monotonic() < deadline, "vLLM's server did not start"
             time.sleep(0.5)
         yield base

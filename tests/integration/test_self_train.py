@@ -1,0 +1,117 @@
+"""The whole job on the bundled tiny base model: every stage for real, in its own process, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.dataset
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "data.testbed_rows=240", "data.label_fraction=0.3", "data.max_unlabelled=24", "data.turns=3", "sft.epochs=1", "sft.eval_rows=8",
+    "self_play.questions=2", "judge.min_margin=0", "evaluate.max_images=6", "evaluate.bootstrap=100", "verify.rows=2", "verify.max_tokens=6",
+    "engine.rows_per_task=8",
+]
+
+
+def command(run, *overrides):
+    sets = [part for override in (*SMALL, *overrides) for part in ("--set", override)]
+    return [sys.executable, "jobs/self_train.py", "--run", str(run), *sets]
+
+
+def environment():
+    return {**os.environ, "RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0"} | {"PYTHONUNBUFFERED": "1"}
+
+
+def rows(run, *parts, columns=None):
+    return pyarrow.dataset.dataset(str(Path(run, "stages", *parts)), format="parquet").to_table(columns=columns).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was killed (SIGKILL of the driver) while the model played with itself, then run again."""
+    run = tmp_path_factory.mktemp("job") / "run"
+    with (run.parent / "first.log").open("w") as log:
+        first = subprocess.Popen(command(run), cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        committed = run / "stages" / "11-self_play" / "committed"
+        import time
+
+        while first.poll() is None and not (committed.is_dir() and any(committed.iterdir())):
+            time.sleep(0.2)
+        assert first.poll() is None, (run.parent / "first.log").read_text()[-4000:]
+        first.kill()
+        first.wait()
+    second = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr[-6000:]
+    return run, second
+
+
+def test_summary_line(finished):
+    run, done = finished
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert {"run", "base", "tuned", "pairs", "seconds", "report", "model"} <= set(summary)
+    assert summary["run"] == str(run)
+    assert summary["pairs"] == len(rows(run, "13-pairs", "rows", columns=["sample_id"])) > 0
+
+
+def test_killed_driver_leaves_each_generated_and_judged_id_exactly_once(finished):
+    run, done = finished
+    assert "stage 01-sq_sft: done before" in done.stderr
+    assert "stage 11-self_play: continues (attempt 2)" in done.stderr
+    images = Counter(row["sample_id"] for row in rows(run, "00-data", "images", columns=["sample_id"]))
+    for stage in ("11-self_play", "12-judge"):
+        assert Counter(row["sample_id"] for row in rows(run, stage, "rows", columns=["sample_id"])) == images
+    pairs = Counter(row["sample_id"] for row in rows(run, "13-pairs", "rows", columns=["sample_id"]))
+    assert Counter(row["sample_id"] for row in rows(run, "14-reference", "rows", columns=["sample_id"])) == pairs
+    assert set(pairs.values()) == {1}
+
+
+def test_each_row_was_trained_once_per_epoch(finished):
+    run, _ = finished
+    for stage, source in (("01-sq_sft", ("00-data", "conversations")), ("15-dpo", ("14-reference", "rows"))):
+        manifest = json.loads((run / "stages" / stage / "manifest.json").read_text())
+        assert manifest["outputs"]["counts"]["samples"] == len(rows(run, *source, columns=["sample_id"]))
+        assert manifest["outputs"]["counts"]["quarantined"] == 0
+
+
+def test_reference_columns_are_log_probabilities(finished):
+    run, _ = finished
+    for row in rows(run, "14-reference", "rows", columns=["ref_chosen_logp", "ref_rejected_logp", "chosen", "rejected"]):
+        assert row["ref_chosen_logp"] < 0
+        assert row["ref_rejected_logp"] < 0
+        assert row["chosen"] != row["rejected"]
+
+
+def test_first_dpo_step_starts_at_the_reference(finished):
+    """Before the first update the policy is the reference: rewards are zero and the loss is ln 2, up to dropout (none here)."""
+    run, _ = finished
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["stage"] == "15-dpo")
+    assert first["loss"] == pytest.approx(0.6931, abs=2e-3)
+    assert first["rewards/margin"] == pytest.approx(0, abs=5e-3)
+
+
+def test_report_opens_offline_and_shows_what_it_must(finished):
+    run, _ = finished
+    page = (run / "report.html").read_text()
+    for heading in ("Held-out accuracy", "By attribute", "Training", "Preference pairs", "Questions the model asked itself", "Rows: kept", "Time"):
+        assert heading in page
+    assert "data:image/jpeg;base64" in page
+    assert page.count("<svg") >= 5
+    assert "<script src" not in page
+    assert '<link rel="stylesheet"' not in page
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["accuracy"]) == {"base", "sft", "dpo-1"}
+    assert all(score["low"] <= score["value"] <= score["high"] for score in results["accuracy"].values())
+    assert (run / "tensorboard").is_dir()
+
+
+def test_same_command_again_does_nothing(finished):
+    run, _ = finished
+    again = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert ": begins" not in again.stderr

@@ -1,0 +1,68 @@
+"""Global batches are exact however the rows are spread over workers (threads stand in for them)."""
+
+import threading
+from collections import Counter
+
+import pytest
+import torch
+
+from medray.train.data import EpochRows, shares, take_global_batch
+
+
+def rows(ids, bad=()):
+    return [{"sample_id": str(i), "error": "broken" if i in bad else None} for i in ids]
+
+
+def epoch(parts, size, done=frozenset(), bad=()):
+    """Each part is one worker's rows; returns per worker its batches, and the sizes of the global batches."""
+    world = len(parts)
+    barrier, slots = threading.Barrier(world), [None] * world
+    taken, sizes = [[] for _ in range(world)], []
+
+    def worker(rank):
+        def gather(value):
+            slots[rank] = value
+            barrier.wait(10)
+            stacked = torch.stack(slots)
+            barrier.wait(10)
+            return stacked
+
+        source, more = EpochRows(rows(parts[rank], bad), set(done), 4, rank), True
+        while more:
+            batch, total, more = take_global_batch(source, size, rank, gather)
+            taken[rank].append([row["sample_id"] for row in batch])
+            if rank == 0:
+                sizes.append(total)
+
+    threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(world)]
+    [thread.start() for thread in threads]
+    [thread.join(20) for thread in threads]
+    return taken, sizes
+
+
+@pytest.mark.parametrize("parts", [[range(10)], [range(5), range(5, 10)], [range(9), range(9, 10)], [range(10), []], [[], range(3), range(3, 10)]])
+def test_every_row_once_in_full_batches(parts):
+    taken, sizes = epoch(parts, size=4)
+    assert Counter(i for worker in taken for batch in worker for i in batch) == Counter(str(i) for i in range(10))
+    assert sizes == [4, 4, 2]
+
+
+def test_done_and_bad_rows_are_left_out():
+    taken, sizes = epoch([range(6), range(6, 10)], size=4, done={"0", "7"}, bad=(1,))
+    assert sorted(i for worker in taken for batch in worker for i in batch) == ["2", "3", "4", "5", "6", "8", "9"]
+    assert sizes == [4, 3]
+
+
+def test_nothing_left_is_an_empty_batch():
+    assert epoch([range(2), []], size=4, done={"0", "1"}) == ([[[]], [[]]], [0])
+
+
+def test_order_follows_the_seed():
+    orders = [[row["sample_id"] for row in EpochRows(rows(range(50)), set(), 16, seed).take(50)] for seed in ([0, 0], [0, 0], [0, 1])]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0], key=int) == [str(i) for i in range(50)]
+
+
+def test_shares():
+    assert shares(7, [True, True, False, True]) == [3, 2, 0, 2]
+    assert shares(1, [False, True]) == [0, 1]

@@ -1,0 +1,119 @@
+"""Whole trainings with the real Ray Train, Ray Data and DeepSpeed on the tiny model."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medray.config import DataConfig
+from medray.data.collate import Encoder
+from medray.errors import ConfigError
+from medray.models.vlm import load_vlm
+from medray.train.worker import export_merged, read_rows, run_training
+
+from .conftest import DPO, MODEL, SFT, conversations, preferences
+
+pytestmark = pytest.mark.ray
+
+
+def dataset(path, kind, rows):
+    import ray
+
+    arguments = {"model_path": path, "model_config": MODEL.model_dump(), "data_config": DataConfig().model_dump(), "kind": kind}
+    return ray.data.from_items(rows, override_num_blocks=3).map_batches(
+        Encoder, fn_constructor_kwargs=arguments, batch_size=8, batch_format="pyarrow", num_cpus=0.5)
+
+
+def metrics_of(result):
+    return [json.loads(line) for line in Path(result.metrics).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_and_two_workers(ray_cluster, tiny_llava, tmp_path_factory):
+    """The same two global batches of pairs, once on one worker and once on two (ZeRO-2)."""
+    results = {}
+    rows = preferences(7)  # an odd number: the workers' shares differ
+    for workers, accumulation in ((1, 4), (2, 2)):
+        config = DPO.model_copy(update={"num_workers": workers, "accumulation": accumulation, "epochs": 2, "micro_batch": 2, "checkpoint_every": 1})
+        results[workers] = run_training(
+            str(tmp_path_factory.mktemp(f"workers{workers}")), dataset(tiny_llava, "dpo", rows), None, len(rows), tiny_llava, MODEL, config, "dpo")
+    return results
+
+
+def test_two_workers_train_what_one_does(one_and_two_workers):
+    """Same global batches, same parameters: neither sharding nor unequal shares change the result."""
+    states = {}
+    for workers, result in one_and_two_workers.items():
+        assert result.counts == {"steps": 2, "samples": 14, "trained": 7, "quarantined": 0}
+        with result.checkpoint.as_directory() as folder:
+            states[workers] = load_file(Path(folder, "state.safetensors"))
+            assert set(read_rows(folder)) == {f"p{i:03d}" for i in range(7)}
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[2][name], value, rtol=2e-3, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}")
+    for one, two in zip(*map(metrics_of, one_and_two_workers.values()), strict=True):
+        for key in ("loss", "grad_norm", "rewards/margin", "logps/chosen", "tokens/rejected"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
+        assert two["samples"] == one["samples"] == 7
+
+
+def test_export_is_a_plain_model_with_the_trained_weights(one_and_two_workers, tiny_llava, tmp_path):
+    export_merged(one_and_two_workers[1].checkpoint, tiny_llava, tmp_path / "model", MODEL, DPO)
+    tuned, base = (load_vlm(str(path), "fp32").state_dict() for path in (tmp_path / "model", tiny_llava))
+    assert tuned.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert any("q_proj" in name and "language_model" in name for name in changed)
+    assert any("q_proj" in name and "vision_tower" in name for name in changed)
+    assert any("multi_modal_projector" in name for name in changed)
+    assert not any("embed" in name or "norm" in name or "lm_head" in name for name in changed)
+
+
+@pytest.mark.faults
+def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava, tmp_path):
+    """kill -9 of a training worker mid-epoch: in the history that survives, each id is trained exactly once per epoch.
+
+    The pool is elastic, and a bad row is set aside and counted.
+    """
+    rows = conversations(41, bad=(3,))
+    config = SFT.model_copy(update={
+        "num_workers": (1, 2), "micro_batch": 1, "accumulation": 1, "epochs": 2, "checkpoint_every": 3, "keep_checkpoints": None, "max_failures": 2})
+    killed = []
+
+    def kill_one():
+        # After the first checkpoint, well before the first epoch's end (20 steps).
+        while not list(Path(tmp_path, "training").glob("checkpoint_*/progress.json")):
+            time.sleep(0.05)
+        victim = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())][-1]
+        killed.append(victim.pid)
+        os.kill(victim.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    result = run_training(str(tmp_path), dataset(tiny_llava, "sft", rows), dataset(tiny_llava, "sft", conversations(3)), len(rows), tiny_llava, MODEL, config)
+    assert killed
+    assert result.counts == {"steps": 40, "samples": 80, "trained": 40, "quarantined": 1}
+    assert list(result.quarantine) == ["s003"]
+    ends = {}
+    for file in Path(tmp_path, "training").glob("checkpoint_*/progress.json"):
+        progress = json.loads(file.read_text())
+        if progress["finished"]:
+            tables = [pq.read_table(rows_file) for rows_file in file.parent.glob("rows-*.parquet")]
+            ends[progress["epoch"]] = Counter(id for table in tables for id in table["sample_id"].to_pylist())
+    assert ends == {epoch: Counter(row["sample_id"] for row in rows) for epoch in (0, 1)}
+    lines = metrics_of(result)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert all(line["samples"] == 2 for line in lines if "loss" in line)
+    assert [line["epoch"] for line in lines if "eval_loss" in line] == [0, 1]
+
+
+def test_wrong_config_for_the_objective(tmp_path):
+    with pytest.raises(ConfigError, match="DpoConfig"):
+        run_training(str(tmp_path), None, None, 1, "nowhere", MODEL, SFT, "dpo")
