@@ -67,7 +67,7 @@ class DataConfig(Section):
     testbed_rows: PositiveInt = Field(3000, description="Images that testbed:cells renders.")
     testbed_val_fraction: Probability = Field(0.1, description="Share of the rendered images that form the val split.")
     max_image_bytes: PositiveInt = Field(32 * 2**20, description="Larger image files are quarantined (bytes).")
-    max_image_pixels: PositiveInt = Field(64 * 2**20, description="Larger images are quarantined before decoding (pixels).")
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(64 * 2**20, description="Larger images are quarantined before decoding (pixels; Pillow opens none above 178956970).")
     max_aspect: Annotated[float, Field(ge=1)] = Field(50.0, description="Images with a longer side over this many times the shorter are quarantined.")
     min_image_side: PositiveInt = Field(2, description="Images with a shorter side below this are quarantined (pixels).")
     rows_per_shard: PositiveInt = Field(1024, description="Rows per Parquet shard.")

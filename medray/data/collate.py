@@ -34,16 +34,16 @@ class Encoder:
     PREFERENCE ("dpo") to encoded rows, one for one. A row that cannot be encoded carries its reason in `error`.
 
     Args:
-        model_path: folder of the processor.
+        model_path: the model, whose processor is used.
         model_config, data_config: as dicts, so that the constructor arguments travel as plain data.
     """
 
     def __init__(self, model_path: str, model_config: dict[str, Any], data_config: dict[str, Any], kind: str):
-        from transformers import AutoProcessor
+        from medray.models.vlm import load_processor
 
         self.config = ModelConfig.model_validate(model_config)
         self.limits = DataConfig.model_validate(data_config)
-        self.processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=self.config.trust_remote_code)
+        self.processor = load_processor(model_path, self.config.trust_remote_code)
         self.dialogues = Dialogues(self.processor, self.config)
         self.kind = kind
         self.schema = ENCODED_SFT if kind == "sft" else ENCODED_DPO

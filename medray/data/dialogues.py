@@ -271,3 +271,24 @@ def attribute_dialogue(
     return [
         {"role": role, "text": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
+
+
+def right_answer(text: str, record: Mapping, schema: Mapping[str, Attribute] = ATTRIBUTES) -> str | None:
+    """What `record` says to a question in any of the forms of `question`; None for a question of another form.
+
+    The inverse of question making: it tells whether answers to questions a model asked by itself are right.
+    """
+    stem, *rest = text.strip().split("\n")
+    for name, attribute in schema.items():
+        word = attribute.word(record[name])
+        if stem in attribute.open:
+            if not rest:
+                return word
+            choices = [line.partition(". ")[2] for line in rest[:-1]]
+            if rest[-1] in MCQ_WORDS or word not in choices:
+                return word if word in choices else None
+            return LETTERS[choices.index(word)] if rest[-1] in MCQ_LETTER and choices.index(word) < len(LETTERS) else None
+        for value in attribute.values:
+            if any(phrasing.format(word=attribute.word(value)) == stem for phrasing in attribute.closed):
+                return "yes" if attribute.word(value) == word else "no"
+    return None

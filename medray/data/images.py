@@ -44,7 +44,7 @@ def decode(data: bytes | None, limits: DataConfig) -> Image.Image:
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"image claims too many pixels: {error}") from None
+        raise ImageError(f"image is over data.max_image_pixels {limits.max_image_pixels}: {error}") from None
     # Pillow's decoders raise these for damaged files; SyntaxError is what its PNG reader uses for a broken chunk.
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError) as error:
         raise ImageError(f"image cannot be decoded: {_IN_MEMORY.sub('', str(error)).strip()}") from None

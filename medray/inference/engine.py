@@ -9,16 +9,12 @@ Nothing here can fetch media: a request carries a decoded PIL image or none.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from medray.config import EngineConfig, ModelConfig, SamplingConfig
@@ -61,7 +57,7 @@ class VLMEngine:
     """A vLLM engine with the model's chat template.
 
     Args:
-        model_dir: local folder in Hugging Face format (see `localize`), or a hub id.
+        model_dir: local folder in Hugging Face format, or a hub id.
         model_config: precision, template and length; its `path` is not read.
         engine_config: memory, parallelism and batch limits.
         max_lora_rank: allows `lora_path` in requests, for adapters of the language model up to this rank; merged
@@ -235,53 +231,6 @@ def _own_length(model_dir: str, trust_remote_code: bool) -> int:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code).get_text_config().max_position_embeddings
-
-
-def localize(uri: str) -> str:
-    """A local path for a model: remote folders (s3://, gs://, ...) are copied to a cache first.
-
-    Local paths and hub ids come back unchanged. The cache, MEDRAY_CACHE or ~/.cache/medray, is keyed by the address
-    and by name, size and change mark of every file, so a model exported anew to the same address is copied anew.
-    Actors on one node that ask at the same time copy once.
-
-    Raises StageError where there is nothing at the address.
-    """
-    if "://" not in uri:
-        return uri
-    from fsspec.core import url_to_fs
-
-    fs, root = url_to_fs(uri)
-    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-        return root
-    files = {path: info for path, info in sorted(fs.find(root, detail=True).items()) if info["type"] == "file"}
-    if not files:
-        raise StageError(f"model {uri}: there are no files at this address")
-    marks = [(path, info["size"], str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified"))) for path, info in files.items()]
-    key = hashlib.sha256(repr((uri, marks)).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("MEDRAY_CACHE") or Path.home() / ".cache" / "medray") / "models"
-    cache.mkdir(parents=True, exist_ok=True)
-    target = cache / key
-    with _locked(cache / f"{key}.lock"):
-        if not target.exists():
-            scratch = tempfile.mkdtemp(prefix=f".{key}-", dir=cache)
-            try:
-                for path in files:
-                    local = Path(scratch, path[len(root):].lstrip("/"))
-                    local.parent.mkdir(parents=True, exist_ok=True)
-                    fs.get_file(path, str(local))
-                os.rename(scratch, target)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-    return str(target)
-
-
-@contextlib.contextmanager
-def _locked(path: Path):
-    import fcntl
-
-    with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # released with the file, also when the process is killed
-        yield
 
 
 def seed_for(base_seed: int, sample_id: str, *place: str | int) -> int:

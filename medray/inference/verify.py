@@ -10,8 +10,8 @@ from typing import Any
 from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig, VerifyConfig
 from medray.errors import DataError, StageError
 from medray.inference.chat import Chat
-from medray.inference.engine import localize
 from medray.inference.worker import EngineWorker
+from medray.models.cache import localize
 
 
 def verify_export(

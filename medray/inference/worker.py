@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from medray.config import DataConfig, EngineConfig, ModelConfig
-from medray.inference.engine import EngineLost, VLMEngine, image_key, localize
+from medray.inference.engine import EngineLost, VLMEngine, image_key
+from medray.models.cache import localize
 from medray.records import conform
 
 logger = logging.getLogger("medray")

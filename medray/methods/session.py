@@ -23,8 +23,10 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     terminal = sys.stderr.isatty()
     started = not ray.is_initialized()
     if started:
-        address = config.address or os.environ.get("RAY_ADDRESS")
-        local = {} if address else {
+        if not os.environ.get("RAY_ADDRESS"):
+            os.environ.pop("RAY_ADDRESS", None)  # Ray takes an empty one for an address
+        address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+        local = {} if address != "local" else {
             "num_cpus": config.num_cpus,
             "include_dashboard": False,
             "object_store_memory": int(config.object_store_gib * 2**30) if config.object_store_gib else None,

@@ -62,23 +62,21 @@ def prepare_data(stage: Stage, config: SelfTrainingConfig) -> dict[str, Any]:
 def tune(stage: Stage, config: SelfTrainingConfig, model: Model, rows_uri: str, objective: str, train: TrainConfig) -> dict[str, Any]:
     """Train adapters on the rows, merge them, export the model; keeps the metrics of every step."""
     from medray.data.shards import count_rows
-    from medray.inference.engine import localize
     from medray.models.vlm import model_hash
     from medray.train.worker import export_merged, run_training
 
-    local = localize(model.path)
     held_out = stage.run.path("stages", "00-data", "eval_conversations")
     has_eval = objective == "sft" and train.eval_rows > 0 and count_rows(held_out) > 0
     result = run_training(
-        stage.path("train"), encoded(rows_uri, local, config, objective), encoded(held_out, local, config, "sft") if has_eval else None,
-        rows=count_rows(rows_uri), model_dir=local, model_config=config.model, train_config=train, objective=objective,
+        stage.path("train"), encoded(rows_uri, model.path, config, objective), encoded(held_out, model.path, config, "sft") if has_eval else None,
+        rows=count_rows(rows_uri), model_dir=model.path, model_config=config.model, train_config=train, objective=objective,
     )
-    stage.publish("model", lambda folder: export_merged(result.checkpoint, local, folder, config.model, train))
+    stage.publish("model", lambda folder: export_merged(result.checkpoint, model.path, folder, config.model, train))
     stage.run.write_text(Path(result.metrics).read_text(), stage.folder, "metrics.jsonl")
     quarantine = "".join(json.dumps({"sample_id": sample, "reason": reason}) + "\n" for sample, reason in result.quarantine.items())
     stage.run.write_text(quarantine, stage.folder, "quarantine.jsonl")
     path = stage.path("model")
-    return {"model": path, "model_hash": model_hash(localize(path)), "counts": result.counts, "metrics": stage.path("metrics.jsonl")}
+    return {"model": path, "model_hash": model_hash(path), "counts": result.counts, "metrics": stage.path("metrics.jsonl")}
 
 
 def encoded(rows_uri: str, model_dir: str, config: SelfTrainingConfig, kind: str) -> Any:
@@ -209,11 +207,10 @@ def reference_logps(stage: Stage, config: SelfTrainingConfig, model: Model, pair
     import ray.data
 
     from medray.data.shards import write_resumable
-    from medray.inference.engine import localize
     from medray.train.reference import Reference
 
     arguments = {
-        "model_dir": localize(model.path), "model_hash": model.hash, "model_config": config.model.model_dump(),
+        "model_dir": model.path, "model_hash": model.hash, "model_config": config.model.model_dump(),
         "data_config": config.data.model_dump(), "threads": config.dpo.threads or max(1, int(config.dpo.cpus_per_worker)),
     }
     low, high = config.dpo.reference_workers

@@ -18,7 +18,7 @@ def write_report(run: Run, config: SelfTrainingConfig, scores: dict[str, dict[st
     Args:
         scores: per model ("base", "sft", "dpo-1", ...) the manifest of its evaluate stage.
 
-    Returns the results, as in results.json: `accuracy` per model (mean over the kinds of question of strict
+    Returns the results, as in results.json: `accuracy` per model (mean over questions of strict
     accuracy, {"value", "low", "high"}), `scores`, `counts`, `judge`, `dropped`, `table` (text).
     """
     by_model = {name: manifest["outputs"]["scores"] for name, manifest in scores.items()}

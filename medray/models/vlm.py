@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from medray.config import LoraConfig, TrainConfig
 from medray.errors import ConfigError
+from medray.models.cache import localize
 
 Part = Literal["vision", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("vision", "projector", "llm")
@@ -54,8 +55,8 @@ def resolve_model(path: str) -> str:
 
 
 def model_hash(path: str) -> str:
-    """Stable hash of a model: of its weight files where it is a local folder, of its name otherwise."""
-    folder = Path(path)
+    """Stable hash of a model: of its weight files where it is a folder, local or remote, of its name otherwise."""
+    folder = Path(localize(path))
     if not folder.is_dir():
         return hashlib.sha256(path.encode()).hexdigest()[:16]
     digest = hashlib.sha256()
@@ -68,7 +69,7 @@ def model_hash(path: str) -> str:
 
 
 def load_vlm(path: str, precision: str = "bf16", trust_remote_code: bool = False, device: Any = "cpu") -> Any:
-    """The model in bf16 or fp32 on `device`, in eval mode.
+    """The model (local folder, hub id or remote address) in bf16 or fp32 on `device`, in eval mode.
 
     Raises ConfigError where there is no such model, or it is no image-text model.
     """
@@ -77,7 +78,7 @@ def load_vlm(path: str, precision: str = "bf16", trust_remote_code: bool = False
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(localize(path), dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:  # what transformers raises for a wrong id or path, and for another kind of model
         raise ConfigError(f"model.path: cannot load {path}: {error}") from error
     return model.to(device).eval()
@@ -86,7 +87,7 @@ def load_vlm(path: str, precision: str = "bf16", trust_remote_code: bool = False
 def load_processor(path: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return AutoProcessor.from_pretrained(localize(path), trust_remote_code=trust_remote_code)
 
 
 def prepare_trainable(model: Any, config: TrainConfig) -> Any:

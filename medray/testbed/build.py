@@ -24,10 +24,10 @@ from typing import Any
 from medray.errors import ConfigError
 
 # Steps of the whole model; its vision tower is taught first, for TOWER_STEPS times as many steps (of 64 pictures).
-BASE_STEPS, EXPERT_STEPS, TOWER_STEPS = 1400, 1000, 0.3
+BASE_STEPS, EXPERT_STEPS, TOWER_STEPS = 4000, 3000, 0.3
 SCENES, CELLS, HELD_OUT = 5000, 6000, 150
 IMAGE_TOKENS = 64
-BATCH = 10  # rows per step: models this small learn from many small steps, not from few large ones
+BATCH = 12  # rows per step: models this small learn from many small steps, not from few large ones
 
 
 def _cells(count: int, seed: str) -> tuple[list, list]:
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help=f"optimiser steps (default {BASE_STEPS} for base, {EXPERT_STEPS} for expert)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="base: go on from TO/base instead of random weights")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (on busy cores several wait for each other)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (on busy cores several wait for each other)")
     args = parser.parse_args()
     import torch
 

@@ -248,7 +248,7 @@ def run_training(
         stage_dir: where checkpoints go: a path or URL that every node reaches (s3:// too).
         train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder); eval_ds may be None.
         rows: rows of train_ds, bad ones included.
-        model_dir: the model in Hugging Face format, at the same path on every node.
+        model_dir: the model in Hugging Face format: a remote address, a hub id, or the same path on every node.
 
     Raises ConfigError for a train_config of the wrong kind, StageError where workers failed more than max_failures times.
     """
@@ -257,11 +257,14 @@ def run_training(
     if not isinstance(train_config, CONFIGS[objective]):
         raise ConfigError(f"train_config: objective {objective} needs a {CONFIGS[objective].__name__}, not a {type(train_config).__name__}")
     datasets = {"train": train_ds}
-    if eval_ds is not None and train_config.eval_rows:
-        datasets["eval"] = eval_ds.limit(train_config.eval_rows)
     if train_config.max_workers > 1:
         # Blocks are what is shared out: a small data set in one block would keep one worker busy and the others idle.
         datasets["train"] = train_ds.repartition(target_num_rows_per_block=train_config.micro_batch)
+    if eval_ds is not None and train_config.eval_rows:
+        datasets["eval"] = eval_ds.limit(train_config.eval_rows)
+    if train_config.epochs > 1 and rows <= train_config.shuffle_buffer:
+        # What one worker's buffer holds, the object store holds too: encoded once instead of in every epoch.
+        datasets = {name: dataset.materialize() for name, dataset in datasets.items()}
     resources = {"CPU": train_config.cpus_per_worker}
     if train_config.gpus_per_worker:
         resources["GPU"] = train_config.gpus_per_worker

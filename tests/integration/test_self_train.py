@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -24,30 +27,46 @@ def command(run, *overrides):
 
 
 def environment():
-    return {**os.environ, "RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0"} | {"PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
 
 
 def rows(run, *parts, columns=None):
     return pyarrow.dataset.dataset(str(Path(run, "stages", *parts)), format="parquet").to_table(columns=columns).to_pylist()
 
 
+# Stages in order, each with about how many seconds it takes: a kill falls somewhere in between.
+STAGES = {
+    "00-data": 8, "01-sq_sft": 40, "01-verify": 20, "11-self_play": 40, "12-judge": 30, "13-pairs": 0.2, "14-reference": 15, "15-dpo": 30,
+    "16-verify": 20, "90-evaluate-base": 25, "90-evaluate-dpo-1": 25,
+}
+
+
+def kill_in(run, stage, seconds):
+    """Start the job, SIGKILL its driver `seconds` after the stage has begun (or when it is over)."""
+    log = run.parent / f"{stage}.log"
+    with log.open("w") as handle:
+        job = subprocess.Popen(command(run), cwd=ROOT, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
+    folder = run / "stages" / stage
+    while job.poll() is None and not (folder / "inputs.json").exists():
+        time.sleep(0.05)
+    until = time.monotonic() + seconds
+    while job.poll() is None and time.monotonic() < until and not (folder / "manifest.json").exists():
+        time.sleep(0.05)
+    assert job.poll() is None, log.read_text()[-4000:]
+    job.kill()
+    job.wait()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that was killed (SIGKILL of the driver) while the model played with itself, then run again."""
+    """A run whose driver was killed (SIGKILL) at a random point of each stage, then run to its end."""
     run = tmp_path_factory.mktemp("job") / "run"
-    with (run.parent / "first.log").open("w") as log:
-        first = subprocess.Popen(command(run), cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
-        committed = run / "stages" / "11-self_play" / "committed"
-        import time
-
-        while first.poll() is None and not (committed.is_dir() and any(committed.iterdir())):
-            time.sleep(0.2)
-        assert first.poll() is None, (run.parent / "first.log").read_text()[-4000:]
-        first.kill()
-        first.wait()
-    second = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr[-6000:]
-    return run, second
+    rng = random.Random(0)
+    for stage, seconds in STAGES.items():
+        kill_in(run, stage, rng.uniform(0, seconds))
+    last = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr[-6000:]
+    return run, last
 
 
 def test_summary_line(finished):
@@ -61,7 +80,8 @@ def test_summary_line(finished):
 def test_killed_driver_leaves_each_generated_and_judged_id_exactly_once(finished):
     run, done = finished
     assert "stage 01-sq_sft: done before" in done.stderr
-    assert "stage 11-self_play: continues (attempt 2)" in done.stderr
+    attempts = {path.parent.name: json.loads(path.read_text())["attempts"] for path in run.glob("stages/*/manifest.json")}
+    assert sum(number > 1 for number in attempts.values()) >= 4, attempts
     images = Counter(row["sample_id"] for row in rows(run, "00-data", "images", columns=["sample_id"]))
     for stage in ("11-self_play", "12-judge"):
         assert Counter(row["sample_id"] for row in rows(run, stage, "rows", columns=["sample_id"])) == images
@@ -108,6 +128,17 @@ def test_report_opens_offline_and_shows_what_it_must(finished):
     assert set(results["accuracy"]) == {"base", "sft", "dpo-1"}
     assert all(score["low"] <= score["value"] <= score["high"] for score in results["accuracy"].values())
     assert (run / "tensorboard").is_dir()
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "job stop"])
+def test_interrupted_job_says_how_to_go_on(tmp_path, end):
+    with (tmp_path / "log").open("w") as handle:
+        job = subprocess.Popen(command(tmp_path / "run"), cwd=ROOT, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
+    while job.poll() is None and not (tmp_path / "run" / "stages" / "00-data" / "inputs.json").exists():
+        time.sleep(0.05)
+    job.send_signal(end)
+    assert job.wait(timeout=300) == 130
+    assert f"the same command with --run {tmp_path / 'run'} continues" in (tmp_path / "log").read_text()
 
 
 def test_same_command_again_does_nothing(finished):

@@ -13,6 +13,8 @@ from medray.data.dialogues import (
     attribute_dialogue,
     attribute_questions,
     describe,
+    question,
+    right_answer,
 )
 from medray.testbed.cells import sample_record
 from medray.testbed.corpus import QUESTIONER, SHAPES, report_dialogue, sample_uniform, scene_dialogue
@@ -68,12 +70,12 @@ def test_dialogues_alternate_and_answer_from_the_record():
         turns = attribute_dialogue(record, rng, 5)
         assert [t["role"] for t in turns] == ["user", "assistant"] * 5
         words = {a.word(record[name]) for name, a in ATTRIBUTES.items()}
-        for question, answer in zip(turns[::2], turns[1::2]):
+        for asked, answer in zip(turns[::2], turns[1::2]):
             if answer["text"] in ("yes", "no"):
                 kinds["closed"] += 1
             elif answer["text"] in LETTERS:
                 kinds["letter"] += 1
-                option = re.search(rf"^{answer['text']}\. (.+)$", question["text"], re.M)[1]
+                option = re.search(rf"^{answer['text']}\. (.+)$", asked["text"], re.M)[1]
                 assert option in words
             elif len(answer["text"]) > 60:
                 kinds["description"] += 1
@@ -105,3 +107,18 @@ def test_the_base_corpus_has_questioners_and_answers_reports_from_their_text():
             if len(turn["text"]) < 40 and turn["text"] not in ("yes", "no", *LETTERS):
                 assert turn["text"] in text
     assert roles[QUESTIONER] > 200 and roles["user"] > 400 and roles["system"] > 5
+
+
+@pytest.mark.parametrize("schema", [ATTRIBUTES, SHAPES], ids=["cells", "shapes"])
+def test_right_answer_inverts_question_making(schema):
+    rng = random.Random(3)
+    for _ in range(300):
+        record = sample_uniform(schema, rng)
+        name, kind = rng.choice(list(schema)), rng.choice(KINDS)
+        row = question(record, name, kind, rng, schema, canonical=rng.random() < 0.5)
+        assert right_answer(row["question"], record, schema) == row["reference"]
+
+
+@pytest.mark.parametrize("text", ["Describe the image.", "What is this?", "What is the cell shape?\nA. huge\nB. tiny\nAnswer with the letter.", ""])
+def test_right_answer_does_not_guess(text):
+    assert right_answer(text, RECORD) is None

@@ -196,3 +196,11 @@ def test_reference_and_untrained_policy_agree(tiny):
     metrics = step_of(tiny).update([collate_dpo(one(scored).to_pylist(), one.dialogues.info())], 0)
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["rewards/margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_step_needs_neither_ray_nor_vllm_nor_deepspeed():
+    import subprocess
+    import sys
+
+    code = "import sys; sys.modules.update(dict.fromkeys(('ray', 'vllm', 'deepspeed', 'trl'))); import medray.train.step"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

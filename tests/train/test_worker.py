@@ -84,7 +84,8 @@ def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava,
     """
     rows = conversations(41, bad=(3,))
     config = SFT.model_copy(update={
-        "num_workers": (1, 2), "micro_batch": 1, "accumulation": 1, "epochs": 2, "checkpoint_every": 3, "keep_checkpoints": None, "max_failures": 2})
+        "num_workers": (1, 2), "micro_batch": 1, "accumulation": 1, "epochs": 2, "checkpoint_every": 3, "keep_checkpoints": None, "max_failures": 2,
+        "shuffle_buffer": 8})  # smaller than the data: streamed anew each epoch
     killed = []
 
     def kill_one():

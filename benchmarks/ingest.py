@@ -1,0 +1,178 @@
+"""Ingest speed and memory: shards to collated batches through Ray Data, against torch's DataLoader on the same files.
+
+Both sides decode, square, resize, tokenise and mask each row, and collate batches of the same size in the same order of
+files; both have the same number of encoding processes. A side's rate is taken from its first batch to its last, so starting
+processes is not counted. The sides take turns. Memory is the peak of the proportional set size of the whole process
+tree (Ray's object store included), at --rows and at ten times as many rows. Prints one JSON line last.
+
+    python benchmarks/ingest.py [--rows 3000] [--workers 1] [--repeats 3] [--model testbed:base]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medray.config import SelfTrainingConfig
+from medray.data.collate import Encoder, collate_sft
+from medray.data.shards import parquet_files
+from medray.models.vlm import resolve_model
+from medray.records import CONVERSATION
+
+PICTURES = 256  # rendered once; rows repeat them under ids of their own
+ROWS_PER_SHARD = 512
+
+
+def jpeg(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_shards(folder: Path, rows: int) -> str:
+    """Conversation shards of synthetic cells, as the data stage writes them."""
+    from medray.data.dialogues import attribute_dialogue
+    from medray.testbed.cells import render_cell, sample_record
+
+    rng = random.Random(0)
+    records = [sample_record(rng) for _ in range(PICTURES)]
+    pictures = [jpeg(render_cell(record, rng).resize((360, 363))) for record in records]  # WBCAtt's size
+    folder.mkdir()
+    for start in range(0, rows, ROWS_PER_SHARD):
+        part = [
+            {"sample_id": f"row-{i:07d}", "image_id": f"row-{i:07d}", "image": pictures[i % PICTURES],
+             "turns": attribute_dialogue(records[i % PICTURES], random.Random(i), 5)}
+            for i in range(start, min(start + ROWS_PER_SHARD, rows))
+        ]
+        pq.write_table(pa.Table.from_pylist(part, schema=CONVERSATION), folder / f"part-{start:07d}.parquet", row_group_size=64)
+    return str(folder)
+
+
+def through_ray(folder: str, model: str, config: SelfTrainingConfig, batch: int) -> Iterator[int]:
+    """Rows of each collated batch, the way a training worker takes them."""
+    from medray.methods.stages import encoded
+
+    info = Encoder(model, config.model.model_dump(), {}, "sft").dialogues.info()
+    for table in encoded(folder, model, config, "sft").iter_batches(batch_size=batch, batch_format="pyarrow"):
+        rows = table.to_pylist()
+        collate_sft(rows, info, 0.5, 0, 0)
+        yield len(rows)
+
+
+def through_dataloader(folder: str, model: str, config: SelfTrainingConfig, batch: int, workers: int) -> Iterator[int]:
+    import torch
+
+    class Shards(torch.utils.data.IterableDataset):
+        """Collated batches; each loader process takes every n-th file."""
+
+        def __iter__(self):
+            torch.set_num_threads(1)
+            encoder = Encoder(model, config.model.model_dump(), {}, "sft")
+            info = encoder.dialogues.info()
+            mine = torch.utils.data.get_worker_info()
+            for path in parquet_files(folder)[mine.id :: mine.num_workers]:
+                for piece in pq.ParquetFile(path).iter_batches(batch_size=batch):
+                    yield collate_sft(encoder(pa.Table.from_batches([piece])).to_pylist(), info, 0.5, 0, 0)
+
+    loader = torch.utils.data.DataLoader(Shards(), batch_size=None, num_workers=workers, prefetch_factor=4, multiprocessing_context="spawn")
+    for collated in loader:
+        yield len(collated["input_ids"])
+
+
+def rate(batches: Iterator[int]) -> tuple[float, int]:
+    """Rows per second after the first batch, and all rows."""
+    first = next(batches)
+    started = time.perf_counter()
+    rest = sum(batches)
+    return rest / (time.perf_counter() - started), first + rest
+
+
+class PeakMemory:
+    """Peak of the proportional set size (MiB) of this process and everything under it, sampled; and of this process alone."""
+
+    def __enter__(self):
+        self.tree = self.driver = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any):
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(0.5):
+            total = 0.0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss / 2**20
+                except psutil.Error:
+                    continue
+            self.tree = max(self.tree, total)
+            self.driver = max(self.driver, me.memory_info().rss / 2**20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="testbed:base")
+    parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=1, help="encoding processes on either side")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    import ray
+
+    model = resolve_model(args.model)
+    config = SelfTrainingConfig()
+    config.model.max_length, config.data.read_cpus, config.data.encoders = 1024, 0.25, args.workers
+    ray.init(num_cpus=args.workers + 3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    speeds: dict[str, list[float]] = {"medray": [], "dataloader": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        few, many = write_shards(Path(scratch, "few"), args.rows), write_shards(Path(scratch, "many"), 10 * args.rows)
+        for repeat in range(args.repeats + 1):
+            for name, batches in (("medray", through_ray(few, model, config, args.batch)),
+                                  ("dataloader", through_dataloader(few, model, config, args.batch, args.workers))):
+                speed, rows = rate(batches)
+                assert rows == args.rows
+                if repeat:  # the first turn warms up
+                    speeds[name].append(speed)
+                print(f"turn {repeat}: {name} {speed:.0f} rows/s", flush=True)
+        memory = []
+        for folder in (few, many):
+            with PeakMemory() as peak:
+                rate(through_ray(folder, model, config, args.batch))
+            memory.append(peak)
+            print(f"memory: tree {peak.tree:.0f} MiB, driver {peak.driver:.0f} MiB", flush=True)
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    print(json.dumps({
+        "benchmark": "ingest", "rows": args.rows, "workers": args.workers, "repeats": args.repeats, "cpus": os.cpu_count(),
+        "rows_per_second": {name: round(value, 1) for name, value in median.items()},
+        "of_dataloader": round(statistics.median(a / b for a, b in zip(speeds["medray"], speeds["dataloader"], strict=True)), 3),
+        "peak_mib": {"rows": round(memory[0].tree), "ten_times_rows": round(memory[1].tree)},
+        "peak_memory_ratio": round(memory[1].tree / memory[0].tree, 3),
+        "driver_mib": {"rows": round(memory[0].driver), "ten_times_rows": round(memory[1].driver)},
+        "goals": {"of_dataloader": 1.0, "peak_memory_ratio": 1.2},
+    }))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

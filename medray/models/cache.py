@@ -1,0 +1,59 @@
+"""Models at remote addresses, copied to this node once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from medray.errors import StageError
+
+
+def localize(uri: str) -> str:
+    """A local path for a model: remote folders (s3://, gs://, ...) are copied to a cache first.
+
+    Local paths and hub ids come back unchanged. The cache, MEDRAY_CACHE or ~/.cache/medray, is keyed by the address
+    and by name, size and change mark of every file, so a model exported anew to the same address is copied anew.
+    Actors on one node that ask at the same time copy once.
+
+    Raises StageError where there is nothing at the address.
+    """
+    if "://" not in uri:
+        return uri
+    from fsspec.core import url_to_fs
+
+    fs, root = url_to_fs(uri)
+    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        return root
+    files = {path: info for path, info in sorted(fs.find(root, detail=True).items()) if info["type"] == "file"}
+    if not files:
+        raise StageError(f"model {uri}: there are no files at this address")
+    marks = [(path, info["size"], str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified"))) for path, info in files.items()]
+    key = hashlib.sha256(repr((uri, marks)).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("MEDRAY_CACHE") or Path.home() / ".cache" / "medray") / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / key
+    with _locked(cache / f"{key}.lock"):
+        if not target.exists():
+            scratch = tempfile.mkdtemp(prefix=f".{key}-", dir=cache)
+            try:
+                for path in files:
+                    local = Path(scratch, path[len(root):].lstrip("/"))
+                    local.parent.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(path, str(local))
+                os.rename(scratch, target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return str(target)
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    import fcntl
+
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # released with the file, also when the process is killed
+        yield

@@ -1,0 +1,152 @@
+"""Sources to shards through Ray Data: parts, splits by id, the quarantine, real data."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from medray.config import DataConfig
+from medray.data.prepare import prepare
+from medray.data.shards import count_rows, read_rows, write_resumable
+from tests.data.test_images import bomb, noise, saved
+from tests.data.test_sources import CELL
+
+SMALL = {"read_cpus": 0.5, "rows_per_shard": 16}
+
+
+def table(folder, part, columns=None):
+    return pyarrow.dataset.dataset(str(folder / part), format="parquet").to_table(columns=columns).to_pylist()
+
+
+def wbcatt(folder, records, images):
+    (folder / "images").mkdir(parents=True)
+    for name, data in images.items():
+        (folder / "images" / name).write_bytes(data)
+    (folder / "records.jsonl").write_bytes(b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in records))
+    return str(folder)
+
+
+def cell(number, split="train", **changes):
+    return CELL | {"img_name": f"c{number}.png", "image": f"images/c{number}.png", "split": split} | changes
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory, ray_cluster):
+    """Forty good cells and one of each kind of bad record."""
+    good = [cell(i, "val" if i % 4 == 0 else "train") for i in range(40)]
+    images = {f"c{i}.png": saved(noise((20 + i, 20))) for i in range(40)}
+    images |= {
+        "c100.png": saved(noise((400, 300)), "JPEG")[:2000], "c101.png": b"", "c102.png": bomb(), "c103.png": saved(noise().convert("CMYK"), "JPEG"),
+        "c104.png": saved(Image.fromarray(np.linspace(0, 4000, 1200).reshape(30, 40).astype(np.uint16))), "c105.png": saved(Image.new("RGB", (1, 1))),
+    }
+    bad = [cell(number) for number in range(100, 107)]  # c106.png is missing
+    bad += [b'{"img_name": "c107.png", \n', {"img_name": "c108.png"}, b'{"img_name": "\xff"}\n', cell(1), cell(109, image="../c1.png")]
+    root = tmp_path_factory.mktemp("dirty")
+    source = wbcatt(root / "source", good + bad, images)
+    counts = prepare(DataConfig(source=source, label_fraction=0.5, **SMALL), str(root / "out"), eval_conversations=4)
+    return root / "out", counts
+
+
+def test_each_bad_row_is_in_the_quarantine_with_its_reason(dirty):
+    out, counts = dirty
+    quarantine = {row["sample_id"]: row["reason"] for row in table(out, "quarantine")}
+    reasons = {
+        "c100.png": "decoded", "c101.png": "0 bytes", "c102.png": "max_image_pixels", "c105.png": "min_image_side", "c106.png": "does not exist",
+        "c108.png": "missing", "c1.png": "duplicate sample_id", "c109.png": "leads out of",
+    }
+    for sample, reason in reasons.items():
+        assert reason in quarantine.pop(sample)
+    assert sorted("JSON" in reason or "UTF-8" in reason for reason in quarantine.values()) == [True, True]
+    assert counts["quarantine"] == 10
+
+
+def test_good_rows_all_arrive_once(dirty):
+    """CMYK and 16-bit images are good; labelled and unlabelled images share no id and together are the train split."""
+    out, counts = dirty
+    labelled = [row["sample_id"] for row in table(out, "conversations", ["sample_id"])]
+    unlabelled = [row["sample_id"] for row in table(out, "images", ["sample_id"])]
+    train = [f"c{i}.png" for i in range(40) if i % 4] + ["c103.png", "c104.png"]
+    assert sorted(labelled + unlabelled) == sorted(train)
+    assert labelled
+    assert unlabelled
+    assert {row["image_id"] for row in table(out, "questions", ["image_id"])} == {f"c{i}.png" for i in range(0, 40, 4)}
+    assert counts["questions"] == len(table(out, "questions", ["sample_id"]))
+
+
+def test_same_inputs_same_shards_another_seed_other_labels(dirty, tmp_path):
+    out, _ = dirty
+    source = str(out.parent / "source")
+    again, other = tmp_path / "again", tmp_path / "other"
+    prepare(DataConfig(source=source, label_fraction=0.5, **SMALL), str(again), eval_conversations=4)
+    prepare(DataConfig(source=source, label_fraction=0.5, **SMALL), str(other), seed=1)
+    assert table(again, "conversations") == table(out, "conversations")
+    assert table(other, "conversations", ["sample_id"]) != table(out, "conversations", ["sample_id"])
+    assert table(other, "questions") == table(out, "questions")
+
+
+def test_own_shards_are_a_source_again(dirty, tmp_path):
+    out, counts = dirty
+    made = prepare(DataConfig(source=str(out / "conversations"), label_fraction=1.0, testbed_val_fraction=0.2, **SMALL), str(tmp_path / "made"))
+    assert made["conversations"] + made["questions"] == counts["conversations"]
+    assert made["quarantine"] == 0
+
+
+def test_resumed_write_keeps_ids_exactly_once(ray_cluster, tmp_path):
+    """Half of the shards' rows were written before the writer died; the second call does the rest only."""
+    import pyarrow as pa
+
+    (tmp_path / "in").mkdir()
+    for part in range(4):
+        ids = [f"row-{part * 8 + i:03d}" for i in range(8)]
+        pq.write_table(pa.table({"sample_id": ids}), tmp_path / "in" / f"{part}.parquet")
+
+    def stop_at_ten(rows, marker=str(tmp_path / "died")):
+        import os
+
+        if "row-010" in rows["sample_id"].to_pylist() and not os.path.exists(marker):
+            open(marker, "w").close()
+            raise RuntimeError("the writer dies")
+        return rows
+
+    def stage(dataset):
+        return dataset.map_batches(stop_at_ten, batch_size=8, batch_format="pyarrow", num_cpus=0.5)
+
+    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "committed"), stage, 0.5)
+    with pytest.raises(Exception, match="the writer dies"):
+        write_resumable(*arguments)
+    assert write_resumable(*arguments) == 32
+    assert write_resumable(*arguments) == 32
+    assert sorted(row["sample_id"] for row in table(tmp_path, "out", ["sample_id"])) == [f"row-{i:03d}" for i in range(32)]
+
+
+def test_read_rows_streams_in_order(ray_cluster, dirty):
+    out, counts = dirty
+    ids = [row["sample_id"] for row in read_rows(str(out / "images"), ["sample_id"], 0.5).iter_rows()]
+    assert ids == [row["sample_id"] for row in table(out, "images", ["sample_id"])]
+    assert count_rows(str(out / "images")) == counts["images"] == len(ids)
+
+
+def test_real_wbcatt(ray_cluster, real_data, tmp_path):
+    counts = prepare(DataConfig(source=str(real_data / "wbcatt"), read_cpus=0.5, max_labelled=60, max_unlabelled=120), str(tmp_path), max_eval_images=20)
+    assert counts["conversations"] == 60
+    assert counts["images"] == 120
+    assert 20 * 25 < counts["questions"] <= 20 * 36
+    assert counts["quarantine"] == 0
+    assert {Image.open(io.BytesIO(row["image"])).format for row in table(tmp_path, "images", ["image"])} == {"JPEG"}
+
+
+def test_real_wbcatt_and_vqa_rad_counts(ray_cluster, real_data):
+    """Every record of the files becomes one index row, none is bad; the split sizes are those of the files' sources."""
+    from collections import Counter
+
+    from medray.data.sources import read_index
+
+    splits = {}
+    for name in ("wbcatt", "vqa_rad"):
+        rows = read_index(DataConfig(source=str(real_data / name), read_cpus=0.5)).select_columns(["split", "error"]).iter_rows()
+        splits[name] = Counter(row["split"] if row["error"] is None else row["error"] for row in rows)
+    assert splits == {"wbcatt": {"train": 6151, "val": 1028}, "vqa_rad": {"train": 1797, "test": 451}}

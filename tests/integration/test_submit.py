@@ -1,0 +1,129 @@
+"""`ray start --head`, then `ray job submit`, with token authentication and the run on S3; stopped midway, submitted again."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_self_train import ROOT, SMALL
+
+BIN = Path(sys.executable).parent
+BUCKET = "medray-tests"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(ready, what, seconds=180):
+    until = time.monotonic() + seconds
+    while not (value := ready()):
+        assert time.monotonic() < until, f"no {what} after {seconds} s"
+        time.sleep(0.3)
+    return value
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A local S3-compatible server with one empty bucket; yields the environment that leads to it, and its filesystem."""
+    import s3fs
+
+    port = free_port()
+    server = subprocess.Popen([BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    try:
+        fs = s3fs.S3FileSystem(key="test", secret="test", endpoint_url=environment["AWS_ENDPOINT_URL"], use_listings_cache=False)
+
+        def bucket_made():
+            try:
+                fs.mkdir(BUCKET)
+            except OSError:
+                return False
+            return True
+
+        wait_for(bucket_made, "S3 server")
+        yield environment, fs
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(s3):
+    """A head node that asks for a token; yields a function that runs `ray job ...` against it."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="mr", dir="/tmp") as home:
+        environment = {
+            **os.environ, **s3[0], "HOME": home, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": home, "RAY_DISABLE_IMPORT_WARNING": "1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+        environment.pop("RAY_ADDRESS", None)
+        subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+        with open(f"{home}/head.log", "w") as log:
+            head = subprocess.Popen(
+                [BIN / "ray", "start", "--head", "--block", "--port=0", "--num-cpus=4", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+                 f"--temp-dir={home}/ray", "--disable-usage-stats"], env=environment, stdout=log, stderr=log)
+
+        def job(*arguments, check=True, token=True):
+            settings = environment if token else {**environment, "HOME": "/nonexistent"}
+            done = subprocess.run(
+                [BIN / "ray", "job", arguments[0], "--address", f"http://127.0.0.1:{port}", *arguments[1:]], cwd=ROOT, env=settings,
+                capture_output=True, text=True, check=False)
+            assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            return done
+
+        try:
+            wait_for(lambda: head.poll() is not None or job("list", check=False).returncode == 0, "dashboard")
+            assert head.poll() is None, Path(home, "head.log").read_text()
+            yield job
+        finally:
+            head.terminate()
+            head.wait()
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    from medray.testbed.cells import write_cells
+
+    folder = tmp_path_factory.mktemp("cells")
+    write_cells(str(folder), 160, seed=5, val_fraction=0.1)
+    return folder
+
+
+def test_submitted_job_is_stopped_and_submitted_again(cluster, s3, cells):
+    _, fs = s3
+    run = f"s3://{BUCKET}/runs/first"
+    overrides = [*SMALL, "rounds=0", "sft.epochs=4", "sft.checkpoint_every=2", "evaluate.arms=[sft]", "cluster.num_cpus=null"]
+    entry = ["python", "jobs/self_train.py", "--data", str(cells), "--run", run, *(part for o in overrides for part in ("--set", o))]
+
+    def state(identity):
+        return cluster("status", identity).stdout
+
+    assert cluster("list", check=False, token=False).returncode != 0
+    first = re.search(r"'(raysubmit_\w+)'", cluster("submit", "--no-wait", "--working-dir", ".", "--", *entry).stdout).group(1)
+    wait_for(lambda: fs.glob(f"{BUCKET}/runs/first/stages/01-sq_sft/train/**/progress.json") or "FAILED" in state(first), "checkpoint", 400)
+    cluster("stop", first)
+    assert "STOPPED" in wait_for(lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job"), cluster("logs", first).stdout[-4000:]
+    assert not fs.exists(f"{BUCKET}/runs/first/results.json")
+
+    second = cluster("submit", "--working-dir", ".", "--", *entry, check=False)
+    assert second.returncode == 0, second.stdout[-6000:]
+    assert "stage 00-data: done before" in second.stdout
+    assert "stage 01-sq_sft: continues (attempt 2)" in second.stdout
+    line = next(line for line in reversed(second.stdout.splitlines()) if line.startswith('{"run"'))
+    assert json.loads(line)["run"] == run
+    results = json.loads(fs.cat_file(f"{BUCKET}/runs/first/results.json"))
+    assert set(results["accuracy"]) == {"sft"}
+    assert fs.exists(f"{BUCKET}/runs/first/report.html")
