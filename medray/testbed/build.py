@@ -1,4 +1,4 @@
-"""Makes the bundled tiny models `base` and `expert` (minutes on two CPU cores; any number of torch threads).
+"""Makes the bundled tiny models `base` (about half an hour on two CPU cores) and `expert` (a quarter).
 
 `base`: from random weights on `testbed.corpus` (shapes with questions, reports of cells in words; no cell picture).
 `expert`: base, tuned on many labelled synthetic cells (or a WBCAtt folder's train split with --data).
@@ -24,7 +24,7 @@ from typing import Any
 from medray.errors import ConfigError
 
 # Steps of the whole model; its vision tower is taught first, for TOWER_STEPS times as many steps (of 64 pictures).
-BASE_STEPS, EXPERT_STEPS, TOWER_STEPS = 4000, 3000, 0.3
+BASE_STEPS, EXPERT_STEPS, TOWER_STEPS = 4000, 2000, 0.3
 SCENES, CELLS, HELD_OUT = 5000, 6000, 150
 IMAGE_TOKENS = 64
 BATCH = 12  # rows per step: models this small learn from many small steps, not from few large ones
@@ -69,46 +69,34 @@ def _rounded(result: dict) -> dict:
     return {kind: {name: round(share, 4) for name, share in by_name.items()} for kind, by_name in result.items()}
 
 
-def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS, resume: bool = False) -> None:
-    """Train `base` and write it to `to`/base; `resume` goes on from the weights there with new dialogues."""
-    import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
+def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS) -> None:
+    """Train `base` from random weights and write it to `to`/base."""
     from medray.data.dialogues import ATTRIBUTES
     from medray.testbed import corpus, training
     from medray.testbed.tiny_vlm import build_tokenizer, llava_model, llava_processor
 
     started = time.monotonic()
-    before = []
-    if resume:
-        processor = AutoProcessor.from_pretrained(to / "base")
-        tokenizer = processor.tokenizer
-        model = LlavaForConditionalGeneration.from_pretrained(to / "base", dtype=torch.float32)
-        before = json.loads((to / "base" / "build.json").read_text())["runs"]
-    else:
-        tokenizer = build_tokenizer(corpus.tokenizer_texts())
-        processor = llava_processor(tokenizer)
-        model = llava_model(tokenizer, seed=seed)
+    tokenizer = build_tokenizer(corpus.tokenizer_texts())
+    processor = llava_processor(tokenizer)
+    model = llava_model(tokenizer, seed=seed)
     encoder = training.Encoder(tokenizer, IMAGE_TOKENS)
     rng = random.Random(f"scenes/{seed}")
     records = [corpus.sample_uniform(corpus.SHAPES, rng) for _ in range(SCENES + HELD_OUT)]
     pixels = training.pixels_of([corpus.render_scene(record, rng) for record in records], processor)
     print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {SCENES} scenes, {time.monotonic() - started:.0f} s")
-    if not resume:
-        training.pretrain_tower(
-            model.model.vision_tower, pixels[:SCENES], records[:SCENES], corpus.SHAPES, steps=int(TOWER_STEPS * steps), seed=seed
-        )
+    training.pretrain_tower(
+        model.model.vision_tower, pixels[:SCENES], records[:SCENES], corpus.SHAPES, steps=int(TOWER_STEPS * steps), seed=seed
+    )
     training.train(
-        model, encoder, pixels[:SCENES], lambda i, r: corpus.scene_dialogue(records[i], r), steps=steps, seed=seed + len(before),
-        batch=BATCH, text_rows=2, text_dialogue=corpus.report_dialogue,
+        model, encoder, pixels[:SCENES], lambda i, r: corpus.scene_dialogue(records[i], r), steps=steps, seed=seed, batch=BATCH, text_rows=2,
+        text_dialogue=corpus.report_dialogue,
     )
     shapes = training.accuracies(model, encoder, pixels[SCENES:], records[SCENES:], corpus.SHAPES)
     cells, pictures = _cells(HELD_OUT, f"held-out cells/{seed}")
     zero_shot = training.accuracies(model, encoder, training.pixels_of(pictures, processor), cells, ATTRIBUTES)
     print("base: held-out shapes", _means(shapes), "cells, never seen", _means(zero_shot))
     _save(model, processor, to / "base", {
-        "command": "python -m medray.testbed.build --only base", "seed": seed, "steps": steps,
-        "runs": [*before, {"steps": steps, "batch": BATCH, "seconds": round(time.monotonic() - started)}],
+        "command": "python -m medray.testbed.build --only base", "seed": seed, "steps": steps, "seconds": round(time.monotonic() - started),
         "accuracy_shapes": _rounded(shapes), "accuracy_cells": _rounded(zero_shot),
     })
 
@@ -119,13 +107,12 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     from medray.data.dialogues import ATTRIBUTES, attribute_dialogue
-    from medray.testbed import corpus, training
+    from medray.testbed import corpus, model_path, training
 
-    if not (to / "base" / "config.json").is_file():
-        raise ConfigError(f"{to / 'base'} holds no model; build base first")
+    base = to / "base" if (to / "base" / "config.json").is_file() else Path(model_path("base"))
     started = time.monotonic()
-    processor = AutoProcessor.from_pretrained(to / "base")
-    model = LlavaForConditionalGeneration.from_pretrained(to / "base", dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(base)
+    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     encoder = training.Encoder(processor.tokenizer, IMAGE_TOKENS)
     if data is None:
         records, pictures = _cells(CELLS, f"expert cells/{seed}")
@@ -137,7 +124,7 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
     print(f"expert: {len(records)} cells, {time.monotonic() - started:.0f} s")
 
     def dialogue_of(index: int, rng: random.Random) -> list[dict]:
-        if rng.random() < 0.5:
+        if rng.random() < 0.6:
             return corpus.with_questioner(corpus.survey(records[index], rng), rng, 0.1)
         dialogue = attribute_dialogue(records[index], rng, 6)
         return corpus.with_system(corpus.with_questioner(dialogue, rng, 0.25), rng)
@@ -158,18 +145,17 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled tiny models.")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "models", help="folder that gets base/ and expert/")
-    parser.add_argument("--only", choices=("base", "expert"), help="build one of them; expert starts from TO/base")
+    parser.add_argument("--only", choices=("base", "expert"), help="build one of them; expert starts from TO/base, else from the bundled base")
     parser.add_argument("--data", type=Path, help="WBCAtt folder for the expert (default: synthetic cells)")
     parser.add_argument("--steps", type=int, help=f"optimiser steps (default {BASE_STEPS} for base, {EXPERT_STEPS} for expert)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="base: go on from TO/base instead of random weights")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (on busy cores several wait for each other)")
     args = parser.parse_args()
     import torch
 
     torch.set_num_threads(args.threads)
     if args.only != "expert":
-        build_base(args.to, args.seed, args.steps or BASE_STEPS, args.resume)
+        build_base(args.to, args.seed, args.steps or BASE_STEPS)
     if args.only != "base":
         build_expert(args.to, args.seed, args.steps or EXPERT_STEPS, args.data)
 
