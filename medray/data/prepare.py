@@ -55,6 +55,8 @@ def prepare(
 
     Raises DataError where the source has no usable format or nothing to train or evaluate on.
     """
+    from ray.data.expressions import col
+
     fs, root = url_to_fs(out_dir)
     for part in PARTS:
         if fs.exists(f"{root}/{part}"):
@@ -66,7 +68,7 @@ def prepare(
     limits = {"labelled": config.max_labelled, "unlabelled": config.max_unlabelled, "eval": max_eval_images, "unused": None}
     for part, most in limits.items():
         # Index rows are small, and materialised once: each pass only picks its own.
-        chosen = groups.filter(lambda row, part=part: row["part"] == part, num_cpus=config.read_cpus)
+        chosen = groups.filter(expr=col("part") == part, num_cpus=config.read_cpus)
         if most is not None:
             chosen = chosen.limit(most)
         settings = {

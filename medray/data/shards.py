@@ -31,14 +31,17 @@ def read_rows(uri: str, columns: list[str] | None = None, num_cpus: float = 1.0)
     import ray.data
 
     # File metadata (sizes, schema) is fetched lazily by read tasks, so any number of shards starts at once.
-    return ray.data.read_parquet(parquet_files(uri), columns=columns, ray_remote_args={"num_cpus": num_cpus})
+    return ray.data.read_parquet(parquet_files(uri), columns=columns, num_cpus=num_cpus)
 
 
-def write_resumable(rows_uri: str, out_uri: str, checkpoint_uri: str, stage: Any, num_cpus: float = 1.0, columns: list[str] | None = None) -> int:
+def write_resumable(rows_uri: str, out_uri: str, checkpoint_uri: str, stage: Any, rows_per_task: int, num_cpus: float = 1.0) -> int:
     """Read shards, pass them through `stage(dataset) -> dataset`, write them; the same call after a kill finishes.
 
     Rows are known by `sample_id`; one input row gives one output row with the same id. Ray Data commits each written
     file together with the ids it holds (two phases), and a restarted call reads only ids that are not committed.
+
+    Args:
+        rows_per_task: rows that are worked on, written and committed together: what a lost process costs at most.
 
     Returns the number of rows in `out_uri`.
     """
@@ -53,7 +56,9 @@ def write_resumable(rows_uri: str, out_uri: str, checkpoint_uri: str, stage: Any
     context.checkpoint_config = CheckpointConfig(id_column="sample_id", checkpoint_path=checkpoint_uri, delete_checkpoint_on_success=False)
     try:
         if wanted:
-            stage(read_rows(rows_uri, columns, num_cpus)).write_parquet(out_uri, ray_remote_args={"num_cpus": num_cpus})
+            # A shard would else be one task, and committed only as a whole.
+            rows = read_rows(rows_uri, num_cpus=num_cpus).repartition(target_num_rows_per_block=rows_per_task)
+            stage(rows).write_parquet(out_uri, ray_remote_args={"num_cpus": num_cpus})
     finally:
         context.checkpoint_config = before
     return count_rows(out_uri)

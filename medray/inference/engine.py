@@ -176,7 +176,7 @@ def _start(model_dir: str, model: ModelConfig, config: EngineConfig, max_lora_ra
     os.environ[OWNER_ENV] = str(os.getpid())
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # on CPU it warns thirty times per start
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(config.cpus_per_actor))))
@@ -214,6 +214,7 @@ def _start(model_dir: str, model: ModelConfig, config: EngineConfig, max_lora_ra
         max_lora_rank=max(8, max_lora_rank),
         worker_extension_cls="medray.inference.engine_guard.EngineGuard",
         disable_log_stats=True,
+        use_tqdm_on_load=False,
         skip_mm_profiling=on_cpu,
         **limits,
     )

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from medray.config import ClusterConfig
 
@@ -31,10 +32,10 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": int(config.object_store_gib * 2**30) if config.object_store_gib else None,
         }
-        ray.init(
-            address=address, log_to_driver=True, logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false"}}, **local,
-        )
+        runtime_env: dict[str, Any] = {"env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false"}}
+        if local:
+            runtime_env["worker_process_setup_hook"] = "medray._worker_setup.quiet"
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env, **local)
     context = ray.data.DataContext.get_current()
     # A log file wants lines, a terminal wants bars.
     context.enable_progress_bars = terminal

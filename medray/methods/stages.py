@@ -120,7 +120,7 @@ def self_play(stage: Stage, config: SelfTrainingConfig, model: Model, data: dict
             rows = rows.filter(_FreshShare(number, config.rounds), num_cpus=config.data.read_cpus)
         return rows.map_batches(SelfPlay, fn_constructor_kwargs=arguments, **map_options(config.engine))
 
-    rows = write_resumable(images, stage.path("rows"), stage.path("committed"), played, config.data.read_cpus)
+    rows = write_resumable(images, stage.path("rows"), stage.path("committed"), played, config.engine.rows_per_task, config.data.read_cpus)
     tally = _tally(stage.path("rows"), ["sample_id", "error", "questions", "dropped_questions"], _played)
     return {"rows": stage.path("rows"), "counts": {"images": rows, **tally}}
 
@@ -155,7 +155,8 @@ def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> d
     model = resolve_model(config.judge.model) if config.judge.kind == "vllm" else None
     judge_class, options = judge_map(config.judge, model, config.model, config.data, config.engine)
     rows = write_resumable(
-        played["outputs"]["rows"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(judge_class, **options), config.data.read_cpus,
+        played["outputs"]["rows"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(judge_class, **options),
+        config.engine.rows_per_task, config.data.read_cpus,
     )
     ledger = cost_ledger(_rows(stage.path("rows"), ["requests", "retries", "prompt_tokens", "completion_tokens"]), config.judge)
     tally = _tally(stage.path("rows"), ["sample_id", "error", "verdicts"], _verdicts)
@@ -221,7 +222,7 @@ def reference_logps(stage: Stage, config: SelfTrainingConfig, model: Model, pair
             num_cpus=config.dpo.cpus_per_worker, num_gpus=config.dpo.gpus_per_worker, compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
         )
 
-    rows = write_resumable(pairs["outputs"]["rows"], stage.path("rows"), stage.path("committed"), scored, config.data.read_cpus)
+    rows = write_resumable(pairs["outputs"]["rows"], stage.path("rows"), stage.path("committed"), scored, 8 * config.dpo.reference_batch, config.data.read_cpus)
     return {"rows": stage.path("rows"), "counts": {"pairs": rows}}
 
 
@@ -234,7 +235,8 @@ def evaluate(stage: Stage, config: SelfTrainingConfig, model: Model, name: str, 
     arguments = {**engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}
     rows = write_resumable(
         data["outputs"]["questions"], stage.path("rows"), stage.path("committed"),
-        lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), config.data.read_cpus,
+        lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), 8 * config.engine.rows_per_task,
+        config.data.read_cpus,
     )
     scores = score(stage.path("rows"), config.evaluate)
     difference = None

@@ -60,6 +60,7 @@ def train_worker(config: dict[str, Any]) -> None:
         config: model_dir, objective, rows (of the dataset), and model_config, train_config as plain dicts.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it writes two lines per checkpoint
     model_config = ModelConfig.model_validate(config["model_config"])
     train_config = CONFIGS[config["objective"]].model_validate(config["train_config"])
     torch.set_num_threads(train_config.threads or max(1, int(train_config.cpus_per_worker)))

@@ -115,7 +115,7 @@ def test_resumed_write_keeps_ids_exactly_once(ray_cluster, tmp_path):
     def stage(dataset):
         return dataset.map_batches(stop_at_ten, batch_size=8, batch_format="pyarrow", num_cpus=0.5)
 
-    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "committed"), stage, 0.5)
+    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "committed"), stage, 8, 0.5)
     with pytest.raises(Exception, match="the writer dies"):
         write_resumable(*arguments)
     assert write_resumable(*arguments) == 32

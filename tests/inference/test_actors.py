@@ -82,7 +82,7 @@ def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray
 
     def work():
         try:
-            write_resumable(str(source), str(out), str(tmp_path / "checkpoint"), stage)
+            write_resumable(str(source), str(out), str(tmp_path / "checkpoint"), stage, engine.rows_per_task)
         except Exception as error:
             failures.append(error)
 

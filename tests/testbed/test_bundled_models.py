@@ -64,7 +64,7 @@ def test_expert_reads_cells_and_base_does_not():
 def test_expert_answers_yes_no_and_letters_better_than_chance():
     records, images = cells(20, "more test cells")
     shares = accuracy("expert", records, images, ATTRIBUTES, ("closed", "mcq"))
-    assert shares["closed"]["mean"] > 0.7 and shares["mcq"]["mean"] > 0.6, shares
+    assert shares["closed"]["mean"] > 0.7 and shares["mcq"]["mean"] > 0.5, shares
 
 
 def test_base_sees_shapes():
