@@ -99,8 +99,8 @@ def test_one_seed_reaches_every_stage():
         (["model.path=/no/such/model"], "model.path: /no/such/model does not exist"),
         (["model.path=testbed:huge"], "model.path: unknown bundled model"),
         (["data.source=/no/such/data"], "data.source: /no/such/data does not exist"),
-        (["sft.num_workers=4"], "sft.num_workers: 4 workers x 1 CPUs and a CPU to read data need more than the 2 CPUs here"),
-        (["engine.actors=[3, 3]"], "engine.actors: 3 actors x 1 CPUs"),
+        (["sft.num_workers=4"], "sft.num_workers: 4 workers x 1 CPUs and a CPU to read data need more than the 4 CPUs here"),
+        (["engine.actors=[3, 3]"], "engine.actors: 3 actors x 2 CPUs"),
         (["judge.kind=api", "judge.scoring=scores"], "judge.key_env: the environment variable OPENAI_API_KEY is not set"),
         (["judge.model=/no/judge"], "judge.model: /no/judge does not exist"),
         (["data.eval_split=train"], "data.eval_split: must differ"),
@@ -109,14 +109,14 @@ def test_one_seed_reaches_every_stage():
 def test_preflight_names_the_field(overrides, message, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml", ["cluster.num_cpus=2", *overrides])
+    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml", overrides)
     with pytest.raises(ConfigError) as error:
         check_self_training(config)
     assert message in str(error.value)
 
 
 def test_preflight_passes_the_demo():
-    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml", ["cluster.num_cpus=2"])
+    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml")
     check_self_training(config)
 
 

@@ -176,7 +176,7 @@ def _start(model_dir: str, model: ModelConfig, config: EngineConfig, max_lora_ra
     os.environ[OWNER_ENV] = str(os.getpid())
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # on CPU it warns thirty times per start
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING")  # on CPU it warns thirty times per start
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(config.cpus_per_actor))))

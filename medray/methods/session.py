@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +37,10 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         runtime_env: dict[str, Any] = {"env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false"}}
         if local:
             runtime_env["worker_process_setup_hook"] = "medray._worker_setup.quiet"
+        on_stop = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env, **local)
+        if threading.current_thread() is threading.main_thread() and callable(on_stop):
+            signal.signal(signal.SIGTERM, on_stop)  # Ray's own handler, set by init, would leave without a word
     context = ray.data.DataContext.get_current()
     # A log file wants lines, a terminal wants bars.
     context.enable_progress_bars = terminal

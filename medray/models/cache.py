@@ -12,7 +12,7 @@ from pathlib import Path
 from medray.errors import StageError
 
 
-def localize(uri: str) -> str:
+def localize(uri: str | os.PathLike) -> str:
     """A local path for a model: remote folders (s3://, gs://, ...) are copied to a cache first.
 
     Local paths and hub ids come back unchanged. The cache, MEDRAY_CACHE or ~/.cache/medray, is keyed by the address
@@ -21,6 +21,7 @@ def localize(uri: str) -> str:
 
     Raises StageError where there is nothing at the address.
     """
+    uri = os.fspath(uri)
     if "://" not in uri:
         return uri
     from fsspec.core import url_to_fs

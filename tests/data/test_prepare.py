@@ -56,7 +56,7 @@ def test_each_bad_row_is_in_the_quarantine_with_its_reason(dirty):
     quarantine = {row["sample_id"]: row["reason"] for row in table(out, "quarantine")}
     reasons = {
         "c100.png": "decoded", "c101.png": "0 bytes", "c102.png": "max_image_pixels", "c105.png": "min_image_side", "c106.png": "does not exist",
-        "c108.png": "missing", "c1.png": "duplicate sample_id", "c109.png": "leads out of",
+        "c108.png": "label is None", "c1.png": "duplicate sample_id", "c109.png": "leads out of",
     }
     for sample, reason in reasons.items():
         assert reason in quarantine.pop(sample)

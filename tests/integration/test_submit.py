@@ -74,6 +74,7 @@ def cluster(s3):
         with open(f"{home}/head.log", "w") as log:
             head = subprocess.Popen(
                 [BIN / "ray", "start", "--head", "--block", "--port=0", "--num-cpus=4", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+                 f"--dashboard-agent-listen-port={free_port()}",  # the default one is taken by the test session's own Ray
                  f"--temp-dir={home}/ray", "--disable-usage-stats"], env=environment, stdout=log, stderr=log)
 
         def job(*arguments, check=True, token=True):
@@ -112,10 +113,15 @@ def test_submitted_job_is_stopped_and_submitted_again(cluster, s3, cells):
         return cluster("status", identity).stdout
 
     assert cluster("list", check=False, token=False).returncode != 0
-    first = re.search(r"'(raysubmit_\w+)'", cluster("submit", "--no-wait", "--working-dir", ".", "--", *entry).stdout).group(1)
+
+    def submitted():
+        """The id of the job; None while the head's job agent is not up yet."""
+        return re.search(r"'(raysubmit_\w+)'", cluster("submit", "--no-wait", "--working-dir", ".", "--", *entry, check=False).stdout)
+
+    first = wait_for(submitted, "job agent").group(1)
     wait_for(lambda: fs.glob(f"{BUCKET}/runs/first/stages/01-sq_sft/train/**/progress.json") or "FAILED" in state(first), "checkpoint", 400)
     cluster("stop", first)
-    assert "STOPPED" in wait_for(lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job"), cluster("logs", first).stdout[-4000:]
+    assert "was stopped" in wait_for(lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job"), cluster("logs", first).stdout[-4000:]
     assert not fs.exists(f"{BUCKET}/runs/first/results.json")
 
     second = cluster("submit", "--working-dir", ".", "--", *entry, check=False)
