@@ -1,5 +1,10 @@
 """TrainStep: what trains, what does not, and that neither accumulation nor the kind of engine changes the result."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -199,8 +204,16 @@ def test_reference_and_untrained_policy_agree(tiny):
 
 
 def test_step_needs_neither_ray_nor_vllm_nor_deepspeed():
-    import subprocess
-    import sys
-
     code = "import sys; sys.modules.update(dict.fromkeys(('ray', 'vllm', 'deepspeed', 'trl'))); import medray.train.step"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_process_killed_while_compiling_blocks_nobody(tmp_path):
+    """What DeepSpeed needs is compiled on first use; the lock of a killed compiler is not waited for."""
+    from torch.utils import cpp_extension
+
+    lock = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False), "lock")
+    lock.touch()
+    code = "from medray.train.engine import _build_collectives; _build_collectives(); _build_collectives()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert not lock.exists()
