@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.dataset
 import pytest
+import yaml
 
 # One fixture does the work of the module: several starts of the whole job.
 pytestmark = pytest.mark.timeout(1500)
@@ -92,10 +93,13 @@ def test_killed_driver_leaves_each_generated_and_judged_id_exactly_once(finished
 
 def test_each_row_was_trained_once_per_epoch(finished):
     run, _ = finished
-    for stage, source in (("01-sq_sft", ("00-data", "conversations")), ("15-dpo", ("14-reference", "rows"))):
-        manifest = json.loads((run / "stages" / stage / "manifest.json").read_text())
-        assert manifest["outputs"]["counts"]["samples"] == len(rows(run, *source, columns=["sample_id"]))
-        assert manifest["outputs"]["counts"]["quarantined"] == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for stage, section, source in (("01-sq_sft", "sft", ("00-data", "conversations")), ("15-dpo", "dpo", ("14-reference", "rows"))):
+        counts = json.loads((run / "stages" / stage / "manifest.json").read_text())["outputs"]["counts"]
+        ids = len(rows(run, *source, columns=["sample_id"]))
+        assert counts["trained"] == ids
+        assert counts["samples"] == ids * config[section]["epochs"]
+        assert counts["quarantined"] == 0
 
 
 def test_reference_columns_are_log_probabilities(finished):
