@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 # One fixture does the work of the module: several starts of the whole job.
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(2700)
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

@@ -14,6 +14,8 @@ import pytest
 
 from tests.integration.test_self_train import ROOT, SMALL
 
+pytestmark = pytest.mark.timeout(2000)
+
 BIN = Path(sys.executable).parent
 BUCKET = "medray-tests"
 
@@ -119,7 +121,7 @@ def test_submitted_job_is_stopped_and_submitted_again(cluster, s3, cells):
         return re.search(r"'(raysubmit_\w+)'", cluster("submit", "--no-wait", "--working-dir", ".", "--", *entry, check=False).stdout)
 
     first = wait_for(submitted, "job agent").group(1)
-    wait_for(lambda: fs.glob(f"{BUCKET}/runs/first/stages/01-sq_sft/train/**/progress.json") or "FAILED" in state(first), "checkpoint", 400)
+    wait_for(lambda: fs.glob(f"{BUCKET}/runs/first/stages/01-sq_sft/train/**/progress.json") or "FAILED" in state(first), "checkpoint", 900)
     cluster("stop", first)
     assert "was stopped" in wait_for(lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job"), cluster("logs", first).stdout[-4000:]
     assert not fs.exists(f"{BUCKET}/runs/first/results.json")
