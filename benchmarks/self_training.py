@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="for every job")
-    parser.add_argument("--all-labels", action="append", default=["sft.epochs=4"], metavar="a.b=c", help="for the job on all labels")
+    parser.add_argument("--all-labels", action="append", default=["sft.epochs=2"], metavar="a.b=c", help="for the job on all labels")
     options = parser.parse_args()
     options.data, options.judge = str(Path(options.data).resolve()), str(Path(options.judge).resolve())
     Path(options.runs).mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from medray.config import EngineConfig, ModelConfig, SamplingConfig
 from medray.errors import MedrayError, StageError
@@ -50,6 +50,15 @@ class Output:
     seed: int | None
     logprobs: list[float] | None
     special: bool
+    prompt_tokens: int
+
+
+class Likelihood(NamedTuple):
+    """How likely a model finds an answer: nats summed over the answer's tokens (end of turn included), their number,
+    and the tokens of prompt and answer together as the engine saw them (image tokens included)."""
+
+    nats: float
+    tokens: int
     prompt_tokens: int
 
 
@@ -104,8 +113,8 @@ class VLMEngine:
 
     async def loglikelihood(
         self, turns: list[Turn], image: Any, answer: str, *, image_id: str | None = None,
-    ) -> tuple[float, int]:
-        """How likely the model itself would answer so: (sum of nats, tokens), end-of-turn token included.
+    ) -> Likelihood:
+        """How likely the model itself would answer so.
 
         Raises EngineLost, or ValueError for an answer that does not fit into the context.
         """
@@ -120,7 +129,7 @@ class VLMEngine:
         result = await self._run(self._request([*prompt_ids, *answer_ids], image, image_id), params, None)
         scored = result.prompt_logprobs[-len(answer_ids):]
         total = sum(position[token].logprob for position, token in zip(scored, answer_ids, strict=True))
-        return total, len(answer_ids)
+        return Likelihood(total, len(answer_ids), len(result.prompt_token_ids))
 
     async def prompt_ids(self, prompt: Sequence[int] | str, image: Any) -> list[int]:
         """The prompt's ids as the engine sees them, image tokens expanded."""

@@ -189,8 +189,8 @@ class EngineJudge(EngineWorker, _Judge):
             self.engine.loglikelihood(turns, image, question["answers"][index]["text"], image_id=key) for index in used
         ))
         usage.requests += len(used)
-        usage.prompt_tokens += sum(tokens for _, tokens in results)
-        scores = {index: total / tokens for index, (total, tokens) in zip(used, results, strict=True)}
+        usage.prompt_tokens += sum(result.prompt_tokens for result in results)
+        scores = {index: result.nats / result.tokens for index, result in zip(used, results, strict=True)}
         return [Verdict(scores[first], scores[second]) for first, second in places]
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
+    from ray.util.annotations import RayDeprecationWarning
 
     terminal = sys.stderr.isatty()
     started = not ray.is_initialized()
@@ -34,7 +36,8 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": int(config.object_store_gib * 2**30) if config.object_store_gib else None,
         }
-        runtime_env: dict[str, Any] = {"env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false"}}
+        variables = {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        runtime_env: dict[str, Any] = {"env_vars": variables}
         if local:
             runtime_env["worker_process_setup_hook"] = "medray._worker_setup.quiet"
         on_stop = signal.getsignal(signal.SIGTERM)
@@ -49,6 +52,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     context.execution_options.preserve_order = True
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if terminal else logging.WARNING)
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     try:
         yield
     finally:

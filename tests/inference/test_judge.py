@@ -159,13 +159,15 @@ def test_random_judge_is_the_same_again_and_fair(png):
 def test_likelihood_judge_prefers_what_it_would_say_whatever_the_order(on_engine, png, player):
     judge = on_engine(EngineJudge, config=JudgeConfig(kind="vllm", scoring="likelihood"), name="vllm")
     answers = ["the image shows", "10 useless numbers"]
-    (one,) = judge(table(png, *answers)).to_pylist()[0]["verdicts"]
+    judged = judge(table(png, *answers)).to_pylist()[0]
+    (one,) = judged["verdicts"]
     (two,) = judge(table(png, *answers[::-1])).to_pylist()[0]["verdicts"]
     assert (one["first_score"], one["second_score"]) == pytest.approx((two["second_score"], two["first_score"]), abs=1e-5)
     assert one["order_agreement"] is None and one["error"] is None
     image, _ = player.run(player.image({"image": png(0)}))
-    nats, tokens = player.run(player.engine.loglikelihood([{"role": "user", "text": "What?"}], image, answers[0]))
+    nats, tokens, prompt_tokens = player.run(player.engine.loglikelihood([{"role": "user", "text": "What?"}], image, answers[0]))
     assert one["first_score"] == pytest.approx(nats / tokens, abs=1e-5)
+    assert judged["requests"] == 2 and judged["prompt_tokens"] > prompt_tokens
 
 
 @pytest.mark.vllm

@@ -65,13 +65,14 @@ def test_likelihood_equals_transformers(player, images, talker):
     image, _ = player.run(player.image(row))
     turns = [{"role": "user", "text": "Rate the image."}]
     answer = "the image shows one cell"
-    nats, tokens = player.run(player.engine.loglikelihood(turns, image, answer))
+    nats, tokens, seen = player.run(player.engine.loglikelihood(turns, image, answer))
 
     dialogues = player.engine.chat.dialogues
     prompt, ending = player.engine.chat.answer_ids(turns, answer)
     assert ending[-1] == player.engine.chat.tokenizer.eos_token_id and len(ending) == tokens
     ids, _ = dialogues.expand(np.asarray(prompt + ending, np.int32), np.empty((0, 3), np.int32), 64)
     pixels = load_processor(talker).image_processor(image, return_tensors="pt")["pixel_values"]
+    assert seen == len(ids)
     with torch.inference_mode():
         logits = load_vlm(talker, "fp32")(input_ids=torch.tensor(ids[None].astype(np.int64)), pixel_values=pixels).logits[0]
     logprobs = logits.float().log_softmax(-1)
