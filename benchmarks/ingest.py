@@ -1,11 +1,11 @@
 """Ingest speed and memory: shards to collated batches through Ray Data, against torch's DataLoader on the same files.
 
 Both sides decode, square, resize, tokenise and mask each row, and collate batches of the same size in the same order of
-files; both have the same number of encoding processes. A side's rate is taken from its first batch to its last, so starting
-processes is not counted. The sides take turns. Memory is the peak of the proportional set size of the whole process
+files; both have the same number of encoding processes. A side's rate is that of the further rows when it goes through ten
+times as many, (10 n - n) / (t(10 n) - t(n)), so what starting processes takes is not counted. The sides take turns. Memory is the peak of the proportional set size of the whole process
 tree (Ray's object store included), at --rows and at ten times as many rows. Prints one JSON line last.
 
-    python benchmarks/ingest.py [--rows 3000] [--workers 1] [--repeats 3] [--model testbed:base]
+    python benchmarks/ingest.py [--rows 600] [--workers 1] [--repeats 3] [--model testbed:base]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch.utils.data
 
 from medray.config import SelfTrainingConfig
 from medray.data.collate import Encoder, collate_sft
@@ -73,32 +74,36 @@ def through_ray(folder: str, model: str, config: SelfTrainingConfig, batch: int)
         yield len(rows)
 
 
+class Shards(torch.utils.data.IterableDataset):
+    """Collated batches; each loader process takes every n-th file."""
+
+    def __init__(self, folder: str, model: str, model_config: dict[str, Any], batch: int):
+        self.folder, self.model, self.model_config, self.batch = folder, model, model_config, batch
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        encoder = Encoder(self.model, self.model_config, {}, "sft")
+        info = encoder.dialogues.info()
+        mine = torch.utils.data.get_worker_info()
+        for path in parquet_files(self.folder)[mine.id :: mine.num_workers]:
+            for piece in pq.ParquetFile(path).iter_batches(batch_size=self.batch):
+                yield collate_sft(encoder(pa.Table.from_batches([piece])).to_pylist(), info, 0.5, 0, 0)
+
+
 def through_dataloader(folder: str, model: str, config: SelfTrainingConfig, batch: int, workers: int) -> Iterator[int]:
-    import torch
-
-    class Shards(torch.utils.data.IterableDataset):
-        """Collated batches; each loader process takes every n-th file."""
-
-        def __iter__(self):
-            torch.set_num_threads(1)
-            encoder = Encoder(model, config.model.model_dump(), {}, "sft")
-            info = encoder.dialogues.info()
-            mine = torch.utils.data.get_worker_info()
-            for path in parquet_files(folder)[mine.id :: mine.num_workers]:
-                for piece in pq.ParquetFile(path).iter_batches(batch_size=batch):
-                    yield collate_sft(encoder(pa.Table.from_batches([piece])).to_pylist(), info, 0.5, 0, 0)
-
-    loader = torch.utils.data.DataLoader(Shards(), batch_size=None, num_workers=workers, prefetch_factor=4, multiprocessing_context="spawn")
+    loader = torch.utils.data.DataLoader(
+        Shards(folder, model, config.model.model_dump(), batch), batch_size=None, num_workers=workers, prefetch_factor=4, multiprocessing_context="spawn",
+    )
     for collated in loader:
         yield len(collated["input_ids"])
 
 
-def rate(batches: Iterator[int]) -> tuple[float, int]:
-    """Rows per second after the first batch, and all rows."""
-    first = next(batches)
+def seconds(batches: Iterator[int], rows: int) -> float:
+    """Time to go through all batches."""
     started = time.perf_counter()
-    rest = sum(batches)
-    return rest / (time.perf_counter() - started), first + rest
+    found = sum(batches)
+    assert found == rows, (found, rows)
+    return time.perf_counter() - started
 
 
 class PeakMemory:
@@ -131,7 +136,7 @@ class PeakMemory:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="testbed:base")
-    parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1, help="encoding processes on either side")
     parser.add_argument("--repeats", type=int, default=3)
@@ -147,18 +152,19 @@ def main() -> None:
     speeds: dict[str, list[float]] = {"medray": [], "dataloader": []}
     with tempfile.TemporaryDirectory() as scratch:
         few, many = write_shards(Path(scratch, "few"), args.rows), write_shards(Path(scratch, "many"), 10 * args.rows)
-        for repeat in range(args.repeats + 1):
-            for name, batches in (("medray", through_ray(few, model, config, args.batch)),
-                                  ("dataloader", through_dataloader(few, model, config, args.batch, args.workers))):
-                speed, rows = rate(batches)
-                assert rows == args.rows
-                if repeat:  # the first turn warms up
-                    speeds[name].append(speed)
-                print(f"turn {repeat}: {name} {speed:.0f} rows/s", flush=True)
+        sides = {
+            "medray": lambda folder: through_ray(folder, model, config, args.batch),
+            "dataloader": lambda folder: through_dataloader(folder, model, config, args.batch, args.workers),
+        }
+        for repeat in range(args.repeats):
+            for name, batches in sides.items():
+                short, long = seconds(batches(few), args.rows), seconds(batches(many), 10 * args.rows)
+                speeds[name].append(9 * args.rows / (long - short))
+                print(f"turn {repeat + 1}: {name} {short:.1f} s and {long:.1f} s, {speeds[name][-1]:.0f} rows/s", flush=True)
         memory = []
-        for folder in (few, many):
+        for folder, rows in ((few, args.rows), (many, 10 * args.rows)):
             with PeakMemory() as peak:
-                rate(through_ray(folder, model, config, args.batch))
+                seconds(sides["medray"](folder), rows)
             memory.append(peak)
             print(f"memory: tree {peak.tree:.0f} MiB, driver {peak.driver:.0f} MiB", flush=True)
     median = {name: statistics.median(values) for name, values in speeds.items()}
