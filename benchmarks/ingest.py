@@ -2,8 +2,9 @@
 
 Both sides decode, square, resize, tokenise and mask each row, and collate batches of the same size in the same order of
 files; both have the same number of encoding processes. A side's rate is that of the further rows when it goes through ten
-times as many, (10 n - n) / (t(10 n) - t(n)), so what starting processes takes is not counted. The sides take turns. Memory is the peak of the proportional set size of the whole process
-tree (Ray's object store included), at --rows and at ten times as many rows. Prints one JSON line last.
+times as many, (10 n - n) / (t(10 n) - t(n)), so what starting processes takes is not counted. The sides take turns. Memory
+is the peak of the proportional set size of the whole process tree (Ray's object store included), at --rows and at ten
+times as many rows. Prints one JSON line last.
 
     python benchmarks/ingest.py [--rows 600] [--workers 1] [--repeats 3] [--model testbed:base]
 """

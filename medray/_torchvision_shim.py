@@ -14,12 +14,13 @@ import importlib.machinery
 import sys
 
 _SIGNATURES = ("nms", "qnms")
-_declared = []  # keeps the torch.library handle alive: its operators vanish with it
+_declared = []  # keeps the handle of the declarations alive: the operators vanish with it
 
 
 def _declare_missing_operators(package_directories):
     """Declares torchvision::nms and ::qnms unless torchvision's `_C` library loads."""
     import torch
+    from torch import library
 
     finder = importlib.machinery.FileFinder(
         package_directories[0],
@@ -33,10 +34,10 @@ def _declare_missing_operators(package_directories):
             pass
         else:
             return
-    library = torch.library.Library("torchvision", "DEF")
+    declarations = library.Library("torchvision", "DEF")
     for name in _SIGNATURES:
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)
+        declarations.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(declarations)
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
