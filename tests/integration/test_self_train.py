@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "data.testbed_rows=240", "data.label_fraction=0.3", "data.max_unlabelled=24", "data.turns=3", "sft.epochs=1", "sft.eval_rows=8",
     "self_play.questions=2", "judge.min_margin=0", "evaluate.max_images=6", "evaluate.bootstrap=100", "verify.rows=2", "verify.max_tokens=6",
-    "engine.rows_per_task=8",
+    "engine.rows_per_task=8", "dpo.sft_weight=0",  # the paper's loss, whose first value is known
 ]
 
 
