@@ -5,6 +5,7 @@ Each request is one question about one image, sampled with its own seed to at mo
 turns are compared. Prints one JSON line last.
 
     python benchmarks/generate.py --model testbed:base --images 64 --repeats 3
+    python benchmarks/generate.py --random 1024x12 --slow-requests 4      # 150M random weights: too many for a cache
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import statistics
+import tempfile
 import time
 
 import numpy as np
@@ -56,6 +58,7 @@ class Ours(EngineWorker):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="testbed:base")
+    parser.add_argument("--random", metavar="WIDTHxLAYERS", help="instead of --model, a LLaVA with a random language model of this width and depth")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--side", type=int, default=96, help="image side (pixels)")
     parser.add_argument("--tokens", type=int, default=48, help="longest output per request")
@@ -65,6 +68,13 @@ def main() -> None:
     parser.add_argument("--gpus", type=float, default=0)
     args = parser.parse_args()
 
+    if args.random:
+        from medray.testbed.tiny_vlm import random_llava
+
+        hidden, layers = map(int, args.random.split("x"))
+        scratch = tempfile.TemporaryDirectory()  # goes with the process
+        args.model = scratch.name
+        random_llava(args.model, hidden=hidden, layers=layers)
     model_dir = localize(resolve_model(args.model))
     sampling = SamplingConfig(temperature=1.2, top_k=100, top_p=0.95, max_tokens=args.tokens)
     engine_config = EngineConfig(enforce_eager=args.gpus == 0, gpus_per_actor=args.gpus, max_model_len=1024 if args.gpus == 0 else None,
@@ -92,7 +102,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ours.close()
     print(json.dumps({
-        "benchmark": "generate", "model": args.model, "requests": args.images * len(QUESTIONS), "max_tokens": args.tokens,
+        "benchmark": "generate", "model": f"random {args.random}" if args.random else args.model, "requests": args.images * len(QUESTIONS), "max_tokens": args.tokens,
         "repeats": args.repeats, "cpus": os.cpu_count(), "gpus": args.gpus, "start_seconds": round(ours.engine.start_seconds, 1),
         "tokens_per_second": {name: round(value, 1) for name, value in medians.items()},
         "of_vllm": round(medians["medray"] / medians["vllm"], 3), "of_transformers": round(medians["medray"] / medians["transformers"], 2),

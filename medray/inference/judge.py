@@ -13,120 +13,18 @@ Every unordered pair of distinct answers of a question gets a verdict. Kinds of 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 from medray.config import DataConfig, EngineConfig, JudgeConfig, ModelConfig, SamplingConfig
 from medray.inference.engine import seed_for
-from medray.inference.judge_prompt import HIGHEST, LOWEST, VerdictError, judge_prompt, parse_scores
-from medray.inference.pairs import IDENTICAL
-from medray.inference.worker import EngineWorker, RowWorker, map_options
-from medray.records import JUDGED
-
-EMPTY = "empty answer"
+from medray.inference.judge_api import ApiJudge
+from medray.inference.judge_prompt import HIGHEST, LOWEST, judge_prompt
+from medray.inference.verdicts import Judge, Verdict, written_verdict
+from medray.inference.worker import EngineWorker, map_options
 
 
-@dataclass
-class Usage:
-    """What judging one row took. A retry is a request that failed and was sent again; it is not in `requests`."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    requests: int = 0
-    retries: int = 0
-
-
-@dataclass
-class Verdict:
-    """A judge's opinion on one pair; the fields of records.VERDICT beside the ids."""
-
-    first_score: float | None = None
-    second_score: float | None = None
-    order_agreement: bool | None = None
-    raw: list[str] = field(default_factory=list)
-    error: str | None = None
-
-
-# (question_id, question, first answer, second answer, order) -> the judge's reply
-Ask = Callable[[str, str, str, str, int], Awaitable[str]]
-
-
-async def written_verdict(question: dict[str, Any], first: int, second: int, ask: Ask, both_orders: bool) -> Verdict:
-    """Ask for two written scores, in one or both orders, and average them after un-swapping.
-
-    order_agreement: both orders prefer the same answer, or both tie. A reply that cannot be read makes the verdict
-    an error; the words are kept in `raw`.
-    """
-    texts = [question["answers"][index]["text"] for index in (first, second)]
-    orders = (0, 1) if both_orders else (0,)
-    shown = [texts if order == 0 else texts[::-1] for order in orders]
-    replies = await asyncio.gather(
-        *(ask(question["question_id"], question["question"], *pair, order) for order, pair in zip(orders, shown, strict=True)),
-        return_exceptions=True,
-    )
-    verdict = Verdict(raw=["" if isinstance(reply, BaseException) else reply for reply in replies])
-    scores: list[tuple[float, float]] = []
-    for order, reply in zip(orders, replies, strict=True):
-        if isinstance(reply, JudgeUnavailable):
-            verdict.error = f"order {order + 1}: {reply}"
-        elif isinstance(reply, BaseException):
-            raise reply
-        else:
-            try:
-                pair = parse_scores(reply)
-                scores.append(pair if order == 0 else pair[::-1])
-            except VerdictError as error:
-                verdict.error = f"order {order + 1}: {error}"
-    if verdict.error is None:
-        verdict.first_score = sum(pair[0] for pair in scores) / len(scores)
-        verdict.second_score = sum(pair[1] for pair in scores) / len(scores)
-        if both_orders:
-            preferred = {(a > b) - (a < b) for a, b in scores}
-            verdict.order_agreement = len(preferred) == 1
-    return verdict
-
-
-class JudgeUnavailable(Exception):
-    """The judge gave no reply, after all retries. Becomes the verdict's error."""
-
-
-class _Judge(RowWorker):
-    """What all judges share: pairs of answers, and pairs that need no judge."""
-
-    schema = JUDGED
-    stage = "judge"
-    config: JudgeConfig
-    name: str
-
-    async def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        if row.get("error") is not None:
-            return {**row, "verdicts": None, "judge": self.name}
-        usage = Usage()
-        judged = await asyncio.gather(*(self._question(row, question, usage) for question in row["questions"] or []))
-        return {**row, "verdicts": list(itertools.chain.from_iterable(judged)), "judge": self.name, **vars(usage)}
-
-    async def _question(self, row: dict[str, Any], question: dict[str, Any], usage: Usage) -> list[dict[str, Any]]:
-        answers = [candidate["text"].strip() for candidate in question["answers"]]
-        places = list(itertools.combinations(range(len(answers)), 2))
-        trivial = {
-            (i, j): Verdict(error=EMPTY if not (answers[i] and answers[j]) else IDENTICAL)
-            for i, j in places if not (answers[i] and answers[j]) or answers[i] == answers[j]
-        }
-        asked = [place for place in places if place not in trivial]
-        verdicts = dict(zip(asked, await self.verdicts(row, question, asked, usage), strict=True)) if asked else {}
-        return [
-            {"question_id": question["question_id"], "first": place[0], "second": place[1], **vars({**trivial, **verdicts}[place])}
-            for place in places
-        ]
-
-    async def verdicts(self, row: dict[str, Any], question: dict[str, Any], places: list[tuple[int, int]], usage: Usage) -> list[Verdict]:
-        """One verdict per pair of answer indices."""
-        raise NotImplementedError
-
-
-class RandomJudge(_Judge):
+class RandomJudge(Judge):
     """Scores drawn by question id and answer number: the same pair gets the same verdict on every run."""
 
     name = "random"
@@ -143,7 +41,7 @@ class RandomJudge(_Judge):
         return [Verdict(score(first), score(second)) for first, second in places]
 
 
-class EngineJudge(EngineWorker, _Judge):
+class EngineJudge(EngineWorker, Judge):
     """A local VLM as judge, through its own chat template.
 
     Args:
@@ -196,7 +94,7 @@ class EngineJudge(EngineWorker, _Judge):
 
 def judge_map(
     config: JudgeConfig, model: str | None, model_config: ModelConfig, data_config: DataConfig, engine_config: EngineConfig,
-) -> tuple[type[_Judge], dict[str, Any]]:
+) -> tuple[type[Judge], dict[str, Any]]:
     """The judge as (callable class, arguments) for `map_batches`.
 
     Args:
@@ -216,8 +114,6 @@ def judge_map(
     }
     if config.kind == "random":
         return RandomJudge, {**pool, "fn_constructor_kwargs": {"config": config.model_dump()}}
-    from medray.inference.judge_api import ApiJudge
-
     return ApiJudge, {**pool, "fn_constructor_kwargs": {"config": config.model_dump(), "data_config": data_config.model_dump()}}
 
 

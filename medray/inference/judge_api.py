@@ -18,15 +18,15 @@ import httpx
 from medray.config import DataConfig, JudgeConfig
 from medray.errors import StageError
 from medray.inference.engine import seed_for
-from medray.inference.judge import JudgeUnavailable, Usage, _Judge, written_verdict
 from medray.inference.judge_prompt import judge_prompt
+from medray.inference.verdicts import Judge, JudgeUnavailable, Usage, written_verdict
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_WAIT = 60.0
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
 
-class ApiJudge(_Judge):
+class ApiJudge(Judge):
     """Written scores from an endpoint.
 
     Args:

@@ -1,6 +1,6 @@
-"""Makes the bundled tiny models `base` (about half an hour on two CPU cores) and `expert` (a quarter).
+"""Makes the bundled tiny models `base` (about forty minutes on two CPU cores) and `expert` (a quarter of an hour).
 
-`base`: from random weights on `testbed.corpus` (shapes with questions, reports of cells in words; no cell picture).
+`base`: from random weights on `testbed.corpus` (reports in words, then shapes with questions; no cell picture).
 `expert`: base, tuned on many labelled synthetic cells (or a WBCAtt folder's train split with --data).
 
 Example::
@@ -17,14 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from medray.errors import ConfigError
 
 # Steps of the whole model; its vision tower is taught first, for TOWER_STEPS times as many steps (of 64 pictures).
-BASE_STEPS, EXPERT_STEPS, TOWER_STEPS = 4000, 2000, 0.3
+BASE_STEPS, EXPERT_STEPS, TOWER_STEPS = 3000, 2000, 0.3
+# Before it sees a picture, base reads: READING_STEPS times as many steps of READING_BATCH reports, each with one question.
+# Yes/no and multiple choice need a comparison, which words teach and pictures alone do not; and many rows of one question
+# teach it in a few minutes where few rows of many questions did not (a claim of an earlier turn passes for a fact).
+READING_STEPS, READING_BATCH = 1.3, 48
 SCENES, CELLS, HELD_OUT = 5000, 6000, 150
 IMAGE_TOKENS = 64
 BATCH = 12  # rows per step: models this small learn from many small steps, not from few large ones
@@ -69,6 +75,29 @@ def _rounded(result: dict) -> dict:
     return {kind: {name: round(share, 4) for name, share in by_name.items()} for kind, by_name in result.items()}
 
 
+class Lessons:
+    """Keeps the model after each lesson in `folder`, so that a build that was stopped goes on after the last whole one."""
+
+    def __init__(self, model: Any, folder: Path):
+        self.model, self.folder = model, folder
+
+    def take(self, name: str, lesson: Callable[[], None]) -> None:
+        from safetensors.torch import load_model, save_model
+
+        file = self.folder / f"{name}.safetensors"
+        if file.is_file():
+            load_model(self.model, file)
+            print(f"{name}: taken before")
+            return
+        lesson()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(file.with_suffix(".partial")))
+        file.with_suffix(".partial").rename(file)
+
+    def forget(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS) -> None:
     """Train `base` from random weights and write it to `to`/base."""
     from medray.data.dialogues import ATTRIBUTES
@@ -84,13 +113,19 @@ def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS) -> None:
     records = [corpus.sample_uniform(corpus.SHAPES, rng) for _ in range(SCENES + HELD_OUT)]
     pixels = training.pixels_of([corpus.render_scene(record, rng) for record in records], processor)
     print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {SCENES} scenes, {time.monotonic() - started:.0f} s")
-    training.pretrain_tower(
-        model.model.vision_tower, pixels[:SCENES], records[:SCENES], corpus.SHAPES, steps=int(TOWER_STEPS * steps), seed=seed
-    )
-    training.train(
+    lessons = Lessons(model, to / f"base-lessons-{seed}-{steps}")
+    lessons.take("reading", lambda: training.train(
+        model, encoder, pixels[:0], lambda i, r: [], steps=int(READING_STEPS * steps), seed=seed, batch=READING_BATCH, text_rows=READING_BATCH,
+        text_dialogue=lambda r: corpus.report_dialogue(r, turns=1),
+    ))
+    print("base: about reports", training.report_accuracies(model, encoder, corpus.report_dialogue))
+    lessons.take("tower", lambda: training.pretrain_tower(
+        model.model.vision_tower, pixels[:SCENES], records[:SCENES], corpus.SHAPES, steps=int(TOWER_STEPS * steps), seed=seed,
+    ))
+    lessons.take("pictures", lambda: training.train(
         model, encoder, pixels[:SCENES], lambda i, r: corpus.scene_dialogue(records[i], r), steps=steps, seed=seed, batch=BATCH, text_rows=2,
         text_dialogue=corpus.report_dialogue,
-    )
+    ))
     shapes = training.accuracies(model, encoder, pixels[SCENES:], records[SCENES:], corpus.SHAPES)
     cells, pictures = _cells(HELD_OUT, f"held-out cells/{seed}")
     zero_shot = training.accuracies(model, encoder, training.pixels_of(pictures, processor), cells, ATTRIBUTES)
@@ -98,7 +133,9 @@ def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS) -> None:
     _save(model, processor, to / "base", {
         "command": "python -m medray.testbed.build --only base", "seed": seed, "steps": steps, "seconds": round(time.monotonic() - started),
         "accuracy_shapes": _rounded(shapes), "accuracy_cells": _rounded(zero_shot),
+        "accuracy_reports": training.report_accuracies(model, encoder, corpus.report_dialogue),
     })
+    lessons.forget()
 
 
 def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path | None = None) -> None:
@@ -106,7 +143,7 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    from medray.data.dialogues import ATTRIBUTES, attribute_dialogue
+    from medray.data.dialogues import ATTRIBUTES
     from medray.testbed import corpus, model_path, training
 
     base = to / "base" if (to / "base" / "config.json").is_file() else Path(model_path("base"))
@@ -123,16 +160,10 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
     pixels = training.pixels_of(pictures, processor)
     print(f"expert: {len(records)} cells, {time.monotonic() - started:.0f} s")
 
-    def dialogue_of(index: int, rng: random.Random) -> list[dict]:
-        if rng.random() < 0.6:
-            return corpus.with_questioner(corpus.survey(records[index], rng), rng, 0.1)
-        dialogue = attribute_dialogue(records[index], rng, 6)
-        return corpus.with_system(corpus.with_questioner(dialogue, rng, 0.25), rng)
-
     training.pretrain_tower(
         model.model.vision_tower, pixels, records, ATTRIBUTES, steps=int(TOWER_STEPS * steps), seed=seed, turn_images=True
     )
-    training.train(model, encoder, pixels, dialogue_of, batch=BATCH, steps=steps, seed=seed, turn_images=True)
+    training.train(model, encoder, pixels, lambda i, r: corpus.picture_dialogue(records[i], r), batch=BATCH, steps=steps, seed=seed, turn_images=True)
     cells = training.accuracies(model, encoder, training.pixels_of(held_out_pictures, processor), held_out, ATTRIBUTES)
     print("expert: held-out cells", _means(cells), {name: round(share, 3) for name, share in cells["open"].items()})
     _save(model, processor, to / "expert", {

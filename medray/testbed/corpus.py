@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFilter
 
 from medray.config import SELF_QUESTIONING_SYSTEM_PROMPT
 from medray.data.dialogues import (
     ATTRIBUTES,
+    DESCRIPTIONS,
+    KINDS,
     Attribute,
     attribute_dialogue,
     describe,
@@ -35,7 +37,7 @@ COLOURS = {
     "purple": (120, 55, 150), "pink": (230, 140, 180), "orange": (235, 140, 50),
 }
 BACKGROUNDS = {"white": (248, 248, 248), "grey": (150, 150, 155), "beige": (236, 218, 186), "light blue": (196, 212, 238)}
-COUNTS = ("zero", "one", "two", "three", "four")
+DOTS = {"few": (1, 3), "many": (7, 10)}
 POSITIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
 
 SHAPES: dict[str, Attribute] = {
@@ -46,23 +48,32 @@ SHAPES: dict[str, Attribute] = {
     "texture": noun_attribute(("plain", "striped", "speckled"), "texture", "this object", ("How does the surface look?",)),
     "background": noun_attribute(tuple(BACKGROUNDS), "background colour", "the image", ("Which colour does the background have?",)),
     "dots": Attribute(
-        COUNTS,
-        ("How many dots are there?", "How many dots are in the image?", "State the number of dots."),
-        ("Is the number of dots {word}?", "Are there {word} dots?", "Would you count {word} dots?"),
+        tuple(DOTS),
+        ("Are there few or many dots?", "Are there few or many dots in the image?", "State whether the dots are few or many."),
+        ("Are there {word} dots?", "Are there {word} dots in the image?", "Would you say there are {word} dots?"),
     ),
+    "frame": Attribute(
+        ("yes", "no"),
+        ("Is the image framed or unframed?", "State whether the image is framed or unframed.", "Is this picture framed or unframed?"),
+        ("Is the image {word}?", "Is this picture {word}?", "Would you call the image {word}?"),
+        {"yes": "framed", "no": "unframed"},
+    ),
+    "focus": noun_attribute(("sharp", "blurred"), "focus", "the image", ("How sharp is the image?",)),
 }
-"""The attributes of a scene: one object and some dots beside it."""
+"""The attributes of a scene: one object, dots beside it, perhaps a frame. Some have two values, as most of a cell's."""
 
 SHAPE_DESCRIPTIONS = (
     "This is a {size} {colour} {shape}. The texture is {texture} and the position is {position}. The background is "
-    "{background} and the number of dots is {dots}.",
+    "{background} and there are {dots} dots. The image is {frame} and the focus is {focus}.",
     "The image shows a {shape}. Its colour is {colour}, its size is {size} and its texture {texture}. There are {dots} "
-    "dots on a {background} background. The position of the object is {position}.",
+    "dots on a {background} background. The position of the object is {position}. The image is {focus} and {frame}.",
 )
 
-_INTRODUCTIONS = (
-    "A blood cell was described like this.", "Read this report of a blood cell.", "Findings under the microscope:", "Report:",
-)
+_INTRODUCTIONS = {
+    True: ("A blood cell was described like this.", "Read this report of a blood cell.", "Findings under the microscope:", "Report:"),
+    False: ("A picture was described like this.", "Read this.", "Description:"),
+}
+"""How a report begins: of a cell, or of a scene."""
 
 
 def sample_uniform(schema: Mapping[str, Attribute], rng: random.Random) -> dict:
@@ -125,13 +136,16 @@ def render_scene(record: Mapping, rng: random.Random) -> Image.Image:
     image.paste(surface, mask=_mask(record["shape"], centre, radius, rng))
     draw = ImageDraw.Draw(image)
     places: list[tuple[float, float]] = []
-    while len(places) < COUNTS.index(record["dots"]):
-        spot = (rng.uniform(7, SIDE - 7), rng.uniform(7, SIDE - 7))
-        if math.dist(spot, centre) > radius * 1.25 + 8 and all(math.dist(spot, other) > 14 for other in places):
+    wanted = rng.randint(*DOTS[record["dots"]])
+    while len(places) < wanted:
+        spot = (rng.uniform(10, SIDE - 10), rng.uniform(10, SIDE - 10))
+        if math.dist(spot, centre) > radius * 1.25 + 8 and all(math.dist(spot, other) > 12 for other in places):
             places.append(spot)
     for x, y in places:
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_vary((40, 40, 50), rng, 8))
-    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.9)))
+    if record["frame"] == "yes":
+        draw.rectangle((0, 0, SIDE - 1, SIDE - 1), outline=_vary((70, 70, 75), rng, 8), width=rng.randint(4, 6))
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6) if record["focus"] == "sharp" else rng.uniform(2.2, 3.0)))
 
 
 def with_questioner(dialogue: list[dict], rng: random.Random, share: float) -> list[dict]:
@@ -162,26 +176,62 @@ def survey(record: Mapping, rng: random.Random, schema: Mapping[str, Attribute] 
     return [turn for row in rows for turn in ({"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]})]
 
 
-def scene_dialogue(record: Mapping, rng: random.Random, turns: int = 5, survey_share: float = 0.6) -> list[dict]:
-    """A dialogue about a scene, partly asked by the questioner; roles "user", "vuser", "assistant", "system"."""
-    if rng.random() < survey_share:
-        return with_questioner(survey(record, rng, SHAPES), rng, 0.1)
-    dialogue = attribute_dialogue(record, rng, turns, SHAPES, SHAPE_DESCRIPTIONS)
+def claims(record: Mapping, rng: random.Random, schema: Mapping[str, Attribute] = ATTRIBUTES, share: float = 0.5) -> list[dict]:
+    """Every attribute asked about by yes/no or as multiple choice, in `share` of the cases after the open question.
+
+    With the open answer in sight the claim is compared with words, which is easy; without it, with the picture.
+    """
+    turns: list[dict] = []
+    for name in rng.sample(list(schema), len(schema)):
+        kinds = ["open"] * (rng.random() < share) + [rng.choices(("closed", "mcq"), (2, 1))[0]]
+        for kind in kinds:
+            row = question(record, name, kind, rng, schema, canonical=rng.random() < 0.6)
+            turns += [{"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]}]
+    return turns
+
+
+def picture_dialogue(
+    record: Mapping, rng: random.Random, turns: int = 6, schema: Mapping[str, Attribute] = ATTRIBUTES, templates: Sequence[str] = DESCRIPTIONS,
+) -> list[dict]:
+    """A dialogue about a picture, partly asked by the questioner; roles "user", "vuser", "assistant", "system".
+
+    Two fifths are surveys, three tenths claims, the others `turns` turns in all forms, as users ask.
+    """
+    lesson = rng.random()
+    if lesson < 0.4:
+        return with_questioner(survey(record, rng, schema), rng, 0.1)
+    if lesson < 0.7:
+        return with_questioner(claims(record, rng, schema), rng, 0.1)
+    dialogue = attribute_dialogue(record, rng, turns, schema, templates)
     return with_system(with_questioner(dialogue, rng, 0.35), rng)
 
 
-def report_dialogue(rng: random.Random, turns: int = 4) -> list[dict]:
-    """A text-only dialogue: a cell described in words, then questions about it in all forms of `data.dialogues`."""
-    record = sample_uniform(ATTRIBUTES, rng)
-    if rng.random() < 0.5:
-        text = describe(record, rng)
+def scene_dialogue(record: Mapping, rng: random.Random, turns: int = 5) -> list[dict]:
+    """`picture_dialogue` about a scene."""
+    return picture_dialogue(record, rng, turns, SHAPES, SHAPE_DESCRIPTIONS)
+
+
+def report_dialogue(rng: random.Random, turns: int = 6) -> list[dict]:
+    """A text-only dialogue: a cell (or a scene) described in words, then `turns` questions in all forms about what was said.
+
+    Most reports state one to three facts: to find a fact among few, then to compare it with a claim, is learned from
+    short reports; from full ones alone it is not.
+    """
+    of_cell = rng.random() < 0.67
+    schema, templates = (ATTRIBUTES, DESCRIPTIONS) if of_cell else (SHAPES, SHAPE_DESCRIPTIONS)
+    record = sample_uniform(schema, rng)
+    if rng.random() < 0.08:
+        names, text = list(schema), describe(record, rng, schema, templates)
     else:
-        words = list(words_of(record).items())
-        rng.shuffle(words)
-        text = "; ".join(f"{name.replace('_', ' ')}: {word}" for name, word in words) + "."
-    dialogue = attribute_dialogue(record, rng, turns, description_share=0.15)
-    dialogue[0] = {"role": "user", "text": f"{rng.choice(_INTRODUCTIONS)} {text}\n{dialogue[0]['text']}"}
-    return [dialogue[0], *with_questioner(dialogue[1:], rng, 0.35)]
+        names = rng.sample(list(schema), rng.randint(1, 3) if rng.random() < 0.75 else rng.randint(4, len(schema)))
+        words = words_of(record, schema)
+        text = "; ".join(f"{name.replace('_', ' ')}: {words[name]}" for name in names) + "."
+    dialogue = []
+    for _ in range(turns):
+        row = question(record, rng.choice(names), rng.choices(KINDS, (2, 3, 3))[0], rng, schema, canonical=rng.random() < 0.5)
+        dialogue += [{"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]}]
+    dialogue[0] = {"role": "user", "text": f"{rng.choice(_INTRODUCTIONS[of_cell])} {text}\n{dialogue[0]['text']}"}
+    return [dialogue[0], *with_questioner(dialogue[1:], rng, 0.2)]
 
 
 def tokenizer_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:

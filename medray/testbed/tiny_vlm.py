@@ -115,12 +115,15 @@ def _greedy_by_default(model: Any, tokenizer: Any) -> None:
 _RANDOM_STD = 0.15
 
 
-def random_llava(directory: str | os.PathLike, seed: int = 0, texts: Iterable[str] | None = None) -> None:
-    """Write the testbed's LLaVA with random weights (smaller: about 1M parameters) as a complete folder."""
+def random_llava(
+    directory: str | os.PathLike, seed: int = 0, texts: Iterable[str] | None = None, hidden: int = 128, layers: int = 2,
+) -> None:
+    """Write the testbed's LLaVA with random weights (smaller: about 1M parameters) as a complete folder; `hidden` and
+    `layers` are the language model's."""
     from medray.models.export import save_vlm
 
     tokenizer = build_tokenizer(texts or [_SAMPLE_TEXT], vocabulary=512)
-    model = llava_model(tokenizer, hidden=128, layers=2, vision_hidden=64, vision_layers=2, seed=seed, std=_RANDOM_STD)
+    model = llava_model(tokenizer, hidden=hidden, layers=layers, vision_hidden=64, vision_layers=2, seed=seed, std=_RANDOM_STD)
     save_vlm(model, llava_processor(tokenizer), directory)
 
 

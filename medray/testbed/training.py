@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from medray.data.dialogues import KINDS, Attribute, attribute_questions
+from medray.data.dialogues import KINDS, LETTERS, Attribute, attribute_questions
 from medray.testbed.corpus import QUESTIONER
 
 IGNORED = -100
@@ -162,14 +162,15 @@ def train(
     step_of = _optimizer(list(model.parameters()), steps, lr)
     model.train()
     order: list[int] = []
+    pictured = batch - text_rows
     pool: list[tuple[list[dict], int | None]] = []
     started, running = time.monotonic(), None
     for step in range(steps):
         if not pool:
             # Eight batches are drawn at once and cut by length: half of a random batch would be padding.
-            while len(order) < 8 * (batch - text_rows):
+            while len(order) < 8 * pictured:
                 order += torch.randperm(len(pixels), generator=generator).tolist()
-            chosen, order = order[: 8 * (batch - text_rows)], order[8 * (batch - text_rows) :]
+            chosen, order = order[: 8 * pictured], order[8 * pictured :]
             rows = [(dialogue_of(i, rng), i) for i in chosen] + [(text_dialogue(rng), None) for _ in range(8 * text_rows)]
             rows.sort(key=lambda row: len(encoder.encode(row[0], row[1] is not None)[0]))
             pool = [rows[i : i + batch] for i in range(0, len(rows), batch)]
@@ -221,3 +222,21 @@ def accuracies(
             right[row["answer_type"]][row["attribute"]] += bool(hit.all())
     shares = {kind: {name: count / len(records) for name, count in by_name.items()} for kind, by_name in right.items()}
     return {kind: {**by_name, "mean": sum(by_name.values()) / len(by_name)} for kind, by_name in shares.items()}
+
+
+@torch.no_grad()
+def report_accuracies(model: Any, encoder: Encoder, dialogue: Callable[[random.Random], list[dict]], count: int = 300) -> dict[str, float]:
+    """Share of first questions about `count` new text-only reports whose greedy answer is exactly right, by form."""
+    model.eval()
+    rng = random.Random("held-out reports")
+    asked = [dialogue(rng)[:2] for _ in range(count)]
+    shares: dict[str, list[bool]] = {}
+    for start in range(0, count, 50):
+        part = asked[start : start + 50]
+        ids, weights = encoder.batch(part, [False] * len(part))
+        logits, targets, _ = supervised_logits(model, ids, weights, None)
+        hits = (logits.argmax(-1) == targets).split((weights[:, 1:] > 0).sum(1).tolist())
+        for (_, answer), hit in zip(part, hits, strict=True):
+            kind = {"yes": "closed", "no": "closed"}.get(answer["text"], "mcq" if answer["text"] in LETTERS else "open")
+            shares.setdefault(kind, []).append(bool(hit.all()))
+    return {kind: round(sum(hits) / len(hits), 4) for kind, hits in sorted(shares.items())}

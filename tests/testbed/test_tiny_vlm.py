@@ -3,7 +3,9 @@
 import random
 
 import pytest
+import torch
 
+from medray.testbed.build import Lessons
 from medray.testbed.corpus import SHAPES, report_dialogue, sample_uniform, scene_dialogue
 from medray.testbed.tiny_vlm import build_tokenizer, llava_processor
 from medray.testbed.training import Encoder
@@ -64,3 +66,27 @@ def test_training_ids_equal_the_templates(processor):
         supervised = [t for t, w in zip(ids, weights) if w > 0]
         wanted = "".join(t["text"] + "<|end|>" for t in dialogue if t["role"] in ("assistant", "vuser"))
         assert processor.tokenizer.decode(supervised) == wanted
+
+
+def test_stopped_build_goes_on_after_the_last_whole_lesson(tmp_path):
+    def lesson(value):
+        torch.nn.init.constant_(model.weight, value)
+
+    def stopped():
+        lesson(5.0)
+        raise RuntimeError("stopped")
+
+    model = torch.nn.Linear(2, 2)
+    lessons = Lessons(model, tmp_path / "lessons")
+    lessons.take("reading", lambda: lesson(1.0))
+    with pytest.raises(RuntimeError, match="stopped"):
+        lessons.take("pictures", stopped)
+
+    model = torch.nn.Linear(2, 2)
+    again = Lessons(model, tmp_path / "lessons")
+    again.take("reading", lambda: pytest.fail("taken twice"))
+    assert (model.weight == 1).all()
+    again.take("pictures", lambda: lesson(2.0))
+    assert (model.weight == 2).all()
+    again.forget()
+    assert not (tmp_path / "lessons").exists()
