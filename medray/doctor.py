@@ -37,8 +37,6 @@ def diagnose() -> Iterator[Check]:
     yield vllm_platform()
     yield ray_start()
     yield shared_memory()
-    compiler = shutil.which("g++")
-    yield Check("compiler", compiler is not None, compiler or "no g++", "install g++ (DeepSpeed compiles its CPU communication once, for 2 or more workers)")
 
 
 def packages(requirements: list[str] | None = None) -> Iterator[Check]:

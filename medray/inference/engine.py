@@ -192,6 +192,9 @@ def _start(model_dir: str, model: ModelConfig, config: EngineConfig, max_lora_ra
         # vLLM's CPU build puts its worker into a third process to bind threads; without it the engine starts in two
         # thirds of the time, and OMP_NUM_THREADS above already keeps it to its share of the cores.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if config.enforce_eager:
+            # vLLM compiles some small functions (of prompt log-probabilities) even then, which asks for a C++ compiler.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
     from vllm import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext

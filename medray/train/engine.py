@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,27 +87,6 @@ def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
     }
 
 
-def _build_collectives() -> None:
-    """Load DeepSpeed's shared-memory collectives for CPU workers, which are compiled on a machine's first use.
-
-    torch guards that with a lock file. A process killed while compiling leaves it behind, and every later one would wait
-    for ever. The lock taken here ends with its process, so whoever holds it may clear the file away.
-    """
-    import fcntl
-
-    from deepspeed.accelerator import get_accelerator
-    from torch.utils import cpp_extension
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder") if get_accelerator().device_name() == "cpu" else None
-    if builder is None or not builder.is_compatible():
-        return
-    folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-    with open(folder / "medray.lock", "w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        builder.load()  # kept by DeepSpeed for this process
-
-
 def make_engine(model: Any, config: TrainConfig, precision: str, kind: str = "auto") -> Any:
     """A DeepSpeed engine where DeepSpeed is installed and torch.distributed runs, else TorchEngine.
 
@@ -127,7 +105,8 @@ def make_engine(model: Any, config: TrainConfig, precision: str, kind: str = "au
     else:
         import deepspeed
 
-        _build_collectives()
+        # Its shared-memory all-reduce for CPUs serves inference alone, and would be compiled for most of a minute first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         optimizer = torch.optim.AdamW(optimizer_groups(model, config))
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, precision))[0]
     _make_moments(engine)
