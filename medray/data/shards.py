@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -26,12 +29,31 @@ def count_rows(uri: str) -> int:
     return total
 
 
-def read_rows(uri: str, columns: list[str] | None = None, num_cpus: float = 1.0) -> Any:
-    """Lazy ray.data.Dataset over a folder of shards, in order of file name."""
+@contextlib.contextmanager
+def footer_readers(files: int) -> Iterator[None]:
+    """Let Ray Data read the footers of Parquet files in as many actors as `files` files need: one for every 20, 32 at most.
+
+    Its default is 32 for however few files. Each is a process of its own, and on two cores most of the time of a small
+    stage goes into starting them. A number that the user has set stays.
+    """
+    name = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
+    before = os.environ.get(name)
+    os.environ[name] = before or str(min(32, 1 + files // 20))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def read_rows(uri: str | list[str], columns: list[str] | None = None, num_cpus: float = 1.0) -> Any:
+    """Lazy ray.data.Dataset over a folder of shards, in order of file name, or over the files of a list."""
     import ray.data
 
+    files = parquet_files(uri) if isinstance(uri, str) else uri
     # File metadata (sizes, schema) is fetched lazily by read tasks, so any number of shards starts at once.
-    return ray.data.read_parquet(parquet_files(uri), columns=columns, num_cpus=num_cpus)
+    with footer_readers(len(files)):
+        return ray.data.read_parquet(files, columns=columns, num_cpus=num_cpus)
 
 
 def write_resumable(rows_uri: str, out_uri: str, checkpoint_uri: str, stage: Any, rows_per_task: int, num_cpus: float = 1.0) -> int:
@@ -58,7 +80,8 @@ def write_resumable(rows_uri: str, out_uri: str, checkpoint_uri: str, stage: Any
         if wanted:
             # A shard would else be one task, and committed only as a whole.
             rows = read_rows(rows_uri, num_cpus=num_cpus).repartition(target_num_rows_per_block=rows_per_task)
-            stage(rows).write_parquet(out_uri, ray_remote_args={"num_cpus": num_cpus})
+            with footer_readers(wanted // rows_per_task):  # the files of committed ids, which the write reads first
+                stage(rows).write_parquet(out_uri, ray_remote_args={"num_cpus": num_cpus})
     finally:
         context.checkpoint_config = before
     return count_rows(out_uri)

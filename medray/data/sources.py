@@ -23,6 +23,7 @@ from fsspec.core import url_to_fs
 
 from medray.config import DataConfig
 from medray.data.dialogues import check_record
+from medray.data.shards import read_rows
 from medray.errors import DataError
 from medray.records import check_turns
 
@@ -88,7 +89,7 @@ def read_index(config: DataConfig, num_cpus: float = 1.0) -> Any:
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
     prefix = "" if protocol == "file" else f"{protocol}://"
     if kind == "shards":
-        return ray.data.read_parquet([prefix + p for p in files], filesystem=None).map_batches(
+        return read_rows([prefix + p for p in files], num_cpus=num_cpus).map_batches(
             lambda table: _shard_rows(table), batch_format="pyarrow", num_cpus=num_cpus,
         )
     root = config.source if fs.isdir(url_to_fs(config.source)[1]) else posixpath.dirname(config.source)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pyarrow.dataset
@@ -11,7 +12,7 @@ from PIL import Image
 
 from medray.config import DataConfig
 from medray.data.prepare import prepare
-from medray.data.shards import count_rows, read_rows, write_resumable
+from medray.data.shards import count_rows, footer_readers, read_rows, write_resumable
 from tests.data.test_images import bomb, noise, saved
 from tests.data.test_sources import CELL
 
@@ -121,6 +122,20 @@ def test_resumed_write_keeps_ids_exactly_once(ray_cluster, tmp_path):
     assert write_resumable(*arguments) == 32
     assert write_resumable(*arguments) == 32
     assert sorted(row["sample_id"] for row in table(tmp_path, "out", ["sample_id"])) == [f"row-{i:03d}" for i in range(32)]
+
+
+@pytest.mark.parametrize(("files", "actors"), [(0, 1), (1, 1), (40, 3), (100_000, 32)])
+def test_footers_are_read_by_as_many_actors_as_files_need(monkeypatch, files, actors):
+    from ray.data._internal.datasource_v2.formats.parquet.footer_file_indexer import FooterFileIndexer
+
+    monkeypatch.delenv("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", raising=False)
+    with footer_readers(files):
+        assert FooterFileIndexer(ignore_missing_paths=False)._num_actors == actors
+    assert "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS" not in os.environ
+    monkeypatch.setenv("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "7")
+    with footer_readers(files):
+        assert FooterFileIndexer(ignore_missing_paths=False)._num_actors == 7
+    assert os.environ["RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"] == "7"
 
 
 def test_read_rows_streams_in_order(ray_cluster, dirty):
