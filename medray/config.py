@@ -212,6 +212,7 @@ class JudgeConfig(Section):
     max_tokens: PositiveInt = Field(512, description="Longest written verdict in tokens.")
     both_orders: bool = Field(True, description="Ask with the answers in both orders and drop pairs on which the verdicts differ.")
     min_margin: NonNegative = Field(0.0, description="Pairs whose scores differ by no more than this are ties and dropped.")
+    min_chosen_score: float | None = Field(None, description="Pairs whose better answer scores less are dropped: of two wrong answers neither should be learned. In points from 1 to 10, or in nats per token for likelihood (paper: no such limit).")
     concurrency: PositiveInt = Field(16, description="Requests of the api judge in flight, per actor.")
     retries: int = Field(4, ge=0, description="Retries of a failed request, with exponential backoff; then the row is quarantined.")
     timeout: Annotated[float, Field(gt=0)] = Field(120.0, description="Seconds one api request may take.")

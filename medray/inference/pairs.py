@@ -8,15 +8,15 @@ from typing import Any
 from medray.config import JudgeConfig
 
 IDENTICAL = "identical answers"  # the judge's `error` for a pair that was not worth asking about
-DROP_REASONS = ("empty answer", IDENTICAL, "judge error", "order disagreement", "tie", "row error")
+DROP_REASONS = ("empty answer", IDENTICAL, "judge error", "order disagreement", "tie", "both answers poor", "row error")
 
 
 def preference_rows(judged: dict[str, Any], config: JudgeConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """At most one pair per question: the best against the worst answer of its accepted verdicts.
 
     A verdict is accepted when the judge gave both scores, both orders agree (where both were asked) and the scores
-    differ by more than config.min_margin. With two answers there is one verdict per question; with more, the
-    accepted verdict with the largest margin makes the pair.
+    differ by more than config.min_margin, the better one being at least config.min_chosen_score where that is set. With
+    two answers there is one verdict per question; with more, the accepted verdict with the largest margin makes the pair.
 
     Args:
         judged: a row of records.JUDGED.
@@ -31,7 +31,7 @@ def preference_rows(judged: dict[str, Any], config: JudgeConfig) -> tuple[list[d
     for verdict in judged["verdicts"] or []:
         question = questions[verdict["question_id"]]
         first, second = (question["answers"][verdict[side]]["text"] for side in ("first", "second"))
-        reason = _drop_reason(verdict, first, second, config.min_margin)
+        reason = _drop_reason(verdict, first, second, config)
         if reason is not None:
             drops[reason] += 1
             continue
@@ -49,7 +49,7 @@ def preference_rows(judged: dict[str, Any], config: JudgeConfig) -> tuple[list[d
     return list(best.values()), dict(drops)
 
 
-def _drop_reason(verdict: dict[str, Any], first: str, second: str, min_margin: float) -> str | None:
+def _drop_reason(verdict: dict[str, Any], first: str, second: str, config: JudgeConfig) -> str | None:
     if not first.strip() or not second.strip():
         return "empty answer"
     if first.strip() == second.strip():
@@ -58,6 +58,8 @@ def _drop_reason(verdict: dict[str, Any], first: str, second: str, min_margin: f
         return "judge error"
     if verdict["order_agreement"] is False:
         return "order disagreement"
-    if abs(verdict["first_score"] - verdict["second_score"]) <= min_margin:
+    if abs(verdict["first_score"] - verdict["second_score"]) <= config.min_margin:
         return "tie"
+    if config.min_chosen_score is not None and max(verdict["first_score"], verdict["second_score"]) < config.min_chosen_score:
+        return "both answers poor"
     return None

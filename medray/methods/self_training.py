@@ -68,13 +68,13 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
                 lambda stage, played=played: stages.judge(stage, config, played),
             )
             pairs = run.stage(
-                f"{number}3-pairs", {"rows": judged["hash"], "margin": config.judge.min_margin},
+                f"{number}3-pairs", {"rows": judged["hash"], "margin": config.judge.min_margin, "chosen": config.judge.min_chosen_score},
                 lambda stage, judged=judged: stages.make_pairs(stage, config, judged),
             )
             if pairs["outputs"]["counts"]["pairs"] == 0:
                 raise StageError(
                     f"round {number}: the judge left no preference pair ({pairs['outputs']['counts']}); "
-                    "lower judge.min_margin, raise self_play.answer.temperature or question more images"
+                    "lower judge.min_margin or judge.min_chosen_score, raise self_play.answer.temperature or question more images"
                 )
             reference = run.stage(
                 f"{number}4-reference", {"pairs": pairs["hash"], "model": model.hash, "normalised": config.dpo.length_normalised},

@@ -31,7 +31,8 @@ def data_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
 
 
 def judge_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
-    return config.judge.model_dump(exclude={"concurrency", "retries", "timeout"})
+    """What a verdict depends on: how requests are sent, and what is later made of the scores, are left out."""
+    return config.judge.model_dump(exclude={"concurrency", "retries", "timeout", "min_margin", "min_chosen_score"})
 
 
 def arm_of(model: str) -> str:

@@ -34,6 +34,12 @@ def test_what_is_dropped_is_counted(verdict, texts, reason):
     assert preference_rows(judged([verdict], texts), JudgeConfig(min_margin=1.0)) == ([], {reason: 1})
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(None, 1), (8.0, 1), (8.5, 0)])
+def test_of_two_poor_answers_neither_is_learned(limit, kept):
+    pairs, drops = preference_rows(judged([{}]), JudgeConfig(min_chosen_score=limit))
+    assert (len(pairs), drops) == (kept, {} if kept else {"both answers poor": 1})
+
+
 def test_no_order_is_no_disagreement():
     assert len(preference_rows(judged([{"order_agreement": None}]), JudgeConfig())[0]) == 1
 
