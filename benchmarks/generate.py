@@ -5,7 +5,7 @@ Each request is one question about one image, sampled with its own seed to at mo
 turns are compared. Prints one JSON line last.
 
     python benchmarks/generate.py --model testbed:base --images 64 --repeats 3
-    python benchmarks/generate.py --random 1024x12 --slow-requests 4      # 150M random weights: too many for a cache
+    python benchmarks/generate.py --random 768x8 --images 24 --slow-requests 4    # 60M random weights: too many for a cache
 """
 
 from __future__ import annotations
