@@ -8,7 +8,7 @@ same functions with another schema. Answers are short and scorable by exact matc
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 KINDS = ("open", "closed", "mcq")
@@ -242,11 +242,10 @@ def attribute_dialogue(
     turns: int,
     schema: Mapping[str, Attribute] = ATTRIBUTES,
     templates: Sequence[str] = DESCRIPTIONS,
-    description_share: float = 0.3,
 ) -> list[dict]:
     """A training conversation of `turns` question-answer pairs about one image.
 
-    With probability `description_share` the first pair asks for a description; the others mix open (half), yes/no and
+    With probability 0.3 the first pair asks for a description; the others mix open (half), yes/no and
     multiple-choice questions in all phrasings about attributes drawn without replacement (again from all once
     every attribute has been asked about).
 
@@ -259,18 +258,20 @@ def attribute_dialogue(
     if turns < 1:
         raise ValueError(f"turns is {turns}; it must be at least 1")
     check_record(record, schema)
-    pairs = []
-    if rng.random() < description_share:
-        pairs.append((rng.choice(DESCRIBE_PHRASINGS), describe(record, rng, schema, templates)))
+    rows: list[dict] = []
+    if rng.random() < 0.3:
+        rows.append({"question": rng.choice(DESCRIBE_PHRASINGS), "reference": describe(record, rng, schema, templates)})
     names: list[str] = []
-    while len(pairs) < turns:
+    while len(rows) < turns:
         names = names or rng.sample(list(schema), len(schema))
         kind = rng.choices(KINDS, (2, 1, 1))[0]
-        row = question(record, names.pop(), kind, rng, schema, canonical=rng.random() < 0.4)
-        pairs.append((row["question"], row["reference"]))
-    return [
-        {"role": role, "text": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+        rows.append(question(record, names.pop(), kind, rng, schema, canonical=rng.random() < 0.4))
+    return turns_of(rows)
+
+
+def turns_of(rows: Iterable[Mapping]) -> list[dict]:
+    """Rows with a question and its reference as turns {"role": "user" | "assistant", "text": str}, user first."""
+    return [turn for row in rows for turn in ({"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]})]
 
 
 def right_answer(text: str, record: Mapping, schema: Mapping[str, Attribute] = ATTRIBUTES) -> str | None:

@@ -21,7 +21,7 @@ from fsspec.core import url_to_fs
 
 from medray import records
 from medray.config import DataConfig
-from medray.data.dialogues import attribute_dialogue, attribute_questions
+from medray.data.dialogues import attribute_dialogue, attribute_questions, turns_of
 from medray.data.images import ImageError, decode
 from medray.data.sources import read_index
 from medray.errors import DataError
@@ -214,8 +214,7 @@ def conversations(members: list[list[Any]], image_id: str, turns: int, seed: int
         elif "qa" in payload:
             pairs.append(payload["qa"])
     if pairs:
-        turns_made = [turn for qa in pairs for turn in ({"role": "user", "text": qa["question"]}, {"role": "assistant", "text": qa["reference"]})]
-        yield {"sample_id": image_id, "turns": turns_made}
+        yield {"sample_id": image_id, "turns": turns_of(pairs)}
 
 
 def questions(members: list[list[Any]], kinds: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:

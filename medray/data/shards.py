@@ -37,13 +37,14 @@ def footer_readers(files: int) -> Iterator[None]:
     stage goes into starting them. A number that the user has set stays.
     """
     name = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
-    before = os.environ.get(name)
-    os.environ[name] = before or str(min(32, 1 + files // 20))
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(min(32, 1 + files // 20))
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
+        del os.environ[name]
 
 
 def read_rows(uri: str | list[str], columns: list[str] | None = None, num_cpus: float = 1.0) -> Any:

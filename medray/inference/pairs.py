@@ -7,8 +7,8 @@ from typing import Any
 
 from medray.config import JudgeConfig
 
-IDENTICAL = "identical answers"  # the judge's `error` for a pair that was not worth asking about
-DROP_REASONS = ("empty answer", IDENTICAL, "judge error", "order disagreement", "tie", "both answers poor", "row error")
+EMPTY, IDENTICAL = "empty answer", "identical answers"  # the judge's `error` for a pair that was not worth asking about
+DROP_REASONS = (EMPTY, IDENTICAL, "judge error", "order disagreement", "tie", "both answers poor", "row error")
 
 
 def preference_rows(judged: dict[str, Any], config: JudgeConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -51,7 +51,7 @@ def preference_rows(judged: dict[str, Any], config: JudgeConfig) -> tuple[list[d
 
 def _drop_reason(verdict: dict[str, Any], first: str, second: str, config: JudgeConfig) -> str | None:
     if not first.strip() or not second.strip():
-        return "empty answer"
+        return EMPTY
     if first.strip() == second.strip():
         return IDENTICAL
     if verdict["error"] is not None or verdict["first_score"] is None or verdict["second_score"] is None:

@@ -10,11 +10,9 @@ from typing import Any
 
 from medray.config import JudgeConfig
 from medray.inference.judge_prompt import VerdictError, parse_scores
-from medray.inference.pairs import IDENTICAL
+from medray.inference.pairs import EMPTY, IDENTICAL
 from medray.inference.worker import RowWorker
 from medray.records import JUDGED
-
-EMPTY = "empty answer"
 
 
 @dataclass

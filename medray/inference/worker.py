@@ -5,7 +5,7 @@ ends the actor's process, so that Ray starts a new one and gives it the unfinish
 
 Example::
 
-    rows = ray.data.read_parquet(uri).map_batches(
+    rows = read_rows(uri).map_batches(
         SelfPlay, fn_constructor_kwargs={"model": path, ...}, **map_options(config.engine),
     )
 """

@@ -91,8 +91,9 @@ class Lessons:
             return
         lesson()
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(file.with_suffix(".partial")))
-        file.with_suffix(".partial").rename(file)
+        partial = file.with_suffix(".partial")
+        save_model(self.model, str(partial))
+        partial.rename(file)
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

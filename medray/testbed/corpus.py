@@ -24,6 +24,7 @@ from medray.data.dialogues import (
     describe,
     noun_attribute,
     question,
+    turns_of,
     words_of,
 )
 
@@ -172,8 +173,7 @@ def survey(record: Mapping, rng: random.Random, schema: Mapping[str, Attribute] 
     The densest lesson in seeing: short questions whose answers only the picture holds. Yes/no questions and letters
     say little about the picture and are learned only once it is read.
     """
-    rows = [question(record, name, "open", rng, schema, canonical=rng.random() < 0.6) for name in rng.sample(list(schema), len(schema))]
-    return [turn for row in rows for turn in ({"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]})]
+    return turns_of(question(record, name, "open", rng, schema, canonical=rng.random() < 0.6) for name in rng.sample(list(schema), len(schema)))
 
 
 def claims(record: Mapping, rng: random.Random, schema: Mapping[str, Attribute] = ATTRIBUTES, share: float = 0.5) -> list[dict]:
@@ -181,13 +181,11 @@ def claims(record: Mapping, rng: random.Random, schema: Mapping[str, Attribute] 
 
     With the open answer in sight the claim is compared with words, which is easy; without it, with the picture.
     """
-    turns: list[dict] = []
+    rows: list[dict] = []
     for name in rng.sample(list(schema), len(schema)):
-        kinds = ["open"] * (rng.random() < share) + [rng.choices(("closed", "mcq"), (2, 1))[0]]
-        for kind in kinds:
-            row = question(record, name, kind, rng, schema, canonical=rng.random() < 0.6)
-            turns += [{"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]}]
-    return turns
+        kinds = ["open"] * (rng.random() < share) + rng.choices(("closed", "mcq"), (2, 1))
+        rows += [question(record, name, kind, rng, schema, canonical=rng.random() < 0.6) for kind in kinds]
+    return turns_of(rows)
 
 
 def picture_dialogue(
@@ -226,10 +224,9 @@ def report_dialogue(rng: random.Random, turns: int = 6) -> list[dict]:
         names = rng.sample(list(schema), rng.randint(1, 3) if rng.random() < 0.75 else rng.randint(4, len(schema)))
         words = words_of(record, schema)
         text = "; ".join(f"{name.replace('_', ' ')}: {words[name]}" for name in names) + "."
-    dialogue = []
-    for _ in range(turns):
-        row = question(record, rng.choice(names), rng.choices(KINDS, (2, 3, 3))[0], rng, schema, canonical=rng.random() < 0.5)
-        dialogue += [{"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]}]
+    dialogue = turns_of(
+        question(record, rng.choice(names), rng.choices(KINDS, (2, 3, 3))[0], rng, schema, canonical=rng.random() < 0.5) for _ in range(turns)
+    )
     dialogue[0] = {"role": "user", "text": f"{rng.choice(_INTRODUCTIONS[of_cell])} {text}\n{dialogue[0]['text']}"}
     return [dialogue[0], *with_questioner(dialogue[1:], rng, 0.2)]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from medray.data.dialogues import KINDS, LETTERS, Attribute, attribute_questions
+from medray.data.dialogues import KINDS, LETTERS, Attribute, attribute_questions, turns_of
 from medray.testbed.corpus import QUESTIONER
 
 IGNORED = -100
@@ -195,6 +195,17 @@ def train(
 
 
 @torch.no_grad()
+def _right(model: Any, encoder: Encoder, dialogues: Sequence[Sequence[Mapping]], pixels: torch.Tensor | None) -> list[bool]:
+    """Whether the greedy answer is exactly the reference, per dialogue of one question (about its picture, or all without).
+
+    It is exactly when the most likely token is right at each of the reference's positions, its end included, so one
+    forward pass decides it.
+    """
+    ids, weights = encoder.batch(dialogues, [pixels is not None] * len(dialogues))
+    logits, targets, _ = supervised_logits(model, ids, weights, pixels)
+    return [bool(hit.all()) for hit in (logits.argmax(-1) == targets).split((weights[:, 1:] > 0).sum(1).tolist())]
+
+
 def accuracies(
     model: Any,
     encoder: Encoder,
@@ -205,8 +216,7 @@ def accuracies(
 ) -> dict[str, dict[str, float]]:
     """Share of questions whose greedy answer is exactly the reference, {kind: {attribute: share, "mean": ...}}.
 
-    Every question is asked in a dialogue of its own. The greedy answer equals the reference exactly when the most
-    likely token is right at each of its positions, its end included, so one forward pass decides it.
+    Every question is asked in a dialogue of its own.
     """
     model.eval()
     right: dict[str, dict[str, int]] = {kind: dict.fromkeys(schema, 0) for kind in kinds}
@@ -214,17 +224,13 @@ def accuracies(
     asked.sort(key=lambda pair: len(pair[1]["question"]))
     for start in range(0, len(asked), 96):
         part = asked[start : start + 96]
-        dialogues = [[{"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]}] for _, row in part]
-        ids, weights = encoder.batch(dialogues, [True] * len(part))
-        logits, targets, _ = supervised_logits(model, ids, weights, pixels[[i for i, _ in part]].float())
-        hits = logits.argmax(-1) == targets
-        for (_, row), hit in zip(part, hits.split((weights[:, 1:] > 0).sum(1).tolist()), strict=True):
-            right[row["answer_type"]][row["attribute"]] += bool(hit.all())
+        hits = _right(model, encoder, [turns_of([row]) for _, row in part], pixels[[i for i, _ in part]].float())
+        for (_, row), hit in zip(part, hits, strict=True):
+            right[row["answer_type"]][row["attribute"]] += hit
     shares = {kind: {name: count / len(records) for name, count in by_name.items()} for kind, by_name in right.items()}
     return {kind: {**by_name, "mean": sum(by_name.values()) / len(by_name)} for kind, by_name in shares.items()}
 
 
-@torch.no_grad()
 def report_accuracies(model: Any, encoder: Encoder, dialogue: Callable[[random.Random], list[dict]], count: int = 300) -> dict[str, float]:
     """Share of first questions about `count` new text-only reports whose greedy answer is exactly right, by form."""
     model.eval()
@@ -233,10 +239,7 @@ def report_accuracies(model: Any, encoder: Encoder, dialogue: Callable[[random.R
     shares: dict[str, list[bool]] = {}
     for start in range(0, count, 50):
         part = asked[start : start + 50]
-        ids, weights = encoder.batch(part, [False] * len(part))
-        logits, targets, _ = supervised_logits(model, ids, weights, None)
-        hits = (logits.argmax(-1) == targets).split((weights[:, 1:] > 0).sum(1).tolist())
-        for (_, answer), hit in zip(part, hits, strict=True):
+        for (_, answer), hit in zip(part, _right(model, encoder, part, None), strict=True):
             kind = {"yes": "closed", "no": "closed"}.get(answer["text"], "mcq" if answer["text"] in LETTERS else "open")
-            shares.setdefault(kind, []).append(bool(hit.all()))
+            shares.setdefault(kind, []).append(hit)
     return {kind: round(sum(hits) / len(hits), 4) for kind, hits in sorted(shares.items())}
