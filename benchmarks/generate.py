@@ -1,11 +1,12 @@
 """Generation speed: our callable against bare vLLM and against transformers at batch 1, on the same requests.
 
-Each request is one question about one image, sampled with its own seed to at most --tokens tokens, four requests per image
-(as self-play answers do). All engines are up before anything is timed; the sides take turns, and the medians of the
+Each request is one question about one image, sampled with its own seed to at most --tokens tokens; four questions per image,
+each answered --answers times. All engines are up before anything is timed; the sides take turns, and the medians of the
 turns are compared. Prints one JSON line last.
 
     python benchmarks/generate.py --model testbed:base --images 64 --repeats 3
     python benchmarks/generate.py --random 768x8 --images 24 --slow-requests 4    # 60M random weights: too many for a cache
+    python benchmarks/generate.py --random 768x8 --model-side 192 --answers 2 --images 12 --slow-requests 4    # 576 image tokens, as LLaVA-1.5
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Ours(EngineWorker):
     """What self-play does with a row, without the phases: decode, render, sample every question."""
 
     sampling: SamplingConfig
+    answers: int
 
     async def row(self, row):
         image, key = await self.image(row)
@@ -50,7 +52,7 @@ class Ours(EngineWorker):
             self.engine.generate(
                 self.engine.chat.prompt_ids([{"role": "user", "text": text}]), image, self.sampling,
                 seed_for(0, row["sample_id"], index), image_id=key,
-            ) for index, text in enumerate(QUESTIONS)
+            ) for index, text in enumerate(QUESTIONS * self.answers)
         ))
         return {"tokens": sum(len(output[0].token_ids) for output in outputs)}
 
@@ -59,6 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="testbed:base")
     parser.add_argument("--random", metavar="WIDTHxLAYERS", help="instead of --model, a LLaVA with a random language model of this width and depth")
+    parser.add_argument("--model-side", type=int, default=64, help="side the --random model sees (pixels): (side / 8)^2 image tokens")
+    parser.add_argument("--answers", type=int, default=1, help="answers per question (self-play: 2)")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--side", type=int, default=96, help="image side (pixels)")
     parser.add_argument("--tokens", type=int, default=48, help="longest output per request")
@@ -74,7 +78,7 @@ def main() -> None:
         hidden, layers = map(int, args.random.split("x"))
         scratch = tempfile.TemporaryDirectory()  # goes with the process
         args.model = scratch.name
-        random_llava(args.model, hidden=hidden, layers=layers)
+        random_llava(args.model, hidden=hidden, layers=layers, side=args.model_side)
     model_dir = localize(resolve_model(args.model))
     sampling = SamplingConfig(temperature=1.2, top_k=100, top_p=0.95, max_tokens=args.tokens)
     engine_config = EngineConfig(enforce_eager=args.gpus == 0, gpus_per_actor=args.gpus, max_model_len=1024 if args.gpus == 0 else None,
@@ -82,7 +86,7 @@ def main() -> None:
     model_config = ModelConfig(precision=args.precision)
     bare = bare_engine(model_dir, engine_config, args.precision)  # first: ours sets vLLM variables for its own engine
     ours = Ours(model_dir, model_config, DataConfig(), engine_config)
-    ours.sampling = sampling
+    ours.sampling, ours.answers = sampling, args.answers
     slow = load_vlm(model_dir, args.precision, device="cuda" if args.gpus else "cpu")
     processor = load_processor(model_dir)
 
@@ -102,7 +106,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ours.close()
     print(json.dumps({
-        "benchmark": "generate", "model": f"random {args.random}" if args.random else args.model, "requests": args.images * len(QUESTIONS), "max_tokens": args.tokens,
+        "benchmark": "generate", "model": f"random {args.random}, {(args.model_side // 8) ** 2} image tokens" if args.random else args.model, "requests": args.images * len(QUESTIONS) * args.answers, "max_tokens": args.tokens,
         "repeats": args.repeats, "cpus": os.cpu_count(), "gpus": args.gpus, "start_seconds": round(ours.engine.start_seconds, 1),
         "tokens_per_second": {name: round(value, 1) for name, value in medians.items()},
         "of_vllm": round(medians["medray"] / medians["vllm"], 3), "of_transformers": round(medians["medray"] / medians["transformers"], 2),
@@ -133,7 +137,7 @@ def with_bare(llm, ours: Ours, rows, sampling: SamplingConfig) -> int:
     requests, params = [], []
     for row in rows:
         image = ours._decode(row["image"])
-        for index, text in enumerate(QUESTIONS):
+        for index, text in enumerate(QUESTIONS * ours.answers):
             requests.append({"prompt_token_ids": ours.engine.chat.prompt_ids([{"role": "user", "text": text}]), "multi_modal_data": {"image": image}})
             params.append(SamplingParams(**sampling.model_dump(), seed=seed_for(0, row["sample_id"], index)))
     return sum(len(output.outputs[0].token_ids) for output in llm.generate(requests, params, use_tqdm=False))

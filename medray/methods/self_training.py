@@ -68,7 +68,7 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
                 lambda stage, played=played: stages.judge(stage, config, played),
             )
             pairs = run.stage(
-                f"{number}3-pairs", {"rows": judged["hash"], "margin": config.judge.min_margin, "chosen": config.judge.min_chosen_score},
+                f"{number}3-pairs", {"rows": judged["hash"], "rules": stages.pair_rules(config)},
                 lambda stage, judged=judged: stages.make_pairs(stage, config, judged),
             )
             if pairs["outputs"]["counts"]["pairs"] == 0:

@@ -16,6 +16,9 @@ from medray.config import SelfTrainingConfig, TrainConfig
 from medray.run import Run, Stage
 
 
+PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig that only the pairs stage reads
+
+
 @dataclass(frozen=True)
 class Model:
     """A model of the run: where it lies and the hash of its weights."""
@@ -32,7 +35,12 @@ def data_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
 
 def judge_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
     """What a verdict depends on: how requests are sent, and what is later made of the scores, are left out."""
-    return config.judge.model_dump(exclude={"concurrency", "retries", "timeout", "min_margin", "min_chosen_score"})
+    return config.judge.model_dump(exclude={"concurrency", "retries", "timeout", *PAIR_RULES})
+
+
+def pair_rules(config: SelfTrainingConfig) -> dict[str, Any]:
+    """What makes pairs of verdicts."""
+    return config.judge.model_dump(include=PAIR_RULES)
 
 
 def arm_of(model: str) -> str:

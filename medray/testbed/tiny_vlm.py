@@ -65,12 +65,12 @@ def build_tokenizer(texts: Iterable[str], special: tuple[str, ...] = SPECIAL_TOK
     return fast
 
 
-def llava_processor(tokenizer: Any) -> Any:
-    """LlavaProcessor: images of any shape become 64 x 64 (square them first to keep the aspect)."""
+def llava_processor(tokenizer: Any, side: int = IMAGE_SIDE) -> Any:
+    """LlavaProcessor: images of any shape become side x side pixels (square them first to keep the aspect)."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     images = CLIPImageProcessor(
-        size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}, do_center_crop=False, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
+        size={"height": side, "width": side}, do_center_crop=False, crop_size={"height": side, "width": side},
     )
     return LlavaProcessor(
         image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
@@ -79,14 +79,15 @@ def llava_processor(tokenizer: Any) -> Any:
 
 
 def llava_model(tokenizer: Any, hidden: int = 192, layers: int = 4, vision_hidden: int = 128, vision_layers: int = 4, seed: int = 0,
-                std: float = 0.02) -> Any:
-    """A LlavaForConditionalGeneration with fresh weights (fp32, about 3M parameters); `std` is that of the initial weights."""
+                std: float = 0.02, side: int = IMAGE_SIDE) -> Any:
+    """A LlavaForConditionalGeneration with fresh weights (fp32, about 3M parameters); `std` is that of the initial weights,
+    `side` that of the images (pixels)."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
         hidden_size=vision_hidden, intermediate_size=4 * vision_hidden, num_hidden_layers=vision_layers, num_attention_heads=4,
-        image_size=IMAGE_SIDE, patch_size=PATCH, projection_dim=vision_hidden, initializer_range=std,
+        image_size=side, patch_size=PATCH, projection_dim=vision_hidden, initializer_range=std,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
@@ -96,7 +97,7 @@ def llava_model(tokenizer: Any, hidden: int = 192, layers: int = 4, vision_hidde
     )
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=(IMAGE_SIDE // PATCH) ** 2, tie_word_embeddings=True,
+        vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=(side // PATCH) ** 2, tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
@@ -117,14 +118,15 @@ _RANDOM_STD = 0.15
 
 def random_llava(
     directory: str | os.PathLike, seed: int = 0, texts: Iterable[str] | None = None, hidden: int = 128, layers: int = 2,
+    side: int = IMAGE_SIDE,
 ) -> None:
     """Write the testbed's LLaVA with random weights (smaller: about 1M parameters) as a complete folder; `hidden` and
-    `layers` are the language model's."""
+    `layers` are the language model's, `side` the images' (pixels; (side / 8)^2 image tokens)."""
     from medray.models.export import save_vlm
 
     tokenizer = build_tokenizer(texts or [_SAMPLE_TEXT], vocabulary=512)
-    model = llava_model(tokenizer, hidden=hidden, layers=layers, vision_hidden=64, vision_layers=2, seed=seed, std=_RANDOM_STD)
-    save_vlm(model, llava_processor(tokenizer), directory)
+    model = llava_model(tokenizer, hidden=hidden, layers=layers, vision_hidden=64, vision_layers=2, seed=seed, std=_RANDOM_STD, side=side)
+    save_vlm(model, llava_processor(tokenizer, side), directory)
 
 
 def random_qwen2_5_vl(directory: str | os.PathLike, seed: int = 0) -> None:
