@@ -15,7 +15,6 @@ from typing import Any
 from medray.config import SelfTrainingConfig, TrainConfig
 from medray.run import Run, Stage
 
-
 PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig that only the pairs stage reads
 
 
