@@ -1,12 +1,13 @@
 """Generation speed: our callable against bare vLLM and against transformers at batch 1, on the same requests.
 
 Each request is one question about one image, sampled with its own seed to at most --tokens tokens; four questions per image,
-each answered --answers times. All engines are up before anything is timed; the sides take turns, and the medians of the
+each answered --answers times, with --describe after a description of the image, as in self-play. All engines are up before anything is timed; the sides take turns, and the medians of the
 turns are compared. Prints one JSON line last.
 
     python benchmarks/generate.py --model testbed:base --images 64 --repeats 3
     python benchmarks/generate.py --random 768x8 --images 24 --slow-requests 4    # 60M random weights: too many for a cache
-    python benchmarks/generate.py --random 768x8 --model-side 192 --answers 2 --images 12 --slow-requests 4    # 576 image tokens, as LLaVA-1.5
+    python benchmarks/generate.py --random 768x8 --model-side 192 --describe --answers 2 --tokens 96 --images 8 \\
+        --slow-requests 4    # 576 image tokens, as LLaVA-1.5
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import itertools
 import json
 import os
 import statistics
@@ -41,20 +43,23 @@ def picture(seed: int, side: int) -> bytes:
 
 
 class Ours(EngineWorker):
-    """What self-play does with a row, without the phases: decode, render, sample every question."""
+    """What self-play does with a row: decode, render, sample every question of a phase at once."""
 
     sampling: SamplingConfig
-    answers: int
+    phases: list[list[str]]
 
     async def row(self, row):
         image, key = await self.image(row)
-        outputs = await asyncio.gather(*(
-            self.engine.generate(
-                self.engine.chat.prompt_ids([{"role": "user", "text": text}]), image, self.sampling,
-                seed_for(0, row["sample_id"], index), image_id=key,
-            ) for index, text in enumerate(QUESTIONS * self.answers)
-        ))
-        return {"tokens": sum(len(output[0].token_ids) for output in outputs)}
+        tokens = 0
+        for number, phase in enumerate(self.phases):
+            outputs = await asyncio.gather(*(
+                self.engine.generate(
+                    self.engine.chat.prompt_ids([{"role": "user", "text": text}]), image, self.sampling,
+                    seed_for(0, row["sample_id"], number, index), image_id=key,
+                ) for index, text in enumerate(phase)
+            ))
+            tokens += sum(len(output[0].token_ids) for output in outputs)
+        return {"tokens": tokens}
 
 
 def main() -> None:
@@ -63,6 +68,7 @@ def main() -> None:
     parser.add_argument("--random", metavar="WIDTHxLAYERS", help="instead of --model, a LLaVA with a random language model of this width and depth")
     parser.add_argument("--model-side", type=int, default=64, help="side the --random model sees (pixels): (side / 8)^2 image tokens")
     parser.add_argument("--answers", type=int, default=1, help="answers per question (self-play: 2)")
+    parser.add_argument("--describe", action="store_true", help="first a description of each image, as in self-play")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--side", type=int, default=96, help="image side (pixels)")
     parser.add_argument("--tokens", type=int, default=48, help="longest output per request")
@@ -86,7 +92,7 @@ def main() -> None:
     model_config = ModelConfig(precision=args.precision)
     bare = bare_engine(model_dir, engine_config, args.precision)  # first: ours sets vLLM variables for its own engine
     ours = Ours(model_dir, model_config, DataConfig(), engine_config)
-    ours.sampling, ours.answers = sampling, args.answers
+    ours.sampling, ours.phases = sampling, [["Describe this image."]] * args.describe + [list(QUESTIONS * args.answers)]
     slow = load_vlm(model_dir, args.precision, device="cuda" if args.gpus else "cpu")
     processor = load_processor(model_dir)
 
@@ -106,7 +112,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ours.close()
     print(json.dumps({
-        "benchmark": "generate", "model": f"random {args.random}, {(args.model_side // 8) ** 2} image tokens" if args.random else args.model, "requests": args.images * len(QUESTIONS) * args.answers, "max_tokens": args.tokens,
+        "benchmark": "generate", "model": f"random {args.random}, {(args.model_side // 8) ** 2} image tokens" if args.random else args.model, "requests": args.images * sum(map(len, ours.phases)), "max_tokens": args.tokens,
         "repeats": args.repeats, "cpus": os.cpu_count(), "gpus": args.gpus, "start_seconds": round(ours.engine.start_seconds, 1),
         "tokens_per_second": {name: round(value, 1) for name, value in medians.items()},
         "of_vllm": round(medians["medray"] / medians["vllm"], 3), "of_transformers": round(medians["medray"] / medians["transformers"], 2),
@@ -134,13 +140,16 @@ def bare_engine(model_dir: str, config: EngineConfig, precision: str):
 def with_bare(llm, ours: Ours, rows, sampling: SamplingConfig) -> int:
     from vllm import SamplingParams
 
-    requests, params = [], []
-    for row in rows:
-        image = ours._decode(row["image"])
-        for index, text in enumerate(QUESTIONS * ours.answers):
-            requests.append({"prompt_token_ids": ours.engine.chat.prompt_ids([{"role": "user", "text": text}]), "multi_modal_data": {"image": image}})
-            params.append(SamplingParams(**sampling.model_dump(), seed=seed_for(0, row["sample_id"], index)))
-    return sum(len(output.outputs[0].token_ids) for output in llm.generate(requests, params, use_tqdm=False))
+    tokens = 0
+    for number, phase in enumerate(ours.phases):
+        requests, params = [], []
+        for row in rows:
+            image = ours._decode(row["image"])
+            for index, text in enumerate(phase):
+                requests.append({"prompt_token_ids": ours.engine.chat.prompt_ids([{"role": "user", "text": text}]), "multi_modal_data": {"image": image}})
+                params.append(SamplingParams(**sampling.model_dump(), seed=seed_for(0, row["sample_id"], number, index)))
+        tokens += sum(len(output.outputs[0].token_ids) for output in llm.generate(requests, params, use_tqdm=False))
+    return tokens
 
 
 def with_transformers(model, processor, ours: Ours, rows, sampling: SamplingConfig, requests: int) -> int:
@@ -148,8 +157,8 @@ def with_transformers(model, processor, ours: Ours, rows, sampling: SamplingConf
     import torch
 
     tokens = 0
-    for number in range(requests):
-        row, text = rows[number // len(QUESTIONS)], QUESTIONS[number % len(QUESTIONS)]
+    texts = [text for phase in ours.phases for text in phase]
+    for row, text in itertools.islice(itertools.product(rows, texts), requests):
         prompt = ours.engine.chat.prompt_text([{"role": "user", "text": text}])
         inputs = processor(text=prompt, images=ours._decode(row["image"]), add_special_tokens=False, return_tensors="pt").to(model.device)
         with torch.inference_mode():

@@ -7,7 +7,8 @@ directory of its own under --runs; the same command of this script continues whe
     python -m medray.testbed.build --only expert --data WBCATT --to runs/results/models   # the judge, tuned on all training labels
     python benchmarks/self_training.py --data WBCATT --judge runs/results/models/expert --runs runs/results [--seeds 0 1 2]
 
-Prints a Markdown table (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
+Prints Markdown tables of the arms and of their gains over SQ-SFT (mean over seeds, 95 % t-interval over seeds), and one JSON
+line last.
 """
 
 from __future__ import annotations
@@ -110,6 +111,15 @@ def table(by_arm: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def gains(by_arm: dict[str, list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:
+    """What each arm adds to the SQ-SFT model of its own seed; the spread between seeds cancels."""
+    start = by_arm["SQ-SFT (9 %)"]
+    return {
+        f"{arm}, minus SQ-SFT (9 %)": [{name: value - before[name] for name, value in one.items()} for one, before in zip(seeds, start, strict=True)]
+        for arm, seeds in by_arm.items() if arm not in ("base", "SQ-SFT (9 %)")
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="WBCAtt folder")
@@ -133,7 +143,7 @@ def main() -> None:
             by_arm.setdefault(arm, []).append(measures(score))
         folder = Path(options.runs, f"self-training-{seed}")
         judges += [{"seed": seed, "round": number, **judge_accuracy(folder, number, labels)} for number in range(1, options.rounds + 1)]
-        print(table(by_arm), flush=True)
+        print(table(by_arm) + "\n\n" + table(gains(by_arm)), flush=True)
     for judge in judges:
         print(judge)
     print(json.dumps({"benchmark": "self_training", "seeds": options.seeds, "arms": by_arm, "judge": judges}))
