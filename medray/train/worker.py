@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -60,7 +61,9 @@ def train_worker(config: dict[str, Any]) -> None:
         config: model_dir, objective, rows (of the dataset), and model_config, train_config as plain dicts.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it writes two lines per checkpoint
+    # Ray writes two lines per checkpoint; the logger of one of them is named by its file (2.60).
+    for name in ("ray.train", getattr(sys.modules.get("ray.train.v2._internal.execution.context"), "__file__", "ray.train")):
+        logging.getLogger(name).setLevel(logging.WARNING)
     model_config = ModelConfig.model_validate(config["model_config"])
     train_config = CONFIGS[config["objective"]].model_validate(config["train_config"])
     torch.set_num_threads(train_config.threads or max(1, int(train_config.cpus_per_worker)))
