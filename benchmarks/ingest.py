@@ -108,7 +108,8 @@ def seconds(batches: Iterator[int], rows: int) -> float:
 
 
 class PeakMemory:
-    """Peak of the proportional set size (MiB) of this process and everything under it, sampled; and of this process alone."""
+    """Sampled peaks in MiB: the proportional set size of this process and everything under it; what this process has for itself
+    (unique set size: pages of the object store that it maps are not its own)."""
 
     def __enter__(self):
         self.tree = self.driver = 0.0
@@ -131,7 +132,7 @@ class PeakMemory:
                 except psutil.Error:
                     continue
             self.tree = max(self.tree, total)
-            self.driver = max(self.driver, me.memory_info().rss / 2**20)
+            self.driver = max(self.driver, me.memory_full_info().uss / 2**20)
 
 
 def main() -> None:
