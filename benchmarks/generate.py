@@ -141,10 +141,10 @@ def with_bare(llm, ours: Ours, rows, sampling: SamplingConfig) -> int:
     from vllm import SamplingParams
 
     tokens = 0
+    images = [ours._decode(row["image"]) for row in rows]
     for number, phase in enumerate(ours.phases):
         requests, params = [], []
-        for row in rows:
-            image = ours._decode(row["image"])
+        for row, image in zip(rows, images, strict=True):
             for index, text in enumerate(phase):
                 requests.append({"prompt_token_ids": ours.engine.chat.prompt_ids([{"role": "user", "text": text}]), "multi_modal_data": {"image": image}})
                 params.append(SamplingParams(**sampling.model_dump(), seed=seed_for(0, row["sample_id"], number, index)))

@@ -128,11 +128,13 @@ class PeakMemory:
             total = 0.0
             for process in [me, *me.children(recursive=True)]:
                 try:
-                    total += process.memory_full_info().pss / 2**20
+                    memory = process.memory_full_info()
+                    total += memory.pss / 2**20
+                    if process is me:
+                        self.driver = max(self.driver, memory.uss / 2**20)
                 except psutil.Error:
                     continue
             self.tree = max(self.tree, total)
-            self.driver = max(self.driver, me.memory_full_info().uss / 2**20)
 
 
 def main() -> None:
