@@ -109,10 +109,10 @@ def seconds(batches: Iterator[int], rows: int) -> float:
 
 
 @contextlib.contextmanager
-def local_ray(workers: int) -> Iterator[None]:
+def local_ray(cpus: int) -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=workers + 3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -170,11 +170,11 @@ def main() -> None:
         }
         memory = []
         for folder, rows in ((few, args.rows), (many, 10 * args.rows)):
-            with local_ray(args.workers), PeakMemory() as peak:
+            with local_ray(args.workers + 3), PeakMemory() as peak:
                 seconds(sides["medray"](folder), rows)
             memory.append(peak)
             print(f"memory at {rows} rows: tree {peak.tree:.0f} MiB, driver {peak.driver:.0f} MiB", flush=True)
-        with local_ray(args.workers):
+        with local_ray(args.workers + 3):
             for repeat in range(args.repeats):
                 for name, batches in sides.items():
                     short, long = seconds(batches(few), args.rows), seconds(batches(many), 10 * args.rows)

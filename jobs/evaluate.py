@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
@@ -48,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def models_of(arguments: argparse.Namespace) -> list:
     """The models asked for. Raises ConfigError for none, equal names or a model that is not there."""
-    from medray.methods.benchmarking import Asked
+    from medray.methods.answering import Asked
     from medray.preflight import model_problems
 
     models, problems = [], []
@@ -95,6 +97,13 @@ def sources_of(arguments: argparse.Namespace) -> dict[str, str]:
     return found
 
 
+def check_folders(benchmarks: Iterable[str], models: list) -> None:
+    """Raises ConfigError where two pairs of benchmark and model would share a stage's folder."""
+    folders = Counter(f"{benchmark}-{model.name}" for benchmark in benchmarks for model in models)
+    if twice := [folder for folder, times in folders.items() if times > 1]:
+        raise ConfigError(f"--model: names that begin as a benchmark ends give two stages the name {twice[0]!r}; write --model NAME=PATH with another name")
+
+
 def check_judge(config: EvaluateJobConfig) -> None:
     """Raises ConfigError for a local judge that is not there."""
     from medray.preflight import model_problems
@@ -112,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(EvaluateJobConfig, arguments.config, arguments.overrides)
         if not arguments.rescore:
             sources, models = sources_of(arguments), models_of(arguments)
+            check_folders(sources, models)
             check_judge(config)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)

@@ -21,7 +21,7 @@ formats (found by content; --format names one)
   llava-med-qa       LLaVA-Med's chat benchmark (question_id, gpt4_answer)
   vqa-rad  slake  pmc-vqa  omnimedvqa       the files as published
   hf-parquet         Hugging Face parquet with image{bytes,path}: PathVQA and others
-  wbcatt  skincon  cbis-ddsm                attribute tables; CBIS-DDSM with its DICOM files
+  wbcatt  skincon  cbis-ddsm                attribute tables; CBIS-DDSM with its DICOM files or their JPEG copies
   preference         TRL's preference rows: prompt, chosen, rejected
   webdataset         tars of key.jpg + key.json or key.txt
   captions  images  dicom                   a folder with a captions CSV, of images alone, of DICOM files

@@ -59,7 +59,7 @@ class DataConfig(Section):
         "auto", "shards", "hf-parquet", "wbcatt", "skincon", "cbis-ddsm", "vqa-rad", "slake", "pmc-vqa", "omnimedvqa", "llava", "llava-med-captions", "llava-med-qa",
         "preference", "captions", "webdataset", "images", "dicom",
     ] = Field("auto", description="Format of the source; auto looks at its files.")
-    images: str | None = Field(None, description="Image folder of LLaVA JSON (default: the folder of the JSON file).")
+    images: str | None = Field(None, description="Folder of the images (default: where the format has them, else the folder of the file that names them).")
     train_split: str = Field("train", description="Split whose images are trained on.")
     eval_split: str = Field("val", description="Split that is only evaluated on.")
     label_fraction: Probability = Field(0.09, description="Share of the training images whose labels SFT may use; the rest count as unlabelled (paper: 9 %).")
@@ -294,7 +294,7 @@ class LeaksConfig(Section):
 
     held_out: tuple[str, ...] = Field(("val", "validation", "test"), description="Splits that must share no image with the others.")
     radius: Annotated[int, Field(ge=0, le=16)] = Field(4, description="Images whose 64-bit perceptual hashes differ in at most this many bits count as near-duplicates.")
-    max_pairs: PositiveInt = Field(1000, description="Pairs listed in leaks.parquet; all are counted.")
+    max_pairs: PositiveInt = Field(1000, description="Pairs listed in leaks/pairs.parquet; all are counted.")
 
 
 class EvaluateJobConfig(Section):

@@ -50,7 +50,7 @@ SAMPLE = pa.schema([
     ("dialogues", pa.list_(pa.struct([("sample_id", pa.string()), ("turns", pa.list_(TURN))]))),
     ("questions", pa.list_(pa.struct([
         ("sample_id", pa.string()), ("question", pa.string()), ("reference", pa.string()), ("answer_type", pa.string()),
-        ("attribute", pa.string()), ("choices", pa.list_(pa.string())), ("language", pa.string()),
+        ("attribute", pa.string()), ("choices", pa.list_(pa.string())), ("language", pa.string()), ("context", pa.string()),
     ]))),
     ("preferences", pa.list_(pa.struct([
         ("sample_id", pa.string()), ("prompt", pa.string()), ("chosen", pa.string()), ("rejected", pa.string()),
@@ -77,6 +77,14 @@ QUESTION = pa.schema([
     ("choices", pa.list_(pa.string())),  # mcq: the options' texts in the order shown; null otherwise
     ("modality", pa.string()),
     ("language", pa.string()),
+    ("context", pa.string()),  # what a judge of the answers may know of the image (its caption), and models are not shown; null: nothing
+])
+
+# Questions of several benchmarks that a model is asked together.
+BENCHMARK_QUESTION = pa.schema([
+    *QUESTION,
+    ("benchmark", pa.string()),
+    ("key", pa.string()),  # the sample_id after the benchmark's name and the hash of what its questions were made of: unique over all
 ])
 
 # One row per image and round, so that a resumed stage can tell finished rows by their id.
@@ -157,6 +165,9 @@ PREDICTION = pa.schema([
     ("benchmark", pa.string()),
     ("text_only_answer", pa.string()),  # the same model's answer with a blank image
 ])
+
+# As models answer, in whatever order; `key` is null where the questions had none.
+ANSWERED = pa.schema([*PREDICTION, ("key", pa.string())])
 
 QUARANTINE = pa.schema([
     ("sample_id", pa.string()),

@@ -2,7 +2,8 @@
 
 The directory may be a local path, NFS, s3:// or gs:// (anything fsspec opens). Running the same job again on it
 continues: a stage whose manifest carries the same hash of its inputs is skipped, an unfinished stage with the same
-inputs goes on from what it left, a stage whose inputs changed starts over in an emptied folder.
+inputs goes on from what it left, a stage whose inputs changed starts over in an emptied folder. A stage may also work
+through parts that come and go: where only those changed it goes on too.
 
 Layout::
 
@@ -111,7 +112,7 @@ class Run:
     def write_config(self, config: Section) -> None:
         self.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "config.yaml")
 
-    def stage(self, name: str, inputs: dict[str, Any], work: Callable[[Stage], dict[str, Any]]) -> dict[str, Any]:
+    def stage(self, name: str, inputs: dict[str, Any], work: Callable[[Stage], dict[str, Any]], parts: dict[str, str] | None = None) -> dict[str, Any]:
         """Run one stage, or skip it when it is done with the same inputs.
 
         Args:
@@ -119,10 +120,13 @@ class Run:
             inputs: everything the stage's outcome depends on, JSON-able; upstream stages by their `hash`.
             work: does the stage inside `stage.dir` and returns its outputs (JSON-able, with optional "counts").
                 It must continue what an earlier, killed attempt left there.
+            parts: hashes of what it works through, where what it made of one part is still good when there are others:
+                when parts change `work` is called again, in the folder as it is.
 
         Returns the manifest: {"stage", "hash", "outputs", "seconds", "attempts", "started", "finished"}.
         """
-        fingerprint = digest({"stage": name, "inputs": inputs})
+        settings = digest({"stage": name, "inputs": inputs})
+        fingerprint = settings if parts is None else digest({"stage": settings, "parts": parts})
         folder = posixpath.join("stages", name)
         if self.exists(folder, MANIFEST):
             manifest = self.read_json(folder, MANIFEST)
@@ -130,17 +134,18 @@ class Run:
                 logger.info("stage %s: done before (%.0f s), skipped", name, manifest["seconds"])
                 self.timeline.append(manifest)
                 return manifest
-        attempts = 1
-        if self.exists(folder, INPUTS):
-            before = self.read_json(folder, INPUTS)
-            if before["hash"] == fingerprint and not self.exists(folder, MANIFEST):
-                attempts = before["attempts"] + 1
-                logger.info("stage %s: continues (attempt %d)", name, attempts)
-            else:
+        before = self.read_json(folder, INPUTS) if self.exists(folder, INPUTS) else {"hash": None}
+        if before["hash"] == settings and (parts is not None or not self.exists(folder, MANIFEST)):
+            attempts = before["attempts"] + 1
+            logger.info("stage %s: continues (attempt %d)", name, attempts)
+        else:
+            attempts = 1
+            if self.exists(folder):
                 logger.info("stage %s: its inputs changed, starts over", name)
+                self.remove(folder, INPUTS)  # first: a folder without them that a killed run was emptying is not gone on with
                 self.remove(folder)
         started = time.time()
-        self.write_json({"hash": fingerprint, "inputs": inputs, "attempts": attempts}, folder, INPUTS)
+        self.write_json({"hash": settings, "inputs": inputs, "parts": parts, "attempts": attempts}, folder, INPUTS)
         logger.info("stage %s: begins", name)
         outputs = work(Stage(self, folder))
         manifest = {

@@ -48,6 +48,26 @@ def test_killed_stage_goes_on_from_what_it_left(tmp_path):
     assert done["attempts"] == 2
 
 
+def test_parts_come_and_go_in_a_folder_that_stays(tmp_path):
+    def work(stage):
+        stage.run.write_text("x", stage.folder, f"made-{len(list(Path(stage.dir).glob('made-*')))}")
+        return {"made": len(list(Path(stage.dir).glob("made-*")))}
+
+    run = Run(tmp_path / "r")
+    one = run.stage("a", {"x": 1}, work, {"p": "h1"})
+    assert run.stage("a", {"x": 1}, lambda _: pytest.fail("ran again"), {"p": "h1"}) == one
+    two = run.stage("a", {"x": 1}, work, {"p": "h1", "q": "h2"})
+    assert (one["outputs"], two["outputs"], two["attempts"]) == ({"made": 1}, {"made": 2}, 2)
+    assert two["hash"] != one["hash"]
+    assert run.stage("a", {"x": 2}, work, {"p": "h1", "q": "h2"})["outputs"] == {"made": 1}  # the folder was emptied first
+
+
+def test_a_folder_that_a_killed_run_was_emptying_is_emptied(tmp_path):
+    run = Run(tmp_path / "r")
+    run.write_text("half of another run", "stages", "a", "left")
+    assert run.stage("a", {"x": 1}, lambda stage: {"left": stage.exists("left")})["outputs"] == {"left": False}
+
+
 def test_publish_replaces_whole_folders(tmp_path):
     run = Run(tmp_path / "r")
 

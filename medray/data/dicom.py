@@ -221,6 +221,17 @@ def _group(header: Dataset, relative: str, key: bytes | None) -> str:
     return _pseudonym(f"study:{study}" if study else f"folder:{folder}", key)
 
 
+def dimensions(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels by a file's header, which its beginning is enough for. Raises ImageError where it holds no picture."""
+    return _quietly("the header", "", _dimensions, data)
+
+
+def _dimensions(data: bytes) -> tuple[int, int]:
+    header = _read(data, _SHAPE_TAGS)
+    _check_picture(header)
+    return int(header.Columns), int(header.Rows)
+
+
 def warnings_of(data: bytes) -> list[str]:
     """Categories of what may still show a person in a file's pixels, to be counted; [] for a file that cannot be read."""
     try:

@@ -48,7 +48,8 @@ def decode(data: bytes | None, limits: DataConfig) -> Image.Image:
     # Pillow's decoders raise these for damaged files; SyntaxError is what its PNG reader uses for a broken chunk.
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError) as error:
         raise ImageError(f"image cannot be decoded: {_IN_MEMORY.sub('', str(error)).strip()}") from None
-    return _to_rgb(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)
+    return image if image.mode == "RGB" else _to_rgb(image)
 
 
 def check_size(size: tuple[int, int], limits: DataConfig) -> None:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+import posixpath
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from medray.errors import DataError
 
 # Ray Data's own 128 MiB lets every reading task, every encoder and the queues between them hold hundreds of MiB of
 # images: memory grew until gigabytes of rows were under way.
 BLOCK_BYTES = 8 * 2**20
+READ_ROWS = 32  # converted at once
+# Of a row group, which a reader holds whole, and of a file; a group may pass its bytes by what READ_ROWS rows hold.
+GROUP_ROWS, GROUP_BYTES, SHARD_BYTES = 64, 32 * 2**20, 512 * 2**20
 
 
 def parquet_files(uri: str) -> list[str]:
     """URIs of the Parquet files of a folder, in order of name."""
     fs, root = url_to_fs(uri)
+    fs.invalidate_cache(root)  # of an object store's listing: other processes write
     if not fs.exists(root):
         return []
     return [fs.unstrip_protocol(p) if "://" in uri else p for p in sorted(fs.glob(f"{root}/*.parquet"))]
@@ -82,26 +93,30 @@ def read_rows(uri: str | list[str], columns: list[str] | None = None, num_cpus: 
 
 
 @contextlib.contextmanager
-def small_blocks() -> Iterator[None]:
-    """Datasets made under this move their rows in blocks of at most `BLOCK_BYTES`."""
+def small_blocks(size: int = BLOCK_BYTES) -> Iterator[None]:
+    """Datasets made under this move their rows in blocks of at most `size` bytes."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     before = context.target_max_block_size
-    context.target_max_block_size = BLOCK_BYTES
+    context.target_max_block_size = size
     try:
         yield
     finally:
         context.target_max_block_size = before
 
 
-def write_resumable(rows_uri: str, out_uri: str, checkpoint_uri: str, stage: Any, rows_per_task: int, num_cpus: float = 1.0) -> int:
+def write_resumable(
+    rows_uri: str | list[str], out_uri: str, checkpoint_uri: str, stage: Any, rows_per_task: int, num_cpus: float = 1.0, id_column: str = "sample_id",
+) -> int:
     """Read shards, pass them through `stage(dataset) -> dataset`, write them; the same call after a kill finishes.
 
-    Rows are known by `sample_id`; one input row gives one output row with the same id. Ray Data commits each written
-    file together with the ids it holds (two phases), and a restarted call reads only ids that are not committed.
+    Rows are known by `id_column`; one input row gives one output row with the same id. Ray Data commits each written
+    file together with the ids it holds (two phases), and a restarted call reads only ids that are not committed. A folder
+    without such an id is not read, and where no folder has one, no actor of `stage` starts.
 
     Args:
+        rows_uri: a folder, or several whose ids differ; later calls may name others for the same `out_uri`.
         rows_per_task: rows that are worked on, written and committed together: what a lost process costs at most.
 
     Returns the number of rows in `out_uri`.
@@ -109,16 +124,18 @@ def write_resumable(rows_uri: str, out_uri: str, checkpoint_uri: str, stage: Any
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
 
-    wanted = count_rows(rows_uri)
+    unfinished = _unfinished([rows_uri] if isinstance(rows_uri, str) else rows_uri, checkpoint_uri, id_column)
+    wanted = sum(map(count_rows, unfinished))
     fs, root = url_to_fs(out_uri)
     fs.makedirs(root, exist_ok=True)
     context = ray.data.DataContext.get_current()
     before = context.checkpoint_config
-    context.checkpoint_config = CheckpointConfig(id_column="sample_id", checkpoint_path=checkpoint_uri, delete_checkpoint_on_success=False)
+    context.checkpoint_config = CheckpointConfig(id_column=id_column, checkpoint_path=checkpoint_uri, delete_checkpoint_on_success=False)
     try:
         if wanted:
+            files = [path for uri in unfinished for path in parquet_files(uri)]
             # A shard would else be one task, and committed only as a whole.
-            rows = read_rows(rows_uri, num_cpus=num_cpus).repartition(target_num_rows_per_block=rows_per_task)
+            rows = read_rows(files, num_cpus=num_cpus).repartition(target_num_rows_per_block=rows_per_task)
             with footer_readers(wanted // rows_per_task):  # the files of committed ids, which the write reads first
                 stage(rows).write_parquet(out_uri, row_group_size=64, ray_remote_args={"num_cpus": num_cpus})
     finally:
@@ -126,3 +143,147 @@ def write_resumable(rows_uri: str, out_uri: str, checkpoint_uri: str, stage: Any
     return count_rows(out_uri)
 
 
+def _unfinished(uris: list[str], checkpoint_uri: str, id_column: str) -> list[str]:
+    """The folders that hold an id which is not committed; all where a commit was broken off, for Ray Data to undo it."""
+    if any(path.endswith(".pending.parquet") for path in parquet_files(checkpoint_uri)):
+        return uris
+    committed = _column(checkpoint_uri, id_column)
+    return [uri for uri in uris if count_rows(uri) > len(committed) or not pc.all(pc.is_in(_column(uri, id_column), value_set=committed)).as_py()]
+
+
+def _column(uri: str, name: str) -> pa.ChunkedArray:
+    return pa.chunked_array([table[name].combine_chunks().cast(pa.string()) for table in tables(uri, [name], 2**16)], pa.string())
+
+
+def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callable[[pa.Table], pa.Table], rows_per_shard: int, num_cpus: float = 1.0) -> int:
+    """Read shards, pass their rows through `convert`, write them; the same call after a kill finishes.
+
+    For work that needs no actors: a task reads `rows_per_shard` rows piece by piece, converts and writes them, and holds no
+    more than a row group; no row goes through the object store. Which rows a shard holds follows from the files read, so
+    a task that runs again writes the same files again. A shard is done when its record is under `done_uri`.
+
+    Args:
+        convert: one output row for each input row; pickled to the tasks.
+
+    Returns the number of rows in `out_uri`.
+
+    Raises DataError where that is not the number of rows read.
+    """
+    import ray.data
+
+    fs, root = url_to_fs(out_uri)
+    fs.makedirs(root, exist_ok=True)
+    done_fs, done = url_to_fs(done_uri)
+    done_fs.makedirs(done, exist_ok=True)
+    ready = {posixpath.basename(path) for path in done_fs.glob(f"{done}/*")}
+    wanted, waiting = 0, []
+    for number, pieces in enumerate(_pieces(rows_uri, rows_per_shard)):
+        wanted += sum(piece["rows"] for piece in pieces)
+        if f"{number:06d}" not in ready:
+            waiting.append({"number": number, "pieces": pieces})
+    if waiting:
+        settings = {"out_uri": out_uri, "done_uri": done_uri, "convert": convert}
+        shards = ray.data.from_items(waiting, override_num_blocks=min(len(waiting), 1000))
+        shards.map_batches(_write_converted, fn_kwargs=settings, batch_size=1, batch_format="pyarrow", num_cpus=num_cpus).materialize()
+    for path in fs.glob(f"{root}/*.part"):
+        fs.rm(path)
+    written = count_rows(out_uri)
+    if written != wanted:
+        raise DataError(f"{out_uri}: {written} rows in the shards, but {wanted} were read from {rows_uri}; remove the run's folder and start again")
+    return written
+
+
+def _pieces(uri: str, rows_per_shard: int) -> Iterator[list[dict[str, Any]]]:
+    """For each shard to write the parts of the files of `uri` that it is made of: path, start, rows."""
+    shard: list[dict[str, Any]] = []
+    room = rows_per_shard
+    for path in parquet_files(uri):
+        fs, inner = url_to_fs(path)
+        with fs.open(inner, "rb") as handle:
+            total = pq.read_metadata(handle).num_rows
+        start = 0
+        while start < total:
+            rows = min(room, total - start)
+            shard.append({"path": path, "start": start, "rows": rows})
+            start, room = start + rows, room - rows
+            if not room:
+                yield shard
+                shard, room = [], rows_per_shard
+    if shard:
+        yield shard
+
+
+def _write_converted(table: pa.Table, out_uri: str, done_uri: str, convert: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    for shard in table.to_pylist():
+        rows = (convert(part) for piece in shard["pieces"] for part in _part_of(**piece))
+        write_shard(rows, out_uri, f"part-{shard['number']:06d}")
+        fs, done = url_to_fs(done_uri)
+        fs.pipe_file(f"{done}/{shard['number']:06d}", b"done")
+    return table.select(["number"])
+
+
+def _part_of(path: str, start: int, rows: int) -> Iterator[pa.Table]:
+    """Rows [start, start + rows) of a Parquet file, few at a time; row groups before and after are not read."""
+    fs, inner = url_to_fs(path)
+    with fs.open(inner, "rb") as handle:
+        file = pq.ParquetFile(handle)
+        first = 0
+        for group in range(file.num_row_groups):
+            length = file.metadata.row_group(group).num_rows
+            low, high = max(start, first), min(start + rows, first + length)
+            if low < high:
+                table = file.read_row_group(group).slice(low - first, high - low)
+                yield from (table.slice(at, READ_ROWS) for at in range(0, table.num_rows, READ_ROWS))
+            first += length
+
+
+def write_shard(tables: Iterable[pa.Table], out_uri: str, stem: str) -> None:
+    """Write <stem>-00.parquet in row groups of about `GROUP_ROWS` rows or `GROUP_BYTES`; after `SHARD_BYTES` comes <stem>-01.parquet, ..."""
+    fs, root = url_to_fs(out_uri)
+    groups = _row_groups(tables)
+    group = next(groups, None)
+    for number in itertools.count():
+        if group is None:
+            return
+        size = 0
+        texts = [leaf for leaf in _leaves(group.schema) if leaf != "image"]
+        # Images are compressed already, all different, and in no order.
+        options = {"compression": dict.fromkeys(texts, "SNAPPY") | {"image": "NONE"}, "use_dictionary": texts, "write_statistics": texts}
+        with whole_file(fs, f"{root}/{stem}-{number:02d}.parquet") as handle, pq.ParquetWriter(handle, group.schema, **options) as writer:
+            while group is not None and size < SHARD_BYTES:
+                writer.write_table(group)
+                size += group.nbytes
+                group = next(groups, None)
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Names of the columns that Parquet makes of nested ones, such as dialogues.list.element.sample_id."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    columns = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    return [columns.column(number).path for number in range(len(columns))]
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(part.num_rows for part in held) >= GROUP_ROWS or sum(part.nbytes for part in held) >= GROUP_BYTES:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+@contextlib.contextmanager
+def whole_file(fs: Any, path: str) -> Iterator[Any]:
+    """A file to write that is there whole or not at all: on a disk it is written beside its place and moved there; an object
+    store shows an upload only when it is complete."""
+    if not isinstance(fs, LocalFileSystem):
+        with fs.open(path, "wb") as handle:
+            yield handle
+        return
+    part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+    with open(part, "wb") as handle:
+        yield handle
+    os.replace(part, path)

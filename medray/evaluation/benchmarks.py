@@ -32,8 +32,8 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "vqa-rad": Benchmark("vqa-rad", ("test",), note="official split: every test image also occurs in train"),
-    "vqa-rad-mevf": Benchmark("vqa-rad", ("test",), files="mevf_testset", note="MEVF / LLaVA-Med split of VQA-RAD: test images also occur in train"),
+    "vqa-rad": Benchmark("vqa-rad", ("test",), note="official split: 202 of its 203 test images also occur in train"),
+    "vqa-rad-mevf": Benchmark("vqa-rad", ("test",), files="testset", note="MEVF / LLaVA-Med split of VQA-RAD: all 203 test images also occur in train"),
     "slake": Benchmark("slake", ("test",), languages=("en",), note="English questions"),
     "slake-zh": Benchmark("slake", ("test",), languages=("zh",), note="Chinese questions"),
     "path-vqa": Benchmark("hf-parquet", ("test",)),

@@ -2,8 +2,9 @@
 
 The score is 100 * mean(model's / reference's) (LLaVA-Med: llava/eval/summarize_gpt_review.py). The judges of
 medray.inference.judge do the rating: with judge.both_orders false the reference is always shown first, as there; with it the
-two orders' scores are averaged. Their prompt is prompts/judge.txt; they see the image, and LLaVA-Med's text-only judge saw the
-caption and the mentions in the article, which `contexts` adds::
+two orders' scores are averaged. Their prompt is prompts/judge.txt. LLaVA-Med's judge reads the figure's caption and the sentences
+that mention it, and no image (eval_multimodal_chat_gpt_score.py); ours read the same, which is the question's `context`, and see
+the image too::
 
     rows = chat_rows(questions, answers("predictions"))                                    # records.SELF_PLAY
     result = chat_score(judged, by_id("predictions", QUESTION_COLUMNS), EvaluateConfig())  # of records.JUDGED
@@ -25,22 +26,21 @@ from medray.inference.pairs import IDENTICAL
 SCHEMA = 1
 
 
-def chat_rows(
-    questions: Iterable[Mapping[str, Any]], answers: Mapping[str, str], contexts: Mapping[str, str] | None = None,
-) -> Iterator[dict[str, Any]]:
+def chat_rows(questions: Iterable[Mapping[str, Any]], answers: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """A row of records.SELF_PLAY per answered question: answer 0 is the reference, answer 1 the model's.
 
     Args:
-        questions: rows of records.QUESTION with their images.
+        questions: rows of records.QUESTION with their images; a `context` is put after the question.
         answers: sample_id -> answer (see exchange.answers).
-        contexts: sample_id -> what is known of the image, such as its caption.
     """
     for row in questions:
-        identity = row["sample_id"]
-        if identity in answers:
-            known = (contexts or {}).get(identity)
-            text = row["question"].strip() + (f"\n\nWhat is known of the image:\n{known.strip()}" if known else "")
-            yield judge_row(row, text, (row["reference"], answers[identity]))
+        if row["sample_id"] in answers:
+            yield judge_row(row, with_context(row["question"], row.get("context")), (row["reference"], answers[row["sample_id"]]))
+
+
+def with_context(question: str, context: str | None) -> str:
+    """The question as the judge reads it."""
+    return question.strip() + (f"\n\nWhat is known of the image:\n{context.strip()}" if context else "")
 
 
 def chat_score(rows: Iterable[Mapping[str, Any]], questions: Mapping[str, Mapping[str, Any]], config: EvaluateConfig) -> dict[str, Any]:

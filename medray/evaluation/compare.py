@@ -126,30 +126,32 @@ def _tails(means_B: np.ndarray) -> dict[str, float]:
 def _sign_flips(sums_CM: np.ndarray, permutations: int, seed: int) -> np.ndarray:
     """Two-sided p per metric of the sum of differences under random signs of the images."""
     sums_CM = sums_CM[np.any(sums_CM != 0, axis=1)]
-    observed_M = np.abs(sums_CM.sum(axis=0))
+    whole_M = sums_CM.sum(axis=0)
+    observed_M = np.abs(whole_M)
     slack_M = 1e-9 * np.maximum(1.0, np.abs(sums_CM).sum(axis=0))
     images = len(sums_CM)
     exact = images < 63 and 2**images <= permutations
     reached_M = np.zeros(sums_CM.shape[1])
     total = 0
-    for signs_PC in _all_signs(images) if exact else _random_signs(images, permutations, seed):
-        reached_M += (np.abs(signs_PC @ sums_CM) >= observed_M - slack_M).sum(axis=0)
-        total += len(signs_PC)
+    for kept_PC in _all_signs(images) if exact else _random_signs(images, permutations, seed):
+        reached_M += (np.abs(2.0 * (kept_PC @ sums_CM) - whole_M) >= observed_M - slack_M).sum(axis=0)
+        total += len(kept_PC)
     return reached_M / total if exact else (reached_M + 1) / (total + 1)
 
 
 def _all_signs(images: int) -> Iterator[np.ndarray]:
-    bits = (np.arange(2**images)[:, None] >> np.arange(images)) & 1
-    yield 2.0 * bits - 1.0
+    """1.0 for plus, 0.0 for minus, [permutations, images]."""
+    yield ((np.arange(2**images)[:, None] >> np.arange(images)) & 1).astype(np.float64)
 
 
 def _random_signs(images: int, permutations: int, seed: int) -> Iterator[np.ndarray]:
+    """As `_all_signs`, some of them at a time."""
     rng = np.random.default_rng([seed, 1])  # not the stream of the resamples
     step = max(1, _CHUNK // images)
     for begin in range(0, permutations, step):
         rows = min(step, permutations - begin)
         bits = np.unpackbits(np.frombuffer(rng.bytes(-(-rows * images // 8)), np.uint8), count=rows * images)
-        yield (2.0 * bits - 1.0).reshape(rows, images)
+        yield bits.reshape(rows, images).astype(np.float64)
 
 
 def _refuse_nan(values: np.ndarray) -> None:

@@ -26,35 +26,42 @@ from fsspec.core import url_to_fs
 
 from medray.errors import DataError
 from medray.evaluation import metrics
-from medray.records import PREDICTION
+from medray.records import PREDICTION, conform
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROWS_PER_FILE = 65_536
-_BATCH = 4096
+_BATCH = 16_384
 _EMPTY = dict.fromkeys(PREDICTION.names)
 _OPTION_LINE = re.compile(r"^\(?([A-Z])[.):]\s+(.*)$")
 
 
 def read_predictions(uri: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of records.PREDICTION from a file, or from a folder of Parquet or .jsonl files; columns a file lacks are null.
+    """`prediction_tables` row by row."""
+    for table in prediction_tables(uri, columns):
+        yield from table.to_pylist()
+
+
+def prediction_tables(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Columns of records.PREDICTION from a file, or from a folder of Parquet or .jsonl files; columns a file lacks are null.
 
     A .jsonl file may also be a sample log of lmms-eval, and a .tsv or .xlsx file is a table of VLMEvalKit.
 
-    Raises DataError where there is no such file, or naming the line and field of a JSON record of the wrong form.
+    Raises DataError where there is no such file, naming the line and field of a JSON record of the wrong form, or the file
+    with a column of another type.
     """
     fs, root = url_to_fs(uri)
     if not fs.exists(root):
         raise DataError(f"predictions: {uri} does not exist")
-    wanted = list(columns or PREDICTION.names)
+    schema = pa.schema([PREDICTION.field(name) for name in columns or PREDICTION.names])
     if root.endswith((".tsv", ".xlsx")):
-        yield from ({name: row[name] for name in wanted} for row in read_vlmevalkit(uri))
+        yield from _tables(read_vlmevalkit(uri), schema, uri)
         return
     files = [root] if fs.isfile(root) else sorted(p for p in fs.find(root) if not _hidden(p, root))
-    for suffix, read in ((".parquet", _parquet_rows), (".jsonl", _jsonl_rows)):
+    for suffix in (".parquet", ".jsonl"):
         chosen = [path for path in files if path.endswith(suffix)]
+        for path in chosen:
+            yield from _parquet_tables(fs, path, schema) if suffix == ".parquet" else _tables(_jsonl_rows(fs, path, schema.names), schema, path)
         if chosen:
-            for path in chosen:
-                yield from read(fs, path, wanted)
             return
     raise DataError(f"predictions: {uri} is or holds no .parquet, .jsonl, .tsv or .xlsx file")
 
@@ -63,14 +70,25 @@ def _hidden(path: str, root: str) -> bool:
     return any(part.startswith((".", "_")) for part in path[len(root):].split("/"))
 
 
-def _parquet_rows(fs: Any, path: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+def _parquet_tables(fs: Any, path: str, schema: pa.Schema) -> Iterator[pa.Table]:
     with fs.open(path, "rb") as handle:
         file = pq.ParquetFile(handle)
-        there = [name for name in columns if name in file.schema_arrow.names]
-        absent = {name: None for name in columns if name not in there}
+        there = [name for name in schema.names if name in file.schema_arrow.names]
         for batch in file.iter_batches(batch_size=_BATCH, columns=there):
-            for row in batch.to_pylist():
-                yield {**row, **absent}
+            try:
+                table = conform(pa.Table.from_batches([batch]), schema)
+            except pa.ArrowException as error:
+                raise DataError(f"{posixpath.basename(path)}: a column is not of its type in records.PREDICTION ({error})") from None
+            yield table
+
+
+def _tables(rows: Iterable[dict[str, Any]], schema: pa.Schema, path: str) -> Iterator[pa.Table]:
+    for part in _parts(rows, _BATCH):
+        try:
+            table = pa.Table.from_pylist(part, schema=schema)
+        except (pa.ArrowException, OverflowError, UnicodeError) as error:
+            raise DataError(f"{posixpath.basename(path)}: a value is outside its type in records.PREDICTION ({error})") from None
+        yield table
 
 
 def _jsonl_rows(fs: Any, path: str, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -111,9 +129,10 @@ def by_id(uri: str, columns: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {row["sample_id"]: {name: row[name] for name in columns} for row in rows if row["error"] is None and row["answer"] is not None}
 
 
-def answers(uri: str) -> dict[str, str]:
-    """sample_id -> answer of a set of predictions."""
-    return {identity: row["answer"] for identity, row in by_id(uri, ["answer"]).items()}
+def answers(uri: str, answer_type: str | None = None) -> dict[str, str]:
+    """sample_id -> answer of a set of predictions, to questions of one type or of all."""
+    rows = read_predictions(uri, ["sample_id", "answer", "error", "answer_type"])
+    return {row["sample_id"]: row["answer"] for row in rows if row["error"] is None and row["answer"] is not None and answer_type in (None, row["answer_type"])}
 
 
 def write_predictions(rows: Iterable[dict[str, Any]], folder: str) -> int:

@@ -27,6 +27,7 @@ _CONTRACTIONS = {
     "theres": "there is", "theyre": "they are", "wasnt": "was not", "werent": "were not", "whats": "what is", "wont": "will not",
     "wouldnt": "would not", "youre": "you are", "its": "its",
 }
+_EXPANDED = _NUMBERS | _CONTRACTIONS
 # A decimal point or comma inside a number is part of it.
 _PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;/\[\]\"{}()=+\\_<>@`?!:|*#&%$^~-]|[。，、；：？！（）【】《》“”‘]")
 _HAN = re.compile(r"[㐀-䶿一-鿿豈-﫿]")
@@ -38,17 +39,17 @@ def normalise(text: str) -> str:
 
     Chinese has no spaces: every character becomes a word of its own.
     """
-    text = _HAN.sub(r" \g<0> ", _PUNCTUATION.sub(" ", text.lower().replace("’", "'")))
-    words = []
-    for word in text.split():
-        bare = word.replace("'", "")
-        words.extend(_CONTRACTIONS.get(bare, _NUMBERS.get(bare, bare)).split())
-    return " ".join(word for word in words if word not in _ARTICLES)
+    text = _apart(_PUNCTUATION.sub(" ", text.lower().replace("’", "'"))).replace("'", "")
+    return " ".join(_EXPANDED.get(word, word) for word in text.split() if word not in _ARTICLES)
 
 
 def word_count(text: str) -> int:
     """Words between spaces, as they stand; of Chinese, characters."""
-    return len(_HAN.sub(r" \g<0> ", text).split())
+    return len(_apart(text).split())
+
+
+def _apart(text: str) -> str:
+    return text if text.isascii() else _HAN.sub(r" \g<0> ", text)
 
 
 # The full forms of the VQA v2 code's table. Its keys are these with one apostrophe left out (those it writes in
@@ -75,6 +76,7 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_STRIPPED = 32  # the public code passes re.UNICODE, which is 32, where re.sub expects the number of replacements
 
 
+@lru_cache(maxsize=1024)
 def normalise_legacy(text: str) -> str:
     """LLaVA-Med's normalize_word on the lower-cased text, quirks included.
 
@@ -86,11 +88,13 @@ def normalise_legacy(text: str) -> str:
     glued = _COMMA_IN_NUMBER.search(text) is not None
     bare = text
     for mark in _LEGACY_PUNCTUATION:
-        bare = bare.replace(mark, "" if glued or f"{mark} " in text or f" {mark}" in text else " ")
+        if mark in text:
+            bare = bare.replace(mark, "" if glued or f"{mark} " in text or f" {mark}" in text else " ")
     words = (_NUMBERS.get(word, word) for word in _PERIOD.sub("", bare, count=_PERIODS_STRIPPED).split())
     return " ".join(_LEGACY_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+@lru_cache(maxsize=1024)
 def _words(text: str) -> Counter[str]:
     return Counter(normalise(text).split())
 
@@ -99,6 +103,11 @@ def _words(text: str) -> Counter[str]:
 def _legacy_words(text: str) -> Counter[str]:
     # The public code normalises in its loop over questions and once more inside each metric.
     return Counter(normalise_legacy(normalise_legacy(text)).split())
+
+
+def _shared(first: Counter, second: Counter) -> int:
+    """Size of the multisets' overlap."""
+    return sum(min(count, second[item]) for item, count in first.items() if item in second)
 
 
 def _f1(precision: float, recall: float) -> float:
@@ -130,7 +139,7 @@ def exact_legacy(answer: str, reference: str) -> float:
 def open_strict(answer: str, reference: str) -> dict[str, float]:
     """recall, precision and f1 of the multiset overlap (each word counts as often as both sides have it)."""
     predicted, wanted = _words(answer), _words(reference)
-    shared = (predicted & wanted).total()
+    shared = _shared(predicted, wanted)
     if shared == 0:
         return {"recall": 0.0, "precision": 0.0, "f1": 0.0}
     precision, recall = shared / predicted.total(), shared / wanted.total()
@@ -142,8 +151,8 @@ def set_recall(answer: str, reference: str) -> float:
 
     MedEvalKit only lower-cases and splits; here both sides are normalised, so that "lung." is "lung" as in the other columns.
     """
-    wanted = set(_words(reference))
-    return len(wanted & set(_words(answer))) / len(wanted) if wanted else 0.0
+    wanted, predicted = _words(reference), _words(answer)
+    return sum(word in predicted for word in wanted) / len(wanted) if wanted else 0.0
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -156,31 +165,35 @@ def bleu(answer: str, reference: str) -> list[float]:
 
     A reference shorter than n words has no n-grams; BLEU-n then uses the orders it has (effective order).
     """
-    candidate, wanted = normalise(answer), normalise(reference)
-    if not candidate or not wanted:
-        return [0.0] * 4
-    scorer = _bleu()
-    counted = scorer.sentence_score(candidate, [wanted])
-    scores = (
-        scorer.compute_bleu(
-            counted.counts[:order], counted.totals[:order], counted.sys_len, counted.ref_len,
-            smooth_method="exp", effective_order=True, max_ngram_order=order,
-        ).score
-        for order in range(1, 5)
-    )
-    return [min(1.0, score / 100) for score in scores]
+    candidate, wanted = normalise(answer).split(), normalise(reference).split()
+    shared = [_shared(_words(answer), _words(reference)), 0, 0, 0]
+    for order in (2, 3, 4):
+        if shared[order - 2]:  # else no longer n-gram is shared
+            shared[order - 1] = _shared(_ngrams(candidate, order), _ngrams(wanted, order))
+    return list(_bleu(tuple(shared), len(candidate), len(wanted)))
 
 
-@lru_cache(maxsize=1)
-def _bleu():
+def _ngrams(words: list[str], order: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(words[start:] for start in range(order)), strict=False))
+
+
+@lru_cache(maxsize=16_384)  # few answers are long
+def _bleu(shared: tuple[int, ...], candidate: int, wanted: int) -> tuple[float, ...]:
+    """BLEU-1..4 from the numbers of n-grams shared and the lengths in words."""
     from sacrebleu.metrics import BLEU
 
-    return BLEU(max_ngram_order=4, effective_order=True, tokenize="none")
+    totals = [max(0, candidate - order) for order in range(4)]
+    scores = (
+        BLEU.compute_bleu(list(shared[:order]), totals[:order], candidate, wanted, smooth_method="exp", effective_order=True, max_ngram_order=order).score
+        for order in range(1, 5)
+    )
+    return tuple(min(1.0, score / 100) for score in scores)
 
 
 def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L F1 in 0..1 over normalised words (rouge_score, no stemming)."""
-    return _rouge().score(normalise(reference), normalise(answer))["rougeL"].fmeasure
+    wanted, said = normalise(reference), normalise(answer)
+    return 0.0 if set(wanted.split()).isdisjoint(said.split()) else _rouge().score(wanted, said)["rougeL"].fmeasure
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Answers to benchmark questions: rows of records.QUESTION in, rows of records.PREDICTION out.
+"""Answers to benchmark questions: rows of records.QUESTION (or BENCHMARK_QUESTION) in, rows of records.ANSWERED out.
 
 Their scores are made in `medray.evaluation.scores`, which needs no model.
 """
@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from medray.config import DataConfig, EndpointConfig, EngineConfig, ModelConfig, SamplingConfig
 from medray.inference.endpoint import Endpoint, Usage, data_url
 from medray.inference.engine import seed_for
 from medray.inference.worker import EngineWorker, RowWorker
-from medray.records import PREDICTION
+from medray.records import ANSWERED
+
+Suffixes = Mapping[str | None, Mapping[str, str]]  # benchmark -> answer type -> words
 
 
-def question_text(question: str, suffix: str) -> str:
-    """What the model is asked; the suffix is part of a benchmark's definition."""
-    return f"{question}\n{suffix}" if suffix else question
+def question_text(row: dict[str, Any], suffixes: Suffixes) -> str:
+    """What the model is asked; the words after a question are part of its benchmark's definition."""
+    suffix = suffixes.get(row.get("benchmark"), {}).get(row["answer_type"])
+    return f"{row['question']}\n{suffix}" if suffix else row["question"]
 
 
 def options_of(row: dict[str, Any]) -> list[str]:
@@ -36,43 +40,42 @@ class Predict(EngineWorker):
         model, model_config, data_config, engine_config: see EngineWorker.
         name: written to the column `model`.
         max_tokens: longest answer.
-        suffixes: put after the question, by answer type, e.g. {"closed": "Answer with yes or no."}.
-        option_likelihood: also take the log-likelihood of each option's text as an answer to the question.
+        suffixes: put after the questions of a benchmark, by answer type, e.g. {"slake": {"closed": "Answer with yes or no."}}.
+        option_likelihood: also take the log-likelihood of each option as an answer to the question.
+        options: the texts of a question's options as they would be answered (default: as they are shown); none: no likelihood.
         text_only: also ask with a picture without content: what the text alone gives away.
-        benchmark: written to the column `benchmark`.
     """
 
-    schema = PREDICTION
+    schema = ANSWERED
     stage = "predict"
 
     def __init__(
         self, model: str, model_config: ModelConfig | dict, data_config: DataConfig | dict, engine_config: EngineConfig | dict,
-        name: str, max_tokens: int = 128, suffixes: dict[str, str] | None = None, option_likelihood: bool = False, text_only: bool = False,
-        benchmark: str | None = None,
+        name: str, max_tokens: int = 128, suffixes: Suffixes | None = None, option_likelihood: bool = False, text_only: bool = False,
+        options: Callable[[dict[str, Any]], list[str]] = options_of,
     ):
         super().__init__(model, model_config, data_config, engine_config)
-        self.name, self.benchmark = name, benchmark
-        self.suffixes = suffixes or {}
-        self.option_likelihood, self.text_only = option_likelihood, text_only
+        self.name, self.suffixes = name, suffixes or {}
+        self.option_likelihood, self.text_only, self.options = option_likelihood, text_only, options
         self.sampling = SamplingConfig(temperature=0, top_k=0, top_p=1.0, max_tokens=max_tokens)
 
     async def row(self, row: dict[str, Any]) -> dict[str, Any]:
         image, key = await self.image(row)
-        turns = [{"role": "user", "text": question_text(row["question"], self.suffixes.get(row["answer_type"], ""))}]
+        turns = [{"role": "user", "text": question_text(row, self.suffixes)}]
         shown = [(image, key), blank(image.size)] if self.text_only else [(image, key)]
         prompt = self.engine.chat.prompt_ids(turns)
         (output, *_), *others = await asyncio.gather(*(self.engine.generate(prompt, one, self.sampling, image_id=name) for one, name in shown))
-        options = options_of(row) if self.option_likelihood else []
+        options = self.options(row) if self.option_likelihood else []
         likely = await asyncio.gather(*(self.engine.loglikelihood(turns, image, option, image_id=key) for option in options))
         return {
-            **row, "choices": options or row.get("choices"), "answer": output.text.strip(), "model": self.name, "benchmark": self.benchmark,
+            **row, "choices": row.get("choices") or options or None, "answer": output.text.strip(), "model": self.name,
             "finish_reason": output.finish_reason, "tokens": len(output.token_ids), "error": None,
             "option_logps": [one.nats for one in likely] or None, "option_tokens": [one.tokens for one in likely] or None,
             "text_only_answer": others[0][0].text.strip() if others else None,
         }
 
     def failed(self, row: dict[str, Any], reason: str) -> dict[str, Any]:
-        return {**super().failed(row, reason), "model": self.name, "benchmark": self.benchmark}
+        return {**super().failed(row, reason), "model": self.name}
 
 
 def blank(size: tuple[int, int]) -> tuple[Any, str]:
@@ -87,28 +90,28 @@ def blank(size: tuple[int, int]) -> tuple[Any, str]:
 class ApiPredict(RowWorker):
     """One answer per question from an OpenAI-compatible endpoint; see Predict. A failed request is the row's `error`."""
 
-    schema = PREDICTION
+    schema = ANSWERED
     stage = "predict"
 
     def __init__(
-        self, config: EndpointConfig | dict, data_config: DataConfig | dict, name: str, suffixes: dict[str, str] | None = None,
-        text_only: bool = False, benchmark: str | None = None, seed: int = 0,
+        self, config: EndpointConfig | dict, data_config: DataConfig | dict, name: str, suffixes: Suffixes | None = None,
+        text_only: bool = False, seed: int = 0,
     ):
         config = EndpointConfig.model_validate(config)
         super().__init__(rows_in_flight=config.concurrency)
         self.endpoint = Endpoint(config, "api")
         self.data_config = DataConfig.model_validate(data_config)
-        self.name, self.benchmark, self.seed = name, benchmark, seed
+        self.name, self.seed = name, seed
         self.suffixes, self.text_only = suffixes or {}, text_only
 
     async def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        text = question_text(row["question"], self.suffixes.get(row["answer_type"], ""))
+        text = question_text(row, self.suffixes)
         shown = [row["image"], await asyncio.to_thread(self._blank, row["image"])] if self.text_only else [row["image"]]
         urls = [await asyncio.to_thread(data_url, data, self.data_config) for data in shown]
         seed = seed_for(self.seed, row["sample_id"], "predict") >> 31
         reply, *others = await asyncio.gather(*(self.endpoint.ask(text, url, seed, Usage()) for url in urls))
         return {
-            **row, "answer": reply.text.strip(), "model": self.name, "benchmark": self.benchmark, "finish_reason": reply.finish_reason,
+            **row, "answer": reply.text.strip(), "model": self.name, "finish_reason": reply.finish_reason,
             "tokens": reply.tokens, "error": None, "text_only_answer": others[0].text.strip() if others else None,
         }
 
@@ -120,4 +123,4 @@ class ApiPredict(RowWorker):
         return buffer.getvalue()
 
     def failed(self, row: dict[str, Any], reason: str) -> dict[str, Any]:
-        return {**super().failed(row, reason), "model": self.name, "benchmark": self.benchmark}
+        return {**super().failed(row, reason), "model": self.name}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from medray.evaluation import report
-from medray.evaluation.scores import GROUPS, answer_numbers
+from medray.evaluation.table import GROUPS, answer_numbers
 
 Models = Mapping[str, Mapping[str, Any]]  # model name -> what scores.score returns
 Example = tuple[Mapping[str, Any], Mapping[str, str]]  # row of records.QUESTION with its image, answer of each model

@@ -1,7 +1,7 @@
 """Scores of written predictions; no model, no Ray.
 
-A row's texts become a few numbers and are dropped; means, floors and intervals are made of arrays. Rows are put in order
-of sample_id first, so that the same predictions give the same numbers in whatever order they were written.
+Means, floors and intervals are made of the arrays of `medray.evaluation.table`, whose rows are in order of sample_id, so that
+the same predictions give the same numbers in whatever order they were written.
 
 Letters of shapes: N rows (questions), G rows of one group.
 """
@@ -10,36 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from medray.config import EvaluateConfig
-from medray.errors import DataError, StageError
-from medray.evaluation import metrics
+from medray.errors import StageError
 from medray.evaluation.compare import clustered_intervals, holm, paired_differences
-from medray.evaluation.exchange import LETTERS, read_predictions
-from medray.records import ANSWER_TYPES, PREDICTION
+from medray.evaluation.table import GROUPS, METRICS, TEXT_ONLY, TEXT_ONLY_OF, Table, load
+from medray.records import ANSWER_TYPES
 
 SCHEMA = 1
-GROUPS = {"by_attribute": "attribute", "by_modality": "modality", "by_language": "language", "by_benchmark": "benchmark"}
-
-_OPEN = (
-    "accuracy", "legacy_recall", "legacy_precision", "legacy_f1", "legacy_exact_match", "strict_recall", "strict_precision", "strict_f1",
-    "set_recall", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l",
-)
-_LIKELIHOOD = ("likelihood", "likelihood_normalised")
-METRICS: dict[str, tuple[str, ...]] = {
-    "open": _OPEN, "closed": ("accuracy", "legacy", "legacy_published", *_LIKELIHOOD), "mcq": ("accuracy", *_LIKELIHOOD),
-}
-_TEXT_ONLY = ("text_only", "text_only_gain", "text_only_recall", "text_only_recall_gain")
-_VALUES = (*dict.fromkeys(name for names in METRICS.values() for name in names), "unparsable", "chance", "answer_words", "answer_tokens", "truncated")
-_LABELS = ("image_id", "answer_type", *GROUPS.values(), "right_text", "right_letter")
-_COLUMNS = [name for name in PREDICTION.names if name != "question"]
 
 
 def score(predictions: str, config: EvaluateConfig, text_only: str | None = None) -> dict[str, Any]:
@@ -84,12 +66,12 @@ def score(predictions: str, config: EvaluateConfig, text_only: str | None = None
     DataError for a row that lacks what scoring needs.
     """
     table = load(predictions)
-    if text_only is not None:
-        table = _with_text_only(table, load(text_only))
-    rows = np.flatnonzero(~table.failed_N)
-    if not len(rows):
-        raise StageError(f"{predictions}: no prediction to score ({len(table.ids)} with errors)")
+    return _scored(table if text_only is None else _with_text_only(table, load(text_only)), config)
 
+
+def _scored(table: Table, config: EvaluateConfig) -> dict[str, Any]:
+    if table.failed_N.all():
+        raise StageError(f"{table.uri}: no prediction to score ({len(table.ids)} with errors)")
     overall, blocks = _measured(table, np.arange(len(table.ids)), config)
     return {
         "schema": SCHEMA, "model": table.model, "errors": int(table.failed_N.sum()), "overall": overall, "by_type": blocks,
@@ -129,7 +111,24 @@ def compare_models(models: Mapping[str, str], against: str, config: EvaluateConf
     p_permutation corrected for the number of models (Holm).
     """
     base = load(models[against])
-    found = {name: _compare(base, load(uri), config) for name, uri in models.items() if name != against}
+    return _corrected(against, {name: _compare(base, load(uri), config) for name, uri in models.items() if name != against})
+
+
+def score_models(models: Mapping[str, str], config: EvaluateConfig) -> dict[str, Any]:
+    """{"models": {name: `score`}, "comparison": `compare_models` against the first, or None}; each model's predictions are read once."""
+    scored, found = {}, {}
+    base = None
+    for name, uri in models.items():
+        table = load(uri)
+        scored[name] = _scored(table, config)
+        if base is None:
+            base = table
+        else:
+            found[name] = _compare(base, table, config)
+    return {"models": scored, "comparison": _corrected(next(iter(models)), found) if found else None}
+
+
+def _corrected(against: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     kinds = {kind for result in found.values() for kind in result["by_type"]}
     families = [{name: result["accuracy"] for name, result in found.items()}]
     families += [{name: result["by_type"][kind] for name, result in found.items() if kind in result["by_type"]} for kind in sorted(kinds)]
@@ -139,151 +138,11 @@ def compare_models(models: Mapping[str, str], against: str, config: EvaluateConf
     return {"against": against, "models": found}
 
 
-@dataclass(frozen=True)
-class Table:
-    """Numbers of a set of predictions, in order of sample_id."""
-
-    uri: str
-    model: str | None
-    ids: np.ndarray  # [N] of str
-    failed_N: np.ndarray  # without an answer
-    labels: dict[str, tuple[list[str], np.ndarray]]  # names in sorted order, and per row the name's number, -1 for null
-    values: dict[str, np.ndarray]  # metric -> [N] float64; NaN: the row has no part in it
-
-    def named(self, label: str, name: str) -> np.ndarray:
-        """[N] bool: rows with this label."""
-        names, codes_N = self.labels[label]
-        return codes_N == names.index(name)
-
-
-class _Label:
-    """A column of repeating texts as numbers."""
-
-    def __init__(self):
-        self.numbers: dict[str, int] = {}
-        self.column = array("q")
-
-    def add(self, text: str | None) -> None:
-        self.column.append(-1 if text is None else self.numbers.setdefault(text, len(self.numbers)))
-
-    def finished(self, order: np.ndarray) -> tuple[list[str], np.ndarray]:
-        names = sorted(self.numbers)
-        rank = np.empty(len(names) + 1, np.int64)
-        rank[[self.numbers[name] for name in names]] = np.arange(len(names))
-        rank[-1] = -1
-        return names, rank[np.frombuffer(self.column, np.int64)[order]] if len(self.column) else np.empty(0, np.int64)
-
-
-def load(uri: str) -> Table:
-    """The numbers of a set of predictions. Raises as `score`."""
-    ids: list[str] = []
-    failed = array("b")
-    labels = {name: _Label() for name in _LABELS}
-    values = {name: array("d") for name in (*_VALUES, *_TEXT_ONLY)}
-    models: set[str] = set()
-    for row in read_predictions(uri, _COLUMNS):
-        _check(uri, row)
-        without = row["error"] is not None or row["answer"] is None
-        numbers = {} if without else _row_numbers(row)
-        ids.append(row["sample_id"])
-        failed.append(without)
-        models |= {row["model"]} - {None}
-        for name, column in values.items():
-            column.append(numbers.get(name, math.nan))
-        right = {"right_text": None, "right_letter": None} if without else _right(row["reference"], row["answer_type"], tuple(row["choices"] or ()))
-        for name, label in labels.items():
-            label.add(right[name] if name in right else row[name])
-    if len(models) > 1:
-        raise StageError(f"{uri}: holds predictions of {', '.join(sorted(models))}; score one folder per model")
-    names = np.array(ids, dtype=object)
-    order = np.argsort(names, kind="stable") if ids else np.empty(0, np.int64)
-    twice = np.flatnonzero(names[order][1:] == names[order][:-1])
-    if len(twice):
-        raise StageError(f"{uri}: sample_id {names[order][twice[0]]!r} occurs twice")
-    columns = {name: np.frombuffer(column)[order] if ids else np.empty(0) for name, column in values.items()}
-    if np.isnan(columns["text_only"]).all():
-        columns = {name: column for name, column in columns.items() if name not in _TEXT_ONLY}
-    return Table(
-        uri, next(iter(models), None), names[order], np.frombuffer(failed, np.int8)[order].astype(bool) if ids else np.empty(0, bool),
-        {name: label.finished(order) for name, label in labels.items()}, columns,
-    )
-
-
-def _check(uri: str, row: dict[str, Any]) -> None:
-    if not row["sample_id"] or not row["image_id"]:
-        raise DataError(f"{uri}: a row has no sample_id or no image_id (sample_id {row['sample_id']!r})")
-    if row["error"] is not None or row["answer"] is None:
-        return
-    if row["answer_type"] not in ANSWER_TYPES:
-        raise StageError(f"{uri}: {row['sample_id']}: answer_type {row['answer_type']!r} is not open, closed or mcq")
-    if row["reference"] is None:
-        raise DataError(f"{uri}: {row['sample_id']}: reference is missing")
-
-
-def _row_numbers(row: dict[str, Any]) -> dict[str, float]:
-    choices = tuple(row["choices"] or ())
-    numbers = dict(answer_numbers(row["answer"], row["reference"], row["answer_type"], choices))
-    if row["option_logps"]:
-        try:
-            right = _right_option(row["reference"], row["answer_type"], choices)
-            numbers["likelihood"] = metrics.likeliest(row["option_logps"], right)
-            if row["option_tokens"]:
-                numbers["likelihood_normalised"] = metrics.likeliest(row["option_logps"], right, row["option_tokens"])
-        except ValueError as error:
-            raise DataError(f"{row['sample_id']}: option_logps: {error}") from None
-    if row["text_only_answer"] is not None:
-        blank = answer_numbers(row["text_only_answer"], row["reference"], row["answer_type"], choices)
-        for name, metric in (("text_only", "accuracy"), ("text_only_recall", "strict_recall")):
-            numbers[name] = blank.get(metric, math.nan)
-            numbers[f"{name}_gain"] = numbers.get(metric, math.nan) - numbers[name]
-    if row["tokens"] is not None:
-        numbers["answer_tokens"] = row["tokens"]
-    if row["finish_reason"] is not None:
-        numbers["truncated"] = float(row["finish_reason"] == "length")
-    return numbers
-
-
-# Short answers repeat: benchmarks of 100k questions hold a few thousand distinct ones.
-@lru_cache(maxsize=16_384)
-def answer_numbers(answer: str, reference: str, answer_type: str, choices: tuple[str, ...] = ()) -> dict[str, float]:
-    """Metrics of one answer by the names of METRICS, with "unparsable", "chance" and "answer_words"."""
-    common = {"chance": metrics.chance(answer_type, reference, choices), "answer_words": metrics.word_count(answer)}
-    if answer_type == "closed":
-        hit, parsed = metrics.closed_strict(answer, reference, choices)
-        legacy = {"legacy": metrics.closed_legacy(answer, reference), "legacy_published": metrics.closed_published(answer, reference)}
-        return {**common, **legacy, "accuracy": hit, "unparsable": float(not parsed)}
-    if answer_type == "mcq":
-        hit, parsed = metrics.mcq(answer, reference, len(choices) or 4)
-        return {**common, "accuracy": hit, "unparsable": float(not parsed)}
-    values = {"accuracy": metrics.exact_match(answer, reference), "set_recall": metrics.set_recall(answer, reference), "rouge_l": metrics.rouge_l(answer, reference)}
-    values |= {f"legacy_{name}": value for name, value in metrics.open_legacy(answer, reference).items()}
-    values |= {f"strict_{name}": value for name, value in metrics.open_strict(answer, reference).items()}
-    values |= {f"bleu_{order}": value for order, value in enumerate(metrics.bleu(answer, reference), 1)}
-    return {**common, **values, "legacy_exact_match": metrics.exact_legacy(answer, reference)}
-
-
-def _right_option(reference: str, answer_type: str, choices: Sequence[str]) -> int:
-    """Index of the right option; -1 where it is not among the choices."""
-    if answer_type == "mcq":
-        return LETTERS.find(reference.strip().upper()) if len(reference.strip()) == 1 else -1
-    wanted = metrics.normalise(reference)
-    return next((number for number, choice in enumerate(choices) if metrics.normalise(choice) == wanted), -1)
-
-
-@lru_cache(maxsize=16_384)
-def _right(reference: str, answer_type: str, choices: tuple[str, ...]) -> dict[str, str]:
-    """The reference as a constant answer would have to give it: for mcq by its text or by its letter."""
-    letter = metrics.normalise(reference) if answer_type != "mcq" else reference.strip().upper()
-    index = _right_option(reference, answer_type, choices)
-    text = metrics.normalise(choices[index]) if answer_type == "mcq" and 0 <= index < len(choices) else letter
-    return {"right_text": text, "right_letter": letter}
-
-
 def _with_text_only(table: Table, blank: Table) -> Table:
     """The table with the blank-image run's numbers of the same questions beside its own."""
     own, other = _matched(table, blank)
-    columns = {name: np.full(len(table.ids), np.nan) for name in _TEXT_ONLY}
-    for name, metric in (("text_only", "accuracy"), ("text_only_recall", "strict_recall")):
+    columns = {name: np.full(len(table.ids), np.nan) for name in TEXT_ONLY}
+    for name, metric in TEXT_ONLY_OF.items():
         columns[name][own] = blank.values[metric][other]
         columns[f"{name}_gain"] = table.values[metric] - columns[name]
     return Table(table.uri, table.model, table.ids, table.failed_N, table.labels, {**table.values, **columns})
@@ -376,7 +235,7 @@ def _common(table: Table, rows: np.ndarray, config: EvaluateConfig, names: Seque
     failed = int(table.failed_N[rows].sum())
     rows = rows[~table.failed_N[rows]]
     images_G = table.labels["image_id"][1][rows]
-    asked = list(dict.fromkeys(["accuracy", *names, *(name for name in _TEXT_ONLY if name in table.values)]))
+    asked = list(dict.fromkeys(["accuracy", *names, *(name for name in TEXT_ONLY if name in table.values)]))
     values_GM = np.stack([table.values[name][rows] for name in asked], axis=1)
     found = clustered_intervals(values_GM, images_G, config.bootstrap, config.seed)
     s = {name: None if math.isnan(interval["value"]) else interval for name, interval in zip(asked, found, strict=True)}

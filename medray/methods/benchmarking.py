@@ -1,6 +1,7 @@
 """Models on benchmarks: questions -> answers -> scores -> comparison -> results.html.
 
-    stages/10-<benchmark>-<model>/rows   records.PREDICTION, re-scored without a model by `--rescore`
+    stages/05-answers-<model>/rows       records.ANSWERED of every benchmark, by one start of the model's engines
+    stages/10-<benchmark>-<model>/rows   records.PREDICTION of one, re-scored without a model by `--rescore`
     results.json  results.html  table.md  table.tex
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,8 @@ from fsspec.core import url_to_fs
 from medray.config import EvaluateJobConfig
 from medray.data.sources import manifest_of
 from medray.errors import ConfigError, StageError
-from medray.evaluation.benchmarks import BENCHMARKS, Benchmark
+from medray.evaluation.benchmarks import BENCHMARKS
+from medray.methods.answering import Asked, predict
 from medray.methods.data_preparation import (
     LIMITS,
     images_of,
@@ -28,17 +30,8 @@ from medray.methods.data_preparation import (
 )
 from medray.methods.judging import judge_models
 from medray.methods.session import ray_session
-from medray.records import QUESTION
+from medray.records import BENCHMARK_QUESTION
 from medray.run import Run, Stage, digest
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A model to evaluate: `path` of a local one, or `api` name of one behind the endpoint."""
-
-    name: str
-    path: str | None = None
-    api: str | None = None
 
 
 def evaluate_models(config: EvaluateJobConfig, models: list[Asked], benchmarks: Mapping[str, str], run_uri: str, splits: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -59,17 +52,17 @@ def evaluate_models(config: EvaluateJobConfig, models: list[Asked], benchmarks: 
     run.write_config(config)
     with ray_session(config.cluster):
         results: dict[str, Any] = {"schema": 1, "benchmarks": {}}
-        for name, source in benchmarks.items():
-            benchmark = BENCHMARKS[name]
-            asked = splits or benchmark.splits
-            questions = make_questions(run, config, name, source, asked)
-            folders = {model.name: predict(run, config, name, questions, model) for model in models}
+        asked = {name: splits or BENCHMARKS[name].splits for name in benchmarks}
+        questions = {name: make_questions(run, config, name, source, asked[name]) for name, source in benchmarks.items()}
+        answered = {model.name: predict(run, config, questions, model) for model in models}
+        for name, made in questions.items():
+            folders = {model: found[name] for model, found in answered.items()}
             results["benchmarks"][name] = {
-                "definition": {**asdict(benchmark), "splits": asked}, "counts": questions["outputs"]["counts"],
+                "definition": {**asdict(BENCHMARKS[name]), "splits": asked[name]}, "counts": made["outputs"]["counts"],
                 **scored(run, config, name, folders),
             }
             if config.judge is not None:
-                results["benchmarks"][name] |= judge_models(run, config, name, questions, folders)
+                results["benchmarks"][name] |= judge_models(run, config, name, made, folders)
     run.write_json(results, "results.json")
     table = markdown_table(results)
     run.write_text(table, "table.md")
@@ -83,11 +76,14 @@ def evaluate_models(config: EvaluateJobConfig, models: list[Asked], benchmarks: 
 
 
 def make_questions(run: Run, config: EvaluateJobConfig, name: str, source: str, splits: tuple[str, ...]) -> dict[str, Any]:
-    """The benchmark's questions as records.QUESTION shards."""
+    """The benchmark's questions as records.BENCHMARK_QUESTION shards."""
     benchmark = BENCHMARKS[name]
     samples_uri, identity = samples_of(run, config, name, source)
-    settings = {"samples": identity, "benchmark": asdict(benchmark), "splits": splits, "seed": config.evaluate.seed, "most": config.evaluate.max_images}
-    made = run.stage(f"02-{name}-questions", settings, lambda stage: explode(stage, config, samples_uri, benchmark, splits))
+    settings = {
+        "samples": identity, "benchmark": asdict(benchmark), "splits": splits, "seed": config.evaluate.seed, "most": config.evaluate.max_images,
+        "columns": BENCHMARK_QUESTION.names,
+    }
+    made = run.stage(f"02-{name}-questions", settings, lambda stage: explode(stage, config, samples_uri, name, splits, f"{name}-{digest(settings)}/"))
     if not made["outputs"]["counts"]["questions"]:
         raise StageError(f"{name}: {source} has no question of the splits {splits or 'any'} and kinds {benchmark.kinds}; name its splits with --split")
     return made
@@ -118,8 +114,8 @@ def _beside(source: str, part: str) -> str:
     return fs.unstrip_protocol(found[0]) if "://" in source else found[0]
 
 
-def explode(stage: Stage, config: EvaluateJobConfig, samples_uri: str, benchmark: Benchmark, splits: tuple[str, ...]) -> dict[str, Any]:
-    """SAMPLE rows to one row per question."""
+def explode(stage: Stage, config: EvaluateJobConfig, samples_uri: str, name: str, splits: tuple[str, ...], prefix: str) -> dict[str, Any]:
+    """SAMPLE rows to one row per question, its `key` the prefix and its id."""
     from ray.data.expressions import col
 
     from medray.data.shards import count_rows, read_rows
@@ -130,71 +126,35 @@ def explode(stage: Stage, config: EvaluateJobConfig, samples_uri: str, benchmark
     rows = read_rows(samples_uri, num_cpus=cpus).filter(expr=usable, num_cpus=cpus)
     if config.evaluate.max_images is not None:
         rows = rows.limit(config.evaluate.max_images)
-    arguments = {"kinds": benchmark.kinds, "languages": benchmark.languages, "seed": config.evaluate.seed}
+    arguments = {"name": name, "prefix": prefix, "seed": config.evaluate.seed}
     rows = rows.map_batches(_questions, fn_kwargs=arguments, batch_size=32, batch_format="pyarrow", num_cpus=cpus)
     rows.write_parquet(stage.path("rows"), row_group_size=64, ray_remote_args={"num_cpus": cpus})
-    return {"rows": stage.path("rows"), "counts": {"questions": count_rows(stage.path("rows"))}}
+    return {"rows": stage.path("rows"), "prefix": prefix, "counts": {"questions": count_rows(stage.path("rows"))}}
 
 
-def _questions(table: pa.Table, kinds: tuple[str, ...], languages: tuple[str, ...], seed: int) -> pa.Table:
+def _questions(table: pa.Table, name: str, prefix: str, seed: int) -> pa.Table:
     from medray.data.prepare import questions
     from medray.data.readers.canonical import members_of
 
+    kinds, languages = BENCHMARKS[name].kinds, BENCHMARKS[name].languages
     made = []
     for sample in table.to_pylist():
-        base = {"image_id": sample["image_id"], "image": sample["image"], "modality": sample["modality"]}
+        base = {"image_id": sample["image_id"], "image": sample["image"], "modality": sample["modality"], "benchmark": name}
         for row in questions([list(member) for member in members_of(sample)], kinds, seed):
             if row["answer_type"] in kinds and (not languages or (row.get("language") or languages[0]) in languages):
-                made.append({**base, **row})
-    return pa.Table.from_pylist(made, schema=QUESTION)
-
-
-def predict(run: Run, config: EvaluateJobConfig, name: str, questions: dict[str, Any], model: Asked) -> dict[str, Any]:
-    """One model's answers to one benchmark; continues row by row."""
-    from medray.data.shards import write_resumable
-    from medray.evaluation.predict import ApiPredict, Predict
-    from medray.inference.worker import client_options, map_options
-    from medray.models.vlm import model_hash, resolve_model
-
-    common = {"name": model.name, "suffixes": BENCHMARKS[name].suffixes, "text_only": config.text_only, "benchmark": name, "data_config": config.data.model_dump()}
-    if model.api is None:
-        path = resolve_model(model.path)
-        worker, identity, options = Predict, model_hash(path), map_options(config.engine)
-        arguments = {
-            **common, "model": path, "model_config": config.model.model_dump(), "engine_config": config.engine.model_dump(),
-            "max_tokens": config.evaluate.max_tokens, "option_likelihood": config.option_likelihood,
-        }
-    else:
-        api = config.api.model_copy(update={"model": model.api, "max_tokens": config.evaluate.max_tokens})
-        worker, identity, options = ApiPredict, f"{api.base_url}:{model.api}", client_options(config.engine)
-        arguments = {**common, "config": api.model_dump(), "seed": config.evaluate.seed}
-    inputs = {
-        "questions": questions["hash"], "model": identity, "name": model.name, "text_only": config.text_only, "suffixes": BENCHMARKS[name].suffixes,
-        "max_tokens": config.evaluate.max_tokens, "likelihood": config.option_likelihood, "precision": config.model.precision,
-        "system": config.model.system_prompt, "template": config.model.chat_template, "square": config.model.pad_to_square,
-    }
-
-    def work(stage: Stage) -> dict[str, Any]:
-        rows = write_resumable(
-            questions["outputs"]["rows"], stage.path("rows"), stage.path("committed"),
-            lambda rows: rows.map_batches(worker, fn_constructor_kwargs=arguments, **options), 8 * config.engine.rows_per_task, config.data.read_cpus,
-        )
-        return {"rows": stage.path("rows"), "counts": {"questions": rows}}
-
-    return run.stage(f"10-{name}-{model.name}", inputs, work)
+                made.append({**base, **row, "key": f"{prefix}{row['sample_id']}"})
+    return pa.Table.from_pylist(made, schema=BENCHMARK_QUESTION)
 
 
 def scored(run: Run, config: EvaluateJobConfig, name: str, folders: Mapping[str, dict]) -> dict[str, Any]:
     """Scores of every model, and each against the first on the same questions."""
-    from medray.evaluation.scores import compare_models, score
+    from medray.evaluation.scores import score_models
 
     inputs = {"rows": {model: one["hash"] for model, one in folders.items()}, "config": config.evaluate}
 
     def work(_: Stage) -> dict[str, Any]:
         uris = {model: one["outputs"]["rows"] for model, one in folders.items()}
-        models = {model: score(uri, config.evaluate) for model, uri in uris.items()}
-        comparison = compare_models(uris, next(iter(uris)), config.evaluate) if len(uris) > 1 else None
-        return {"models": models, "comparison": comparison, "predictions": uris}
+        return {**score_models(uris, config.evaluate), "predictions": uris}
 
     return run.stage(f"20-{name}-scores", inputs, work)["outputs"]
 

@@ -30,6 +30,8 @@ from medray.records import QUARANTINE
 from medray.run import Run, Stage
 
 SCHEMA_VERSION = 1
+# A task that groups holds a block's rows as Python objects, several times their size in Arrow; smaller ones would be too many to sort.
+INDEX_BLOCK_BYTES = 32 * 2**20
 LIMITS = {"max_image_bytes", "max_image_pixels", "max_aspect", "min_image_side", "rows_per_shard"}  # fields that decide what a shard holds
 _TEXT_COLUMNS = [
     "sample_id", "split", "modality", "source", "image_format", "width", "height", "warnings", "captions", "dialogues", "questions", "preferences",
@@ -75,29 +77,25 @@ def write_index(stage: Stage, data: DataConfig) -> dict[str, Any]:
     """What the source holds, without pixels, one row per image and split, in an order fixed by the ids."""
     from medray.data.groups import read_groups
     from medray.data.prepare import rendered
-    from medray.data.shards import count_rows
+    from medray.data.shards import count_rows, small_blocks
     from medray.data.sources import detect
 
     data = rendered(data, stage.dir)
     kind, _ = detect(data)
     stage.reset("rows")  # made anew by each attempt: it is small and ordered as a whole
-    read_groups(data).write_parquet(stage.path("rows"), row_group_size=256, ray_remote_args={"num_cpus": data.read_cpus})
+    with small_blocks(INDEX_BLOCK_BYTES):
+        read_groups(data).write_parquet(stage.path("rows"), row_group_size=64, ray_remote_args={"num_cpus": data.read_cpus})
     return {"rows": stage.path("rows"), "format": kind, "counts": {"images": count_rows(stage.path("rows"))}}
 
 
 def write_samples(stage: Stage, data: DataConfig, index_uri: str, kind: str, out: str) -> dict[str, Any]:
-    """Load, check, hash and write every image; continues row by row."""
+    """Load, check, hash and write every image; continues shard by shard."""
     from medray.data.samples import ToSamples
-    from medray.data.shards import write_resumable
+    from medray.data.shards import write_converted
 
-    to_samples = ToSamples(data.model_dump(), kind)
-    if not stage.exists("committed"):
+    if not stage.exists("done"):
         stage.run.remove(out.removeprefix(stage.run.uri).strip("/"))  # left by another source
-    rows = write_resumable(
-        index_uri, out, stage.path("committed"),
-        lambda rows: rows.map_batches(to_samples, batch_size=64, batch_format="pyarrow", num_cpus=data.read_cpus, udf_modifying_row_count=False),
-        data.rows_per_shard, data.read_cpus,
-    )
+    rows = write_converted(index_uri, out, stage.path("done"), ToSamples(data.model_dump(), kind), data.rows_per_shard, data.read_cpus)
     return {"rows": out, "counts": {"rows": rows}}
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from medray.config import EvaluateJobConfig
 from medray.data.shards import stored_rows
-from medray.evaluation.exchange import answers, by_id
+from medray.evaluation.exchange import answers
 from medray.evaluation.win_rate import QUESTION_COLUMNS, judge_rows, win_rate
 from medray.records import SELF_PLAY
 from medray.run import Run, Stage
@@ -20,14 +20,16 @@ _VERDICT_COLUMNS = [name for name in SELF_PLAY.names if name != "image"] + ["ver
 class JudgeRows:
     """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.QUESTION to what judges take, open questions only.
 
+    Holds the ids and answers of the open questions, of both models: some hundred bytes each.
+
     Args:
         first: predictions of the model to compare with; None compares with the reference answers.
         second: predictions of the model that is rated.
     """
 
     def __init__(self, first: str | None, second: str):
-        self.first = None if first is None else answers(first)
-        self.second = answers(second)
+        self.first = None if first is None else answers(first, "open")
+        self.second = answers(second, "open")
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(list(self._made(table)), schema=SELF_PLAY)
@@ -40,18 +42,24 @@ class JudgeRows:
 
 
 def judge_models(run: Run, config: EvaluateJobConfig, name: str, questions: dict[str, Any], folders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """{"win_rates": {"b against a": ...}, "chats": {model: ...}} of one benchmark; chats need a judge that writes scores."""
+    """{"win_rates": {"b against a": ...}, "chats": {model: ...}} of one benchmark; chats need a judge that writes scores.
+
+    Both are empty, and no judge starts, where it has no open question.
+    """
     from medray.evaluation.chat_score import chat_score
 
     base, *others = folders
+    asked = {row["sample_id"]: row for row in stored_rows(questions["outputs"]["rows"], ["sample_id", *QUESTION_COLUMNS]) if row["answer_type"] == "open"}
     found: dict[str, Any] = {"win_rates": {}, "chats": {}}
+    if not asked:
+        return found
     for model in others:
         rows = _judged(run, config, f"30-{name}-{model}-against-{base}", questions, folders[base], folders[model])
-        found["win_rates"][f"{model} against {base}"] = win_rate(stored_rows(rows, _VERDICT_COLUMNS), by_id(folders[model]["outputs"]["rows"], QUESTION_COLUMNS), config.evaluate)
+        found["win_rates"][f"{model} against {base}"] = win_rate(stored_rows(rows, _VERDICT_COLUMNS), asked, config.evaluate)
     if config.judge.scoring == "scores":
         for model in folders:
             rows = _judged(run, config, f"30-{name}-{model}-against-references", questions, None, folders[model])
-            found["chats"][model] = chat_score(stored_rows(rows, _VERDICT_COLUMNS), by_id(folders[model]["outputs"]["rows"], QUESTION_COLUMNS), config.evaluate)
+            found["chats"][model] = chat_score(stored_rows(rows, _VERDICT_COLUMNS), asked, config.evaluate)
     return found
 
 

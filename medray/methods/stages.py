@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medray.config import SelfTrainingConfig, TrainConfig
+from medray.config import EvaluateJobConfig, SelfTrainingConfig, TrainConfig
 from medray.run import Run, Stage
 
 PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig that only the pairs stage reads
@@ -276,7 +276,7 @@ def previous_model(name: str) -> str | None:
     return "sft" if number == 1 else f"dpo-{number - 1}"
 
 
-def engine_arguments(config: SelfTrainingConfig, model: Model) -> dict[str, Any]:
+def engine_arguments(config: SelfTrainingConfig | EvaluateJobConfig, model: Model) -> dict[str, Any]:
     """Constructor arguments every engine actor takes, as plain data."""
     return {
         "model": model.path, "model_config": config.model.model_dump(), "data_config": config.data.model_dump(),

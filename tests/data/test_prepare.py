@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pyarrow.dataset
@@ -13,6 +14,7 @@ from PIL import Image
 from medray.config import DataConfig
 from medray.data.prepare import prepare
 from medray.data.shards import count_rows, footer_readers, read_rows, write_resumable
+from medray.data.sources import read_index
 from tests.data.test_images import bomb, noise, saved
 from tests.data.test_sources import CELL
 
@@ -89,39 +91,48 @@ def test_same_inputs_same_shards_another_seed_other_labels(dirty, tmp_path):
     assert table(other, "questions") == table(out, "questions")
 
 
-def test_own_shards_are_a_source_again(dirty, tmp_path):
+def test_own_shards_are_a_source_again(dirty):
     out, counts = dirty
-    made = prepare(DataConfig(source=str(out / "conversations"), label_fraction=1.0, testbed_val_fraction=0.2, **SMALL), str(tmp_path / "made"))
-    assert made["conversations"] + made["questions"] == counts["conversations"]
-    assert made["quarantine"] == 0
+    rows = read_index(DataConfig(source=str(out / "conversations")), 0.5).take_all()
+    stored = {row["sample_id"]: row for row in table(out, "conversations")}
+    assert len(rows) == len(stored) == counts["conversations"]
+    for row in rows:
+        assert (row["error"], json.loads(row["payload"])) == (None, {"turns": stored[row["sample_id"]]["turns"]})
+        assert (row["image_id"], row["image"]) == (stored[row["sample_id"]]["image_id"], stored[row["sample_id"]]["image"])
 
 
 def test_resumed_write_keeps_ids_exactly_once(ray_cluster, tmp_path):
-    """Half of the shards' rows were written before the writer died; the second call does the rest only."""
+    """The writer dies in the second of two folders; the second call does what is left of that one and of a third."""
     import pyarrow as pa
 
-    (tmp_path / "in").mkdir()
-    for part in range(4):
-        ids = [f"row-{part * 8 + i:03d}" for i in range(8)]
-        pq.write_table(pa.table({"sample_id": ids}), tmp_path / "in" / f"{part}.parquet")
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        for part in range(2):
+            rows = [{"sample_id": str(i), "key": f"{folder}-{part}{i}"} for i in range(8)]
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / folder / f"{part}.parquet")
 
-    def stop_at_ten(rows, marker=str(tmp_path / "died")):
+    def stop_at(rows, marker=str(tmp_path / "died"), log=str(tmp_path / "log")):
         import os
 
-        if "row-010" in rows["sample_id"].to_pylist() and not os.path.exists(marker):
+        if "b-12" in rows["key"].to_pylist() and not os.path.exists(marker):
             open(marker, "w").close()
             raise RuntimeError("the writer dies")
+        with open(log, "a") as handle:
+            handle.writelines(f"{key}\n" for key in rows["key"].to_pylist())
         return rows
 
-    def stage(dataset):
-        return dataset.map_batches(stop_at_ten, batch_size=8, batch_format="pyarrow", num_cpus=0.5)
+    def write(*folders, stage=lambda dataset: dataset.map_batches(stop_at, batch_size=8, batch_format="pyarrow", num_cpus=0.5)):
+        return write_resumable([str(tmp_path / name) for name in folders], str(tmp_path / "out"), str(tmp_path / "committed"), stage, 8, 0.5, "key")
 
-    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "committed"), stage, 8, 0.5)
     with pytest.raises(Exception, match="the writer dies"):
-        write_resumable(*arguments)
-    assert write_resumable(*arguments) == 32
-    assert write_resumable(*arguments) == 32
-    assert sorted(row["sample_id"] for row in table(tmp_path, "out", ["sample_id"])) == [f"row-{i:03d}" for i in range(32)]
+        write("a", "b")
+    committed = {row["key"] for path in (tmp_path / "committed").iterdir() if "pending" not in path.name for row in pq.read_table(path).to_pylist()}
+    (tmp_path / "log").unlink()
+    assert write("b", "c") == len(committed | {f"{folder}-{part}{i}" for folder in "bc" for part in range(2) for i in range(8)})
+    assert committed.isdisjoint((tmp_path / "log").read_text().split())
+    assert write("a", "b", "c") == 48
+    assert write("c", "a", stage=lambda _: pytest.fail("there was nothing left to do")) == 48
+    assert sorted(row["key"] for row in table(tmp_path, "out", ["key"])) == [f"{folder}-{part}{i}" for folder in "abc" for part in range(2) for i in range(8)]
 
 
 @pytest.mark.parametrize(("files", "actors"), [(0, 1), (1, 1), (40, 3), (100_000, 32)])
@@ -156,10 +167,6 @@ def test_real_wbcatt(ray_cluster, real_data, tmp_path):
 
 def test_real_wbcatt_and_vqa_rad_counts(ray_cluster, real_data):
     """Every record of the files becomes one index row, none is bad; the split sizes are those of the files' sources."""
-    from collections import Counter
-
-    from medray.data.sources import read_index
-
     splits = {}
     for name in ("wbcatt", "vqa_rad"):
         rows = read_index(DataConfig(source=str(real_data / name), read_cpus=0.5)).select_columns(["split", "error"]).iter_rows()

@@ -86,8 +86,8 @@ def test_versions_and_resplits_are_read_where_they_are_named(tmp_path):
     files = {name: put(tmp_path / name, PMC_2 if "2" in name else PMC_1) for name in names}
     assert detect(DataConfig(source=str(tmp_path))) == ("pmc-vqa", [files["test.csv"], files["train.csv"]])
     assert detect(DataConfig(source=files["train_2.csv"])) == ("pmc-vqa", [files["train_2.csv"]])
-    both = [put(tmp_path / "rad" / name, [QA]) for name in ("mevf_testset.json", "records.json")]
-    assert detect(DataConfig(source=str(tmp_path / "rad"))) == ("vqa-rad", both[1:])
+    both = [put(tmp_path / "rad" / name, [QA]) for name in ("mevf_testset.json", "records.json", "testset.json")]
+    assert detect(DataConfig(source=str(tmp_path / "rad"))) == ("vqa-rad", both[1:2])
 
 
 def test_a_table_that_nobody_knows_is_not_passed_over(tmp_path):

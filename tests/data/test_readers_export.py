@@ -24,7 +24,7 @@ def test_webdataset_round_trip(tmp_path):
     rows = [
         {"sample_id": "a.b/1", "image": PNG, "image_format": "PNG", "caption": "A lung.", "context": "See figure 1.", "split": "val", "modality": "ct"},
         {"sample_id": "2", "image_id": "i", "image": JPEG, "turns": TURNS, "group_id": "0123456789abcdef"},
-        {"sample_id": "3", "image_id": "i", "image": JPEG, **QUESTION},
+        {"sample_id": "3", "image_id": "i", "image": JPEG, **QUESTION, "context": "Figure 2: a cell."},
         {"sample_id": "4", "image": PNG, **PAIR},
         {"sample_id": "5", "image": PNG, "attributes": [("mass_shape", "oval")]},
         {"sample_id": "6", "image": PNG},
@@ -41,8 +41,8 @@ def test_webdataset_round_trip(tmp_path):
         ("5", "5", None, None, None), ("6", "6", None, None, None),
     ]
     assert [json.loads(row["payload"]) for row in found] == [
-        {"caption": "A lung.", "context": "See figure 1."}, {"turns": TURNS}, {"qa": QUESTION | {"language": None}}, {"preference": PAIR},
-        {"attributes": {"mass_shape": "oval"}}, {},
+        {"caption": "A lung.", "context": "See figure 1."}, {"turns": TURNS}, {"qa": QUESTION | {"language": None, "context": "Figure 2: a cell."}},
+        {"preference": PAIR}, {"attributes": {"mass_shape": "oval"}}, {},
     ]
     assert [read_image_bytes(row["image_file"], 10**6) for row in found] == [row["image"] for row in rows]
 

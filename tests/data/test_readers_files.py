@@ -201,7 +201,6 @@ def test_image_folders(tmp_path):
 
 def test_dicom_folders(tmp_path):
     """Each file with the suffix, or with DICM at byte 128 and no other suffix, goes to the DICOM module."""
-    pytest.importorskip("pydicom")
     header = b"\0" * 128 + b"DICM" + b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\0"
     picture = b"".join((
         b"\x08\x00\x60\x00CS\x02\x00CT", b"\x28\x00\x10\x00US\x02\x00\x10\x00", b"\x28\x00\x11\x00US\x02\x00\x20\x00",

@@ -46,12 +46,19 @@ def test_llava_med_figure_without_mention_and_of_two_domains(tmp_path):
 
 
 def test_llava_med_chat_questions(tmp_path):
-    row, bad = json_rows(tmp_path, "qa50.json", "llava-med-qa", [CHAT, CHAT | {"question_id": 4, "gpt4_answer": ""}])
+    """What LLaVA-Med's judge reads of the figure is the question's context."""
+    bare = CHAT | {"question_id": 5, "fig_label": None, "in_text_mention": []}
+    row, bad, unlabelled, alone = json_rows(
+        tmp_path, "qa50.json", "llava-med-qa", [CHAT, CHAT | {"question_id": 4, "gpt4_answer": ""}, bare, bare | {"question_id": 6, "fig_caption": ""}],
+    )
     assert (row["sample_id"], row["image_id"], row["split"], row["modality"]) == ("qa50:3", "18627621_F2", "test", "x-ray")
     assert json.loads(row["payload"])["qa"] == {
         "question": "What is shown?", "reference": "An effusion.", "answer_type": "open", "attribute": "conversation", "choices": None, "language": None,
+        "context": "Figure Caption:\nFigure 2: Chest film with an effusion.\n\nFigure Context:\n\t- His status worsened ( Figure 2 ) .\n\t- An effusion was seen .",
     }
     assert bad["error"] == "field 'gpt4_answer' is empty"
+    assert json.loads(unlabelled["payload"])["qa"]["context"] == "Figure Caption:\nChest film with an effusion."
+    assert "context" not in json.loads(alone["payload"])["qa"]
 
 
 def test_llava_marker_is_taken_off_the_first_turn_after_the_systems(tmp_path):

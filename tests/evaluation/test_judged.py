@@ -1,16 +1,23 @@
 """Win rate and chat score from judges' replies, by hand."""
 
 import asyncio
+import json
 
 import pyarrow as pa
 import pytest
 
-from medray.config import EvaluateConfig
+from medray.config import DataConfig, EvaluateConfig
+from medray.data.groups import group_rows
+from medray.data.prepare import questions
+from medray.data.readers.canonical import members_of
+from medray.data.samples import ToSamples
+from medray.data.sources import INDEX, index_rows
 from medray.evaluation.chat_score import chat_rows, chat_score
 from medray.evaluation.win_rate import NO_ANSWER, judge_rows, judged, prompts, win_rate
 from medray.inference.pairs import IDENTICAL
 from medray.inference.verdicts import written_verdict
-from medray.records import JUDGED, SELF_PLAY
+from medray.records import JUDGED, QUESTION, SELF_PLAY
+from tests.data.test_images import noise
 
 CONFIG = EvaluateConfig(bootstrap=100)
 
@@ -84,9 +91,34 @@ def test_likelihoods_have_no_order():
     assert result["win"]["value"] == 1.0 and result["one_order"] == 1
 
 
+def test_chat_prompt_holds_what_llava_meds_judge_reads(tmp_path):
+    """From the published file to the judge; the figure's caption is in no question that a model is asked."""
+    record = {
+        "question_id": 7, "image": "1_F3.png", "pair_id": "1_F3", "text": "What is shown?\n<image>", "gpt4_answer": "A cyst.", "type": "conversation",
+        "fig_label": "Fig. 3", "fig_caption": "A {cystic} wall.", "in_text_mention": [{"tokens": "No cells were found ( Fig. 3 ) .", "entities": []}],
+        "domain": {"histology": True},
+    }
+    path = tmp_path / "qa50.jsonl"
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    noise((40, 30)).save(tmp_path / "1_F3.png")
+    index = pa.Table.from_pylist(list(index_rows(str(path), 0, path.stat().st_size, "llava-med-qa", str(tmp_path))), schema=INDEX)
+    groups = group_rows(index.append_column("order", pa.array([0])), DataConfig().model_dump())
+    sample, = ToSamples(DataConfig().model_dump(), "llava-med-qa")(groups).to_pylist()
+    asked = [{**sample, **question} for question in questions([list(member) for member in members_of(sample)], ("open",), 0)]
+    row, = pa.Table.from_pylist(asked, schema=QUESTION).to_pylist()
+    assert row["question"] == "What is shown?"
+    made, = chat_rows([row], {"qa50:7": "A mass."})
+    assert prompts(made)[0].startswith(
+        "You compare two answers to a question about the attached medical image. Judge only what the image and established medical knowledge support.\n\n"
+        "Question:\nWhat is shown?\n\nWhat is known of the image:\nFigure Caption:\nFig. 3: A {cystic} wall.\n\nFigure Context:\n"
+        "\t- No cells were found ( Fig. 3 ) .\n\nAnswer 1:\nA cyst.\n\nAnswer 2:\nA mass.\n\nRate each answer"
+    )
+
+
 def test_chat_score():
     questions = [question(0, "ct", "open", "conversation"), *(question(n, "mri", "open", "detailed_description") for n in (1, 2, 3, 4))]
-    rows = list(chat_rows(questions, {f"q{n}": f"answer {n}" for n in range(5)}, {"q0": "Figure 1: a mass."}))
+    questions[0]["context"] = "Figure 1: a mass."
+    rows = list(chat_rows(questions, {f"q{n}": f"answer {n}" for n in range(5)}))
     assert [answer["text"] for answer in rows[0]["questions"][0]["answers"]] == ["a {mass}", "answer 0"]
     assert "Figure 1: a mass." in rows[0]["questions"][0]["question"] and "known" not in rows[1]["questions"][0]["question"]
     seen = [judged(row, [reply], "j") for row, reply in zip(rows, ["8 4", "5 10", "9 great", "5 5", "6 3"], strict=True)]

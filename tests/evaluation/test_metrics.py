@@ -104,6 +104,18 @@ def test_bleu_and_rouge():
     assert metrics.rouge_l("big cell", "big round cell") == pytest.approx(0.8)
 
 
+def test_bleu_and_rouge_are_the_packages_own():
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU
+
+    rng = random.Random(1)
+    bleu, rouge = BLEU(effective_order=True, tokenize="none"), RougeScorer(["rougeL"])
+    for _ in range(500):
+        answer, reference = (" ".join(rng.choices(("lung", "mass", "node", "left", "heart"), k=rng.randrange(1, most))) for most in (9, 6))
+        assert metrics.bleu(answer, reference)[3] == min(1.0, bleu.sentence_score(answer, [reference]).score / 100)
+        assert metrics.rouge_l(answer, reference) == rouge.score(reference, answer)["rougeL"].fmeasure
+
+
 def test_closed_legacy_reads_substrings():
     assert metrics.closed_legacy("I do not know", "no") == 1.0  # "no" in "not" and "know"
     assert metrics.closed_legacy("It is abnormal", "no") == 1.0

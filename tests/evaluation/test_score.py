@@ -8,7 +8,7 @@ import pytest
 
 from medray.config import EvaluateConfig
 from medray.errors import DataError, StageError
-from medray.evaluation.scores import compare, compare_models, rescore, score
+from medray.evaluation.scores import compare, compare_models, rescore, score, score_models
 from medray.records import PREDICTION
 
 
@@ -183,6 +183,9 @@ def test_comparison_of_several_models_is_corrected(tmp_path):
     assert good["p_permutation"] == pytest.approx(2 / 2**12) and good["p_holm"] == pytest.approx(2 * 2 / 2**12)
     assert little["p_permutation"] == pytest.approx(2 / 2**6) and little["p_holm"] == pytest.approx(2 / 2**6)
     assert found["models"]["good"]["by_type"]["closed"]["p_holm"] == good["p_holm"]
+    together = score_models(folders, CONFIG)
+    assert together == {"models": {name: score(uri, CONFIG) for name, uri in folders.items()}, "comparison": found}
+    assert score_models({"base": folders["base"]}, CONFIG)["comparison"] is None
 
 
 def test_what_cannot_be_scored_is_said(tmp_path):

@@ -63,10 +63,10 @@ def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray
             (marks / str(os.getpid())).touch()
             return await super().row(row)
 
-    long = SamplingConfig(max_tokens=150)
+    long = SamplingConfig(max_tokens=100)
     config = play_config.model_copy(update={"ask": SamplingConfig(max_tokens=20), "answer": long, "questions": 4})
-    engine = EngineConfig.model_validate({**sections["engine_config"].model_dump(), "rows_per_task": 30, "rows_in_flight": 16})
-    rows = [{"sample_id": f"s{number}", "image": png(number)} for number in range(120)]
+    engine = EngineConfig.model_validate({**sections["engine_config"].model_dump(), "rows_per_task": 15, "rows_in_flight": 16})
+    rows = [{"sample_id": f"s{number}", "image": png(number)} for number in range(60)]
     kwargs = {"model": talker, **sections, "engine_config": engine, "config": config}
     source, out = tmp_path / "rows", tmp_path / "out"
     source.mkdir()

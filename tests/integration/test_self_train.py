@@ -38,8 +38,10 @@ def rows(run, *parts, columns=None):
     return pyarrow.dataset.dataset(str(Path(run, "stages", *parts)), format="parquet").to_table(columns=columns).to_pylist()
 
 
-# Every kind of stage, in order, each with about how many seconds it takes: a kill falls somewhere in between.
+# Every kind of stage, in order, each with about how many seconds it takes: a kill falls somewhere in between. A start of the
+# job takes half a minute, so only stages of which rows or steps survive are killed, and all where MEDRAY_KILL_ALL is set.
 STAGES = {"00-data": 8, "01-sq_sft": 40, "01-verify": 15, "11-self_play": 30, "12-judge": 20, "13-pairs": 0.2, "14-reference": 15, "15-dpo": 30, "90-evaluate-base": 20}
+KILLED = list(STAGES) if os.environ.get("MEDRAY_KILL_ALL") else ["01-sq_sft", "11-self_play", "12-judge", "15-dpo"]
 
 
 def kill_in(run, stage, seconds):
@@ -60,11 +62,11 @@ def kill_in(run, stage, seconds):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run whose driver was killed (SIGKILL) at a random point of each stage, then run to its end."""
+    """A run whose driver was killed (SIGKILL) at a random point of each stage of KILLED, then run to its end."""
     run = tmp_path_factory.mktemp("job") / "run"
     rng = random.Random(0)
-    for stage, seconds in STAGES.items():
-        kill_in(run, stage, rng.uniform(0, seconds))
+    for stage in KILLED:
+        kill_in(run, stage, rng.uniform(0, STAGES[stage]))
     last = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert last.returncode == 0, last.stderr[-6000:]
     return run, last
@@ -82,7 +84,7 @@ def test_killed_driver_leaves_each_generated_and_judged_id_exactly_once(finished
     run, done = finished
     assert "stage 01-sq_sft: done before" in done.stderr
     attempts = {path.parent.name: json.loads(path.read_text())["attempts"] for path in run.glob("stages/*/manifest.json")}
-    assert sum(number > 1 for number in attempts.values()) >= 4, attempts
+    assert sum(attempts[stage] > 1 for stage in KILLED) >= len(KILLED) // 2, attempts  # the others were over
     images = Counter(row["sample_id"] for row in rows(run, "00-data", "images", columns=["sample_id"]))
     for stage in ("11-self_play", "12-judge"):
         assert Counter(row["sample_id"] for row in rows(run, stage, "rows", columns=["sample_id"])) == images

@@ -60,7 +60,7 @@ def cells(tmp_path_factory):
 def test_submitted_job_is_stopped_and_submitted_again(cluster, s3, cells):
     _, fs = s3
     run = f"s3://{BUCKET}/runs/first"
-    overrides = [*SMALL, "rounds=0", "sft.epochs=4", "sft.checkpoint_every=2", "evaluate.arms=[sft]", "cluster.num_cpus=null"]
+    overrides = [*SMALL, "rounds=0", "sft.epochs=2", "sft.checkpoint_every=2", "evaluate.arms=[sft]", "cluster.num_cpus=null"]
     entry = ["python", "jobs/self_train.py", "--data", str(cells), "--run", run, *(part for o in overrides for part in ("--set", o))]
 
     def state(identity):

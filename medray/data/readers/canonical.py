@@ -60,10 +60,12 @@ def _question(record: Mapping[str, Any]) -> dict[str, Any]:
     language = record.get("language")
     if language is not None and not isinstance(language, str):
         raise BadRecord("field 'language' is no text")
+    # Beside a caption the context is the caption's.
+    context = None if record.get("caption") or record.get("text") or not record.get("context") else _text(record["context"], "context")
     kind = record.get("answer_type") or ("mcq" if choices else "closed" if yes_or_no(reference) else "open")
     if kind not in ANSWER_TYPES:
         raise BadRecord(f"answer_type is {kind!r}; it must be one of {', '.join(ANSWER_TYPES)}")
-    return qa(_text(record["question"], "question"), reference, kind, record.get("attribute"), language, choices)
+    return qa(_text(record["question"], "question"), reference, kind, record.get("attribute"), language, choices, context)
 
 
 def _attributes(value: Any) -> dict[str, Any]:

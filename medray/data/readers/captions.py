@@ -36,20 +36,20 @@ def llava_med_captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
     """
     pair = need_text(record, "pair_id")
     image = str(record.get("image") or f"{pair}.jpg")
-    said = record.get("in_text_mention") or []
-    mentions = [_sentence(mention) for mention in (said if isinstance(said, list) else [said])]
     pmid = record.get("pmid") or pair.partition("_")[0]
     yield row(
-        pair, pair, inside(place.images, image), {"caption": need_text(record, "fig_caption"), "context": "\n".join(m for m in mentions if m) or None},
+        pair, pair, inside(place.images, image), {"caption": need_text(record, "fig_caption"), "context": "\n".join(_mentions(record)) or None},
         split=known_split(record.get("split")), group_id=digest(pmid), modality=_modality(record),
     )
 
 
 def llava_med_qa(record: dict[str, Any], place: Place) -> Iterator[Row]:
     """LLaVA-Med's chat benchmark (data/eval/llava_med_eval_qa50_qa.jsonl: 193 questions on 50 figures): question_id, text with
-    the image's marker, gpt4_answer (the reference), type (conversation, detailed_description), domain, pair_id."""
+    the image's marker, gpt4_answer (the reference), type (conversation, detailed_description), domain, pair_id, and the
+    figure's fig_label, fig_caption and in_text_mention, which become the context of the question: the judge sees it, the model
+    does not."""
     pair = need_text(record, "pair_id")
-    payload = qa(without_marker(need_text(record, "text")), need_text(record, "gpt4_answer"), "open", record.get("type"))
+    payload = qa(without_marker(need_text(record, "text")), need_text(record, "gpt4_answer"), "open", record.get("type"), context=_context(record))
     yield row(
         f"{place.stem}:{need(record, 'question_id')}", pair, inside(place.images, str(record.get("image") or f"{pair}.jpg")), payload,
         split="test", group_id=digest(pair.partition("_")[0]), modality=_modality(record),
@@ -61,6 +61,23 @@ def _modality(record: dict[str, Any]) -> str | None:
     domain = record.get("domain") or {}
     domains = [name for name, is_it in domain.items() if is_it is True] if isinstance(domain, dict) else []
     return _DOMAINS.get(domains[0]) if len(domains) == 1 else None
+
+
+def _context(record: dict[str, Any]) -> str | None:
+    """Caption and mentions of a figure in the words in which LLaVA-Med's judge reads them (llava/eval/eval_multimodal_chat_gpt_score.py,
+    conv_to_str); a mention is its sentence there and no list of entities. None where the record has no caption."""
+    if not str(record.get("fig_caption") or "").strip():
+        return None
+    label = str(record.get("fig_label") or "").strip()
+    caption = f"Figure Caption:\n{label + ': ' if label else ''}{need_text(record, 'fig_caption')}"
+    mentions = "".join(f"\n\t- {mention}" for mention in _mentions(record))
+    return f"{caption}\n\nFigure Context:{mentions}" if mentions else caption
+
+
+def _mentions(record: dict[str, Any]) -> list[str]:
+    """The sentences of the article that mention the figure."""
+    said = record.get("in_text_mention") or []
+    return [sentence for mention in (said if isinstance(said, list) else [said]) if (sentence := _sentence(mention))]
 
 
 def _sentence(mention: Any) -> str:

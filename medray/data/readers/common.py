@@ -31,11 +31,12 @@ class BadRecord(ValueError):
 @dataclass(frozen=True)
 class Place:
     """What a reader knows beside the record: the folder of the images, the path of the record's file and, for the few
-    formats with several possible images, whether a file exists."""
+    formats whose records do not name their image file, what lies in a folder (names; [] for no folder) and how a file begins."""
 
     images: str
     path: str
-    exists: Callable[[str], bool] = lambda path: False
+    names: Callable[[str], list[str]] = lambda folder: []
+    head: Callable[[str], bytes] = lambda path: b""
 
     @property
     def name(self) -> str:
@@ -136,12 +137,16 @@ def yes_or_no(answer: str) -> bool:
     return answer.strip(" .").lower() in ("yes", "no")
 
 
-def qa(question: str, reference: str, answer_type: str, attribute: str | None = None, language: str | None = None, choices: list[str] | None = None) -> dict[str, Any]:
-    """The payload of one question and its reference answer."""
-    return {"qa": {
+def qa(
+    question: str, reference: str, answer_type: str, attribute: str | None = None, language: str | None = None, choices: list[str] | None = None,
+    context: str | None = None,
+) -> dict[str, Any]:
+    """The payload of one question and its reference answer; `context` is what a judge of answers may know of the image."""
+    made = {
         "question": question, "reference": reference, "answer_type": answer_type, "attribute": None if attribute is None else str(attribute),
         "choices": choices, "language": language,
-    }}
+    }
+    return {"qa": made | ({"context": context} if context else {})}
 
 
 def mcq(stem: str, choices: Sequence[str], right: int, attribute: str | None = None, language: str | None = None) -> dict[str, Any]:

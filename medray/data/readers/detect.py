@@ -81,5 +81,5 @@ def chosen_files(kind: str, files: list[str]) -> list[str]:
     """Of a set's files those that are read together: of VQA-RAD the official file and not its MEVF re-splits, of PMC-VQA
     version 1 and not version 2 (*_2.csv) nor the part of its test set that was checked (test_clean.csv). What is left
     out here is read where it is named itself."""
-    apart = {"vqa-rad": r"mevf[^/]*$", "pmc-vqa": r"(_2|_clean)\.csv$"}.get(kind)
+    apart = {"vqa-rad": r"(mevf[^/]*|(train|test)set\.json)$", "pmc-vqa": r"(_2|_clean)\.csv$"}.get(kind)
     return [path for path in files if apart is None or not re.search(apart, path)] or files

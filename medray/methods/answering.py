@@ -1,0 +1,103 @@
+"""Models asked the questions of benchmarks: one start of the engines per model, whatever the number of benchmarks.
+
+    stages/05-answers-<model>/rows       records.ANSWERED of every benchmark, as they came
+    stages/10-<benchmark>-<model>/rows   records.PREDICTION of one benchmark
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from medray.config import EvaluateJobConfig
+from medray.errors import StageError
+from medray.evaluation.benchmarks import BENCHMARKS
+from medray.methods.stages import Model, engine_arguments
+from medray.records import PREDICTION, conform
+from medray.run import Run, Stage
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model to evaluate: `path` of a local one, or `api` name of one behind the endpoint."""
+
+    name: str
+    path: str | None = None
+    api: str | None = None
+
+
+def predict(run: Run, config: EvaluateJobConfig, questions: Mapping[str, dict[str, Any]], model: Asked) -> dict[str, dict[str, Any]]:
+    """The stage of each benchmark that holds one model's answers to it. They are asked together; what was answered before is not.
+
+    Args:
+        questions: by benchmark, the stage that holds its questions.
+
+    Raises StageError where the answers are not those of the questions.
+    """
+    settings, mapped = worker_of(config, model)
+    parts = {name: made["hash"] for name, made in questions.items()}
+    answers = run.stage(f"05-answers-{model.name}", settings, lambda stage: ask(stage, config, questions, mapped), parts)["outputs"]["rows"]
+
+    def own(name: str) -> dict[str, Any]:
+        inputs = {**settings, "questions": parts[name]}
+        return run.stage(f"10-{name}-{model.name}", inputs, lambda stage: take(stage, answers, questions[name]["outputs"]))
+
+    return {name: own(name) for name in questions}
+
+
+def worker_of(config: EvaluateJobConfig, model: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what the model's answers depend on beside the questions, arguments of `map_batches` that ask it)."""
+    from medray.evaluation.predict import ApiPredict, Predict
+    from medray.inference.worker import client_options, map_options
+    from medray.models.vlm import model_hash, resolve_model
+
+    common = {"name": model.name, "suffixes": {name: benchmark.suffixes for name, benchmark in BENCHMARKS.items()}, "text_only": config.text_only}
+    if model.api is None:
+        path = resolve_model(model.path)
+        identity = model_hash(path)
+        answering = {"max_tokens": config.evaluate.max_tokens, "option_likelihood": config.option_likelihood}
+        arguments = {**engine_arguments(config, Model(path, identity)), **common, **answering}
+        mapped = {"fn": Predict, "fn_constructor_kwargs": arguments, **map_options(config.engine)}
+    else:
+        api = config.api.model_copy(update={"model": model.api, "max_tokens": config.evaluate.max_tokens})
+        identity = f"{api.base_url}:{model.api}"
+        arguments = {**common, "config": api.model_dump(), "data_config": config.data.model_dump(), "seed": config.evaluate.seed}
+        mapped = {"fn": ApiPredict, "fn_constructor_kwargs": arguments, **client_options(config.engine)}
+    settings = {
+        "model": identity, "name": model.name, "text_only": config.text_only, "max_tokens": config.evaluate.max_tokens, "likelihood": config.option_likelihood,
+        "precision": config.model.precision, "system": config.model.system_prompt, "template": config.model.chat_template, "square": config.model.pad_to_square,
+    }
+    return settings, mapped
+
+
+def ask(stage: Stage, config: EvaluateJobConfig, questions: Mapping[str, dict[str, Any]], mapped: dict[str, Any]) -> dict[str, Any]:
+    """The questions of all benchmarks to one model; continues row by row."""
+    from medray.data.shards import write_resumable
+
+    rows = write_resumable(
+        [made["outputs"]["rows"] for made in questions.values()], stage.path("rows"), stage.path("committed"),
+        lambda rows: rows.map_batches(**mapped), 8 * config.engine.rows_per_task, config.data.read_cpus, id_column="key",
+    )
+    return {"rows": stage.path("rows"), "counts": {"answers": rows}}
+
+
+def take(stage: Stage, answers: str, questions: dict[str, Any]) -> dict[str, Any]:
+    """The rows of one benchmark among a model's answers."""
+    from medray.data.shards import tables
+
+    stage.reset("rows")
+    stage.run.fs.makedirs(stage.path("rows"), exist_ok=True)
+    found = 0
+    with stage.run.fs.open(stage.path("rows", "part-000000.parquet"), "wb") as handle, pq.ParquetWriter(handle, PREDICTION) as writer:
+        for table in tables(answers, rows=2**16):
+            mine = table.filter(pc.starts_with(table["key"], questions["prefix"]))
+            if mine.num_rows:
+                writer.write_table(conform(mine, PREDICTION))
+                found += mine.num_rows
+    if found != questions["counts"]["questions"]:
+        raise StageError(f"{answers}: {found} answers to {questions['counts']['questions']} questions; files are missing or twice: remove the stage's folder to ask again")
+    return {"rows": stage.path("rows"), "counts": {"questions": found}}
