@@ -6,7 +6,7 @@ included. Both answer greedily, one picture to two questions; the share of equal
 further questions when it is asked ten times as many, (10 n - n) / (t(10 n) - t(n)), so what starting takes is not counted; the
 sides take turns, with new pictures each. Prints one JSON line last.
 
-    python benchmarks/evaluate.py [--questions 400] [--repeats 3] [--model testbed:base]
+    python benchmarks/evaluate.py [--questions 1000] [--repeats 3] [--model testbed:base]
     python benchmarks/evaluate.py --random 768x8 --questions 40 --repeats 2    # 60M random weights: too many for a cache
     python benchmarks/evaluate.py --model llava-hf/llava-1.5-7b-hf --gpus 1 --precision bf16 --side 336
 """
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="testbed:base")
     parser.add_argument("--random", metavar="WIDTHxLAYERS", help="instead of --model, a LLaVA with a random language model of this width and depth")
-    parser.add_argument("--questions", type=int, default=400, help="asked first; then ten times as many")
+    parser.add_argument("--questions", type=int, default=1000, help="asked first; then ten times as many")
     parser.add_argument("--side", type=int, default=96, help="image side (pixels)")
     parser.add_argument("--tokens", type=int, default=32, help="longest answer")
     parser.add_argument("--repeats", type=int, default=3)
@@ -106,7 +106,7 @@ def main() -> None:
             random_llava(args.model, hidden=hidden, layers=layers)
         model = localize(resolve_model(args.model))
         llm, chat = bare_engine(model, config.engine, args.precision), Chat(model, config.model)
-        with local_ray(cores):
+        with local_ray(cores + 3):  # readers and writers mostly wait
             for turn in range(1, args.repeats + 1):
                 sets = [write_questions(Path(scratch, f"{name}-{turn}"), number, args.side, seed) for name, number, seed in (
                     ("few", args.questions, 100_000 * turn), ("many", 10 * args.questions, 100_000 * turn + args.questions))]

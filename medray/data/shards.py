@@ -175,6 +175,7 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
     fs.makedirs(root, exist_ok=True)
     done_fs, done = url_to_fs(done_uri)
     done_fs.makedirs(done, exist_ok=True)
+    done_fs.invalidate_cache(done)
     ready = {posixpath.basename(path) for path in done_fs.glob(f"{done}/*")}
     wanted, waiting = 0, []
     for number, pieces in enumerate(_pieces(rows_uri, rows_per_shard)):
