@@ -18,11 +18,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(ready, what, seconds=180):
+def wait_for(ready, what, seconds=180, pause=0.3):
     until = time.monotonic() + seconds
     while not (value := ready()):
         assert time.monotonic() < until, f"no {what} after {seconds} s"
-        time.sleep(0.3)
+        time.sleep(pause)
     return value
 
 

@@ -73,9 +73,9 @@ def test_submitted_job_is_stopped_and_submitted_again(cluster, s3, cells):
         return re.search(r"'(raysubmit_\w+)'", cluster("submit", "--no-wait", "--working-dir", ".", "--", *entry, check=False).stdout)
 
     first = wait_for(submitted, "job agent").group(1)
-    wait_for(lambda: fs.glob(f"{BUCKET}/runs/first/stages/01-sq_sft/train/**/progress.json") or "FAILED" in state(first), "checkpoint", 900)
+    wait_for(lambda: fs.glob(f"{BUCKET}/runs/first/stages/01-sq_sft/train/**/progress.json") or "FAILED" in state(first), "checkpoint", 900, pause=5)  # each call of the command line takes seconds of a core
     cluster("stop", first)
-    assert "was stopped" in wait_for(lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job"), cluster("logs", first).stdout[-4000:]
+    assert "was stopped" in wait_for(lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job", pause=5), cluster("logs", first).stdout[-4000:]
     assert not fs.exists(f"{BUCKET}/runs/first/results.json")
 
     second = cluster("submit", "--working-dir", ".", "--", *entry, check=False)
