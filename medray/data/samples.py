@@ -6,6 +6,9 @@ The way back is medray.data.readers.canonical.members_of.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +20,7 @@ from medray.data.images import ImageError, decode, image_format
 from medray.data.leaks import fingerprint
 from medray.records import SAMPLE
 
+REQUESTS_AT_ONCE = 16  # of a task, to an object store
 # The list column each kind of payload goes to.
 _KINDS = {"caption": "captions", "turns": "dialogues", "question": "questions", "prompt": "preferences"}
 
@@ -34,17 +38,28 @@ class ToSamples:
         self.source = source
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self.sample(group) for group in table.to_pylist()], schema=SAMPLE)
+        groups = table.to_pylist()
+        loads = [partial(image_of, group, self.limits) for group in groups]
+        if not any("://" in (group["image_file"] or "") for group in groups):
+            return pa.Table.from_pylist(list(map(self.sample, groups, loads)), schema=SAMPLE)
+        # An object store takes tens of milliseconds to answer, and many questions at once.
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            coming = [pool.submit(load) for load in loads]
+            return pa.Table.from_pylist([self.sample(group, image.result) for group, image in zip(groups, coming)], schema=SAMPLE)
 
-    def sample(self, group: dict[str, Any]) -> dict[str, Any]:
-        """One SAMPLE row; an image that cannot be used gives its reason in `error` and sets all its records aside."""
+    def sample(self, group: dict[str, Any], load: Callable[[], tuple[bytes, list[str]]]) -> dict[str, Any]:
+        """One SAMPLE row; an image that cannot be used gives its reason in `error` and sets all its records aside.
+
+        Args:
+            load: groups.image_of for this row.
+        """
         members = json.loads(group["members"])
         row = {name: group[name] for name in ("sample_id", "image_id", "split", "group_id", "modality")}
         row |= {"source": self.source, "set_aside": [json.loads(bad) for bad in group["bad"]], "warnings": [], "error": None}
         if not members:
             return {**row, "error": "every record of this image was set aside"}
         try:
-            image, row["warnings"] = image_of(group, self.limits)
+            image, row["warnings"] = load()
             pixels = decode(image, self.limits)
         except ImageError as error:
             place = place_of(group)

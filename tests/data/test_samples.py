@@ -2,9 +2,12 @@
 
 import json
 
+import fsspec
+import pyarrow as pa
 import pytest
 
 from medray.config import DataConfig
+from medray.data.groups import GROUP, image_of
 from medray.data.readers.canonical import members_of
 from medray.data.samples import ToSamples
 from tests.data.test_images import noise, saved
@@ -16,8 +19,8 @@ TURNS = [{"role": "user", "text": "What?"}, {"role": "assistant", "text": "A cel
 
 def sample(members, source="llava", **changes):
     group = {"sample_id": "a", "image_id": "a", "image_file": "/x/a.png", "image": saved(noise()), "split": "train", "group_id": None, "modality": "ct",
-             "members": json.dumps(members), "bad": []}
-    return ToSamples(DataConfig().model_dump(), source).sample(group | changes)
+             "members": json.dumps(members), "bad": []} | changes
+    return ToSamples(DataConfig().model_dump(), source).sample(group, lambda: image_of(group, DataConfig()))
 
 
 @pytest.mark.parametrize("members", [
@@ -44,3 +47,14 @@ def test_an_unreadable_image_sets_all_its_records_aside():
     assert row["set_aside"][1]["file"] == "/x/a.png"
     dicom = sample([["a", {}]], image=None, image_file="/data/DOE^JANE/1.dcm#frame=0", image_id="dcm-1")
     assert "JANE" not in json.dumps(dicom)
+
+
+def test_images_of_a_store_are_read_at_once_and_stay_with_their_rows():
+    store = fsspec.filesystem("memory")
+    pictures = {f"memory://pictures/{i}.png": saved(noise((10 + i, 10), i)) for i in range(40)}
+    for path, data in pictures.items():
+        store.pipe_file(path, data)
+    rows = [{"sample_id": path, "image_id": path, "image_file": path, "members": json.dumps([[path, {}]]), "bad": []} for path in [*pictures, "memory://pictures/gone.png"]]
+    made = ToSamples(DataConfig().model_dump(), "images")(pa.Table.from_pylist(rows, schema=GROUP)).to_pylist()
+    assert [(row["sample_id"], row["image"], row["width"]) for row in made[:-1]] == [(path, data, 10 + i) for i, (path, data) in enumerate(pictures.items())]
+    assert (made[-1]["image"], made[-1]["error"]) == (None, "image file gone.png does not exist")
