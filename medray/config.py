@@ -41,7 +41,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The vision-language model to tune (any LLaVA, Qwen2.5-VL or Qwen3-VL class model)."""
 
-    path: str = Field("testbed:base", description="Folder in Hugging Face format, hub id, or testbed:base / testbed:expert (bundled tiny models).")
+    path: str = Field("testbed:base", description="Folder in Hugging Face format, hub id, or testbed:base / testbed:expert / testbed:generalist (bundled tiny models).")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Precision of training and generation.")
     max_length: PositiveInt = Field(2048, description="Longest sequence in tokens, image tokens included; longer rows are quarantined.")
     pad_to_square: bool = Field(True, description="Pad images to a square before the processor (as the paper trains); set false for models of free aspect such as Qwen-VL.")
@@ -102,7 +102,8 @@ class TrainConfig(Section):
     lr_vision: NonNegative | None = Field(5e-5, description="Learning rate of the vision tower (its LoRA, or all of it with lora_vision null); null freezes it.")
     lora_llm: LoraConfig | None = Field(default_factory=LoraConfig, description="Adapters of the language model; null trains it in full.")
     lora_vision: LoraConfig | None = Field(default_factory=lambda: LoraConfig(rank=32, alpha=64, dropout=0.2), description="Adapters of the vision tower; null trains it in full.")
-    warmup_ratio: Probability = Field(0.03, description="Share of the samples over which the learning rate rises; then cosine to zero.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up: cosine falls to zero, constant stays.")
+    warmup_ratio: Probability = Field(0.03, description="Share of the samples over which the learning rate rises; 0 for no warm-up.")
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay.")
     max_grad_norm: NonNegative = Field(1.0, description="Gradient norm is clipped to this; 0 for no clipping.")
     zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage.")
@@ -123,6 +124,11 @@ class TrainConfig(Section):
         """Global batch in samples: what one optimiser step sees at any number of workers."""
         return self.micro_batch * self.accumulation * self.max_workers
 
+    @property
+    def trains_model(self) -> bool:
+        """Whether any part of the model has a learning rate."""
+        return any(rate is not None for rate in (self.lr_llm, self.lr_projector, self.lr_vision))
+
     @field_validator("num_workers")
     @classmethod
     def _ordered(cls, value):
@@ -137,9 +143,12 @@ class TrainConfig(Section):
                 f"global_batch {self.global_batch} is impossible: micro_batch {self.micro_batch} x accumulation "
                 f"{self.accumulation} x {self.max_workers} workers is {self.samples_per_step}; change one of them"
             )
-        if self.lr_llm is None and self.lr_projector is None and self.lr_vision is None:
+        if not self._trains():
             raise ValueError("nothing would train: give at least one of lr_llm, lr_projector, lr_vision")
         return self
+
+    def _trains(self) -> bool:
+        return self.trains_model
 
 
 class SftConfig(TrainConfig):
@@ -164,6 +173,45 @@ class DpoConfig(TrainConfig):
     sft_weight: NonNegative = Field(0.0, description="Weight of an added cross-entropy on the chosen answer (extension, off in the paper).")
     reference_batch: PositiveInt = Field(8, description="Pairs per forward pass of the reference log-probability stage.")
     reference_workers: tuple[PositiveInt, PositiveInt] = Field((1, 1), description="[min, max] actors of the reference stage.")
+
+
+class ProxyConfig(Section):
+    """The proxy instruction P of instruction-free tuning and its running average Pbar (see medray.models.proxy_instruction)."""
+
+    count: PositiveInt = Field(8, description="Learnable vectors that stand in the instruction's place (paper: 8).")
+    mode: Literal["released", "textbook", "frozen", "free"] = Field("textbook", description="released: passes use P, which is reset to Pbar after every step (the authors' code); textbook: passes use Pbar, P moves freely (the paper's words); frozen: nothing moves; free: no average (the warm-up).")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="m of Pbar <- m Pbar + (1 - m) P after every step; of released and textbook.")
+    lr: NonNegative = Field(2e-5, description="AdamW learning rate of P; it follows the stage's schedule, and P's gradient is not clipped.")
+    weight_decay: NonNegative = Field(0.01, description="AdamW weight decay of P.")
+
+
+class InstructionFreeTrainConfig(TrainConfig):
+    """One stage of instruction-free tuning: image-description pairs, with a proxy in the instruction's place.
+
+    With all learning rates null the proxy alone trains (the warm-up), without DeepSpeed: each worker holds the whole model.
+    Where that does not fit on its device, set lr_projector to 0.0: DeepSpeed then shards the model, and nothing in it moves.
+    """
+
+    instruction: Annotated[str, Field(min_length=1)] | None = Field(None, description="null: the proxy instruction; else this text stands in the user's turn, and there is no proxy.")
+    shuffling: Literal["none", "separator", "sentences"] = Field("separator", description="Parts of a description that are put in a new order every epoch: between separators (attribute lists) or sentences (reports); none: it stays as it is.")
+    separator: Annotated[str, Field(min_length=1)] = Field(",", description="What parts a description; of shuffling separator.")
+    proxy: ProxyConfig = Field(default_factory=ProxyConfig)
+    micro_batch: PositiveInt = Field(2, description="Samples per forward pass of one worker.")
+    accumulation: PositiveInt = Field(1, description="Forward passes per optimiser step and worker, at the largest num_workers; fewer workers accumulate more, so the global batch stays.")
+    epochs: PositiveInt = Field(5, description="Passes over the data.")
+    lr_llm: NonNegative | None = Field(None, description="Learning rate of the language model (its LoRA, or all of it with lora_llm null); null freezes it, as in the paper.")
+    lr_vision: NonNegative | None = Field(2e-5, description="Learning rate of the vision tower (all of it, or its LoRA with lora_vision given); null freezes it.")
+    lora_vision: LoraConfig | None = Field(None, description="Adapters of the vision tower; null trains it in full.")
+    schedule: Literal["cosine", "constant"] = Field("constant", description="Learning rate after the warm-up: cosine falls to zero, constant stays.")
+    warmup_ratio: Probability = Field(0.0, description="Share of the samples over which the learning rate rises; 0 for no warm-up.")
+    weight_decay: NonNegative = Field(0.01, description="AdamW weight decay.")
+
+    @property
+    def trains_proxy(self) -> bool:
+        return self.instruction is None and self.proxy.mode != "frozen"
+
+    def _trains(self) -> bool:
+        return self.trains_model or self.trains_proxy
 
 
 class SamplingConfig(Section):
@@ -317,6 +365,82 @@ class PrepareDataConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     leaks: LeaksConfig = Field(default_factory=LeaksConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+
+class PlainModelConfig(ModelConfig):
+    """The vision-language model to tune, without a system prompt."""
+
+    path: str = Field("testbed:generalist", description="Folder in Hugging Face format, hub id, or testbed:base / testbed:expert / testbed:generalist (bundled tiny models).")
+    system_prompt: str = Field("", description="System prompt of every conversation; empty for none, as in the paper.")
+
+
+class DescriptionDataConfig(DataConfig):
+    """Images with descriptions: attribute tables (wbcatt, skincon, cbis-ddsm), captions or reports."""
+
+    label_fraction: Probability = Field(1.0, description="Share of the training images that are tuned on (paper: all).")
+
+
+class WarmUpConfig(InstructionFreeTrainConfig):
+    """Stage 1: the proxy alone trains, the model does not move; not where tune.instruction is a text.
+
+    What it shares with stage 2 (shuffling, separator, proxy.count) is taken from there.
+    """
+
+    epochs: PositiveInt = Field(1, description="Passes over the data (paper: 1).")
+    lr_projector: NonNegative | None = Field(None, description="null: frozen; see InstructionFreeTrainConfig for 0.0.")
+    lr_vision: NonNegative | None = Field(None, description="null: frozen.")
+    proxy: ProxyConfig = Field(default_factory=lambda: ProxyConfig(mode="free"), description="mode free where none is given.")
+
+    @model_validator(mode="after")
+    def _free(self):
+        if "mode" not in self.proxy.model_fields_set:
+            self.proxy.mode = "free"
+        return self
+
+
+class DescriptionEvaluateConfig(EvaluateConfig):
+    """Held-out questions and descriptions, and general questions that show what the model has kept."""
+
+    describe_prompt: str = Field("Describe this medical scan.", description="What asks for the description of a held-out image.")
+    general: str | None = Field("testbed:scenes", description="Questions the base model can answer: testbed:scenes (the bundled models'), or a source of questions such as a directory of jobs/prepare_data.py; null for none.")
+    general_split: str = Field("test", description="Split of evaluate.general that is asked.")
+    max_general: PositiveInt | None = Field(100, description="At most this many images of evaluate.general.")
+
+
+class InstructionFreeConfig(Section):
+    """`jobs/instruction_free.py`: instruction-free tuning (arXiv 2603.19482), whole."""
+
+    model: PlainModelConfig = Field(default_factory=PlainModelConfig)
+    data: DescriptionDataConfig = Field(default_factory=DescriptionDataConfig)
+    warm_up: WarmUpConfig = Field(default_factory=WarmUpConfig)
+    tune: InstructionFreeTrainConfig = Field(default_factory=InstructionFreeTrainConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    evaluate: DescriptionEvaluateConfig = Field(default_factory=DescriptionEvaluateConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    seed: int | None = Field(None, description="One seed for both stages; sets warm_up.seed and tune.seed (not the evaluation's).")
+
+    @model_validator(mode="after")
+    def _spread(self):
+        """The stages' common seed and form; a form that warm_up itself gives otherwise is an error."""
+        for name in ("shuffling", "separator"):
+            _adopt(self.warm_up, self.tune, name, "warm_up")
+        _adopt(self.warm_up.proxy, self.tune.proxy, "count", "warm_up.proxy")
+        if self.seed is not None:
+            for section in (self.warm_up, self.tune):
+                if section.seed != self.seed:
+                    section.seed = self.seed
+        return self
+
+
+def _adopt(section: Section, leader: Section, name: str, where: str) -> None:
+    """Set a field to the leader's value. Raises ValueError where it was given another one."""
+    own, wanted = getattr(section, name), getattr(leader, name)
+    if own == wanted:
+        return
+    if name in section.model_fields_set:
+        raise ValueError(f"{where}.{name} {own!r} differs from tune's {wanted!r}; leave it out, it is taken from tune")
+    setattr(section, name, wanted)
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

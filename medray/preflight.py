@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from medray.config import DataConfig, EngineConfig, SelfTrainingConfig, TrainConfig
+from medray.config import (
+    DataConfig,
+    EngineConfig,
+    InstructionFreeConfig,
+    ModelConfig,
+    SelfTrainingConfig,
+    TrainConfig,
+)
 from medray.errors import ConfigError
+from medray.testbed import MODELS
 
+BUNDLED = ", ".join(f"testbed:{name}" for name in MODELS)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _REMOTE = re.compile(r"[a-z0-9]+://")
 
@@ -17,14 +27,35 @@ def check_self_training(config: SelfTrainingConfig) -> None:
     """Raise ConfigError with every problem found, one a line."""
     problems = [
         *model_problems("model.path", config.model.path),
+        *template_problems(config.model),
         *source_problems(config.data),
-        *cpu_problems(config),
+        *cpu_problems(config, {"sft": config.sft, "dpo": config.dpo}),
         *judge_problems(config),
     ]
-    if config.model.chat_template and not Path(config.model.chat_template).is_file():
-        problems.append(f"model.chat_template: file {config.model.chat_template} does not exist")
     if "sft" not in config.evaluate.arms and "dpo" not in config.evaluate.arms:
         problems.append("evaluate.arms: name at least one tuned model, sft or dpo")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_instruction_free(config: InstructionFreeConfig) -> None:
+    """Raise ConfigError with every problem found, one a line."""
+    stages = {"tune": config.tune} if config.tune.instruction else {"warm_up": config.warm_up, "tune": config.tune}
+    problems = [
+        *model_problems("model.path", config.model.path),
+        *template_problems(config.model),
+        *source_problems(config.data),
+        *cpu_problems(config, stages),
+    ]
+    if config.data.label_fraction == 0:
+        problems.append("data.label_fraction: 0 leaves no image to tune on; 1.0 takes all")
+    if not config.tune.trains_model:
+        problems.append("tune.lr_vision: with every learning rate of tune null the model itself would stay as it is; give at least one of lr_vision, lr_projector, lr_llm")
+    if any((config.warm_up.lr_llm, config.warm_up.lr_projector, config.warm_up.lr_vision)):
+        problems.append("warm_up.lr_vision: the warm-up leaves the model as it is, and only its proxy is kept; its learning rates of the model must be null or 0")
+    general = config.evaluate.general
+    if general is not None and general != "testbed:scenes" and not _REMOTE.match(general) and not Path(general).expanduser().exists():
+        problems.append(f"evaluate.general: {general} does not exist; give a source of questions, testbed:scenes or null")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -40,7 +71,7 @@ def model_problems(field: str, path: str) -> list[str]:
     """Problems of a model reference: bundled name, local folder, remote URI or hub id."""
     if path.startswith("testbed:"):
         name = path.partition(":")[2]
-        return [] if name in ("base", "expert") else [f"{field}: unknown bundled model {path!r}; there are testbed:base and testbed:expert"]
+        return [] if name in MODELS else [f"{field}: unknown bundled model {path!r}; there are {BUNDLED}"]
     if _REMOTE.match(path):
         return []
     folder = Path(path).expanduser()
@@ -48,7 +79,13 @@ def model_problems(field: str, path: str) -> list[str]:
         return [] if (folder / "config.json").is_file() else [f"{field}: {path} has no config.json; give a folder in Hugging Face format"]
     if _HUB_ID.fullmatch(path) and not path.startswith((".", "/", "~")):
         return []
-    return [f"{field}: {path} does not exist; give a folder in Hugging Face format, a hub id (org/name), testbed:base or testbed:expert"]
+    return [f"{field}: {path} does not exist; give a folder in Hugging Face format, a hub id (org/name), or one of {BUNDLED}"]
+
+
+def template_problems(model: ModelConfig) -> list[str]:
+    if model.chat_template and not Path(model.chat_template).is_file():
+        return [f"model.chat_template: file {model.chat_template} does not exist"]
+    return []
 
 
 def source_problems(data: DataConfig) -> list[str]:
@@ -64,14 +101,13 @@ def source_problems(data: DataConfig) -> list[str]:
     return problems
 
 
-def cpu_problems(config: SelfTrainingConfig) -> list[str]:
+def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig, training: Mapping[str, TrainConfig]) -> list[str]:
     """A stage that reserves every CPU leaves none to read the data and would hang."""
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return []  # the cluster may grow: Ray itself waits for nodes
     cpus = config.cluster.num_cpus or os.cpu_count() or 1
     problems = []
-    for name in ("sft", "dpo"):
-        stage: TrainConfig = getattr(config, name)
+    for name, stage in training.items():
         wanted = stage.max_workers * stage.cpus_per_worker
         if wanted + min(1.0, config.data.read_cpus) > cpus:
             problems.append(

@@ -66,6 +66,14 @@ CONVERSATION = pa.schema([
     ("turns", pa.list_(TURN)),
 ])
 
+DESCRIPTION = pa.schema([
+    ("sample_id", pa.string()),
+    ("image_id", pa.string()),
+    ("image", pa.binary()),
+    ("modality", pa.string()),
+    ("description", pa.string()),
+])
+
 QUESTION = pa.schema([
     ("sample_id", pa.string()),
     ("image_id", pa.string()),

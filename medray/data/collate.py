@@ -1,5 +1,5 @@
 """Rows to training batches. `Encoder` runs on Ray Data workers (decode, resize, tokenise); the functions below it run
-in the training worker on encoded rows (self-questioning, padding). No Ray in here.
+in the training worker on encoded rows (self-questioning, shuffling, padding). No Ray in here.
 
 Shapes: B samples, T tokens, S spans. Pixels stay uint8 until the model's device, where `normalise_pixels` does what the
 processor's rescale and normalise would have done.
@@ -14,9 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from medray.config import DataConfig, ModelConfig
+from medray.config import DataConfig, InstructionFreeTrainConfig, ModelConfig
 from medray.data.images import ImageError, decode, pad_to_square
-from medray.data.spans import ANSWER, QUESTION, QUESTION_PREFIX, Dialogues, EncodeError, TokenInfo
+from medray.data.shuffling import shuffled
+from medray.data.spans import (
+    ANSWER,
+    QUESTION,
+    QUESTION_PREFIX,
+    Descriptions,
+    Dialogues,
+    EncodeError,
+    TokenInfo,
+)
 from medray.records import check_turns
 
 IGNORE = -100
@@ -27,33 +36,42 @@ ENCODED_DPO = pa.schema([
     ("sample_id", pa.string()), ("chosen_ids", pa.list_(pa.int32())), ("rejected_ids", pa.list_(pa.int32())), ("answer_start", pa.int32()),
     ("ref_chosen_logp", pa.float64()), ("ref_rejected_logp", pa.float64()), *_PIXELS, ("error", pa.string()),
 ])
+# Text, not ids: rows are encoded once for all epochs, and the order of a description's parts, and with it its tokens, is drawn for each.
+ENCODED_DESCRIPTION = pa.schema([("sample_id", pa.string()), ("description", pa.string()), ("image_tokens", pa.int32()), *_PIXELS, ("error", pa.string())])
+ENCODED = {"sft": ENCODED_SFT, "dpo": ENCODED_DPO, "description": ENCODED_DESCRIPTION}
 
 
 class Encoder:
-    """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.CONVERSATION ("sft") or of
-    PREFERENCE ("dpo") to encoded rows, one for one. A row that cannot be encoded carries its reason in `error`.
+    """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.CONVERSATION ("sft"), PREFERENCE ("dpo")
+    or DESCRIPTION ("description") to encoded rows, one for one. A row that cannot be encoded carries its reason in `error`.
 
     Args:
         model_path: the model, whose processor is used.
         model_config, data_config: as dicts, so that the constructor arguments travel as plain data.
+        train_config: of "description" only, the stage's InstructionFreeTrainConfig as a dict (default: its defaults). Its
+            instruction counts for a row's length; the encoded rows are the same for every instruction and shuffling.
     """
 
-    def __init__(self, model_path: str, model_config: dict[str, Any], data_config: dict[str, Any], kind: str):
+    def __init__(
+        self, model_path: str, model_config: dict[str, Any], data_config: dict[str, Any], kind: str, train_config: dict[str, Any] | None = None,
+    ):
         from medray.models.vlm import load_processor
 
         self.config = ModelConfig.model_validate(model_config)
         self.limits = DataConfig.model_validate(data_config)
         self.processor = load_processor(model_path, self.config.trust_remote_code)
         self.dialogues = Dialogues(self.processor, self.config)
-        self.kind = kind
-        self.schema = ENCODED_SFT if kind == "sft" else ENCODED_DPO
+        self.schema = ENCODED[kind]
+        self.encode = {"sft": self._sft, "dpo": self._dpo, "description": self._description}[kind]
+        if kind == "description":
+            self.train = InstructionFreeTrainConfig.model_validate(train_config or {})
+            self.descriptions = Descriptions(self.dialogues, self.train.instruction, self.train.proxy.count)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []
-        encode = self._sft if self.kind == "sft" else self._dpo
         for row in table.to_pylist():
             try:
-                rows.append({"sample_id": row["sample_id"], **encode(row)})
+                rows.append({"sample_id": row["sample_id"], **self.encode(row)})
             except (EncodeError, ImageError) as error:
                 rows.append({"sample_id": row["sample_id"], "error": str(error)})
         return pa.Table.from_pylist(rows, schema=self.schema)
@@ -83,6 +101,41 @@ class Encoder:
             **encoded, "answer_start": start + image_tokens - 1, **pixels,
             "ref_chosen_logp": row.get("ref_chosen_logp"), "ref_rejected_logp": row.get("ref_rejected_logp"),
         }
+
+    def _description(self, row: dict[str, Any]) -> dict[str, Any]:
+        text = (row["description"] or "").strip()
+        if not text:
+            raise EncodeError("empty description")
+        self.descriptions.check(text)
+        pixels, image_tokens = self._image(row["image"])
+        encoded = {"description": text, "image_tokens": image_tokens, **pixels}
+        self._check_length(self._described(encoded, text)[0])
+        return encoded
+
+    def _described(self, row: dict[str, Any], text: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.dialogues.expand(*self.descriptions.encode(text), row["image_tokens"])
+
+    def in_order(self, row: dict[str, Any], epoch: int | None) -> dict[str, Any]:
+        """An encoded description (ENCODED_DESCRIPTION) as an encoded dialogue (ENCODED_SFT), its parts in the order of this
+        epoch, which (seed, epoch, sample_id) fix; epoch None (evaluation) and rows with an error: as they are.
+
+        Byte pairs meet anew in another order, so that it can be some tokens longer. One that is thereby over
+        model.max_length gives way to the original order, which is not: so every epoch, and every way of shuffling, trains
+        on the same rows. Nothing is cut.
+        """
+        if row["error"] is not None:
+            return row
+        text = row["description"]
+        if epoch is not None and self.train.shuffling != "none":
+            text = shuffled(text, row["sample_id"], epoch, self.train.seed, self.train.shuffling, self.train.separator)
+        try:
+            ids, spans = self._described(row, text)
+            if len(ids) > self.config.max_length:
+                ids, spans = self._described(row, row["description"])
+                self._check_length(ids)
+        except EncodeError as error:
+            return {**row, "error": str(error)}
+        return {**row, "input_ids": ids, "spans": spans.ravel()}
 
     def _check_length(self, ids: np.ndarray) -> None:
         if len(ids) > self.config.max_length:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +32,9 @@ PARTS = {
     "questions": records.QUESTION, "quarantine": records.QUARANTINE,
 }
 
+# (labelled, unlabelled or eval; GROUP row; its [sample_id, payload] members) -> (part, what its row holds beside the image)
+Make = Callable[[str, dict[str, Any], list[list[Any]]], Iterator[tuple[str, dict[str, Any]]]]
+
 
 def prepare(
     config: DataConfig, out_dir: str, seed: int = 0, eval_kinds: Sequence[str] = ("open", "closed", "mcq"), eval_seed: int = 0,
@@ -43,10 +47,33 @@ def prepare(
 
     Raises DataError where the source has no usable format or nothing to train or evaluate on.
     """
+    limits = {"labelled": config.max_labelled, "unlabelled": config.max_unlabelled, "eval": max_eval_images, "unused": None}
+    make = DialogueRows(config.turns, seed, tuple(eval_kinds), eval_seed)
+    counts = write_parts(config, out_dir, PARTS, make, limits, seed, {"eval_conversations": eval_conversations})
+    if not counts["conversations"]:
+        raise DataError(f"data.source: no labelled training conversation came out of {config.source} ({counts}); look at {out_dir}/quarantine, data.train_split and data.label_fraction")
+    return counts
+
+
+def write_parts(
+    config: DataConfig, out_dir: str, schemas: Mapping[str, pa.Schema], make: Make, limits: Mapping[str, int | None], seed: int = 0,
+    most: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Write what `make` makes of each image into `out_dir`/<part>, and return the number of rows of each part.
+
+    Args:
+        schemas: of every part; "quarantine" (records.QUARANTINE) among them.
+        make: pickled to the tasks. Rows get their image's image_id, image and modality, as far as the part's schema has them.
+        limits: what images may serve for (see part_of), each with the largest number of images, None for all; others are not read.
+        seed: of the drawing of labelled images.
+        most: parts of which a shard needs no more rows than these.
+
+    An earlier, unfinished attempt is emptied first.
+    """
     from ray.data.expressions import col
 
     fs, root = url_to_fs(out_dir)
-    for part in PARTS:
+    for part in schemas:
         if fs.exists(f"{root}/{part}"):
             fs.rm(f"{root}/{part}", recursive=True)
         fs.makedirs(f"{root}/{part}", exist_ok=True)
@@ -55,25 +82,18 @@ def prepare(
         _with_part, fn_kwargs={"config": config.model_dump(), "seed": seed}, batch_format="pyarrow", num_cpus=config.read_cpus,
     ).materialize()
     rows = Counter()
-    limits = {"labelled": config.max_labelled, "unlabelled": config.max_unlabelled, "eval": max_eval_images, "unused": None}
-    for part, most in limits.items():
+    for part, images in limits.items():
         # Index rows are small, and materialised once: each pass only picks its own.
         chosen = groups.filter(expr=col("part") == part, num_cpus=config.read_cpus)
-        if most is not None:
-            chosen = chosen.limit(most)
-        settings = {
-            "config": config.model_dump(), "out_dir": out_dir, "part": part, "seed": seed, "eval_kinds": tuple(eval_kinds), "eval_seed": eval_seed,
-            "eval_conversations": eval_conversations,
-        }
+        if images is not None:
+            chosen = chosen.limit(images)
+        settings = {"config": config.model_dump(), "out_dir": out_dir, "part": part, "schemas": dict(schemas), "make": make, "most": dict(most or {})}
         chosen = chosen.repartition(target_num_rows_per_block=config.rows_per_shard)
         written = chosen.map_batches(_write_shards, fn_kwargs=settings, batch_size=None, batch_format="pyarrow", num_cpus=config.read_cpus)
         for batch in written.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in batch.to_pylist():
                 rows[row["part"]] += row["rows"]
-    counts = {part: rows[part] for part in PARTS}
-    if not counts["conversations"]:
-        raise DataError(f"data.source: no labelled training conversation came out of {config.source} ({counts}); look at {out_dir}/quarantine, data.train_split and data.label_fraction")
-    return counts
+    return {part: rows[part] for part in schemas}
 
 
 def rendered(config: DataConfig, out_dir: str) -> DataConfig:
@@ -106,12 +126,12 @@ def part_of(group: dict[str, Any], config: DataConfig, seed: int) -> str:
 
 
 def _write_shards(
-    table: pa.Table, config: dict[str, Any], out_dir: str, part: str, seed: int, eval_kinds: Sequence[str], eval_seed: int, eval_conversations: int,
+    table: pa.Table, config: dict[str, Any], out_dir: str, part: str, schemas: dict[str, pa.Schema], make: Make, most: dict[str, int],
 ) -> pa.Table:
     """Load and check a block's images and write its shards; returns counts. Names come from the ids, so a retried task
     writes the same files again."""
     settings = DataConfig.model_validate(config)
-    out: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS}
+    out: dict[str, list[dict[str, Any]]] = {name: [] for name in schemas}
     for group in table.to_pylist():
         out["quarantine"] += [{**json.loads(bad), "stage": "data"} for bad in group["bad"]]
         members = json.loads(group["members"])
@@ -121,31 +141,48 @@ def _write_shards(
             image, _ = image_of(group, settings)
             decode(image, settings)
         except ImageError as error:
-            out["quarantine"] += [
-                {"sample_id": identity, "file": place_of(group), "stage": "data", "reason": str(error)} for identity, _ in members
-            ]
+            out["quarantine"] += [set_aside(identity, group, str(error)) for identity, _ in members]
             continue
-        image_id = group["image_id"]
-        base = {"image_id": image_id, "image": image, "modality": group["modality"]}
-        if part == "unlabelled":
-            out["images"].append({"sample_id": image_id, "image": image})
-        elif part == "labelled":
-            out["conversations"] += [{**base, **row} for row in conversations(members, image_id, settings.turns, seed)]
-        else:
-            out["questions"] += [{**base, **row} for row in questions(members, eval_kinds, eval_seed)]
-            if len(out["eval_conversations"]) < eval_conversations:
-                out["eval_conversations"] += [{**base, **row} for row in conversations(members, image_id, settings.turns, eval_seed)]
+        base = {"image_id": group["image_id"], "image": image, "modality": group["modality"]}
+        for name, row in make(part, group, members):
+            if len(out[name]) < most.get(name, len(out[name]) + 1):
+                out[name].append(row if name == "quarantine" else {**base, **row})
     name = hashlib.sha256("|".join(table["sample_id"].to_pylist()).encode()).hexdigest()[:16]
     fs, root = url_to_fs(out_dir)
     counts = []
     for kind, rows in out.items():
         if rows:
             for start in range(0, len(rows), settings.rows_per_shard):
-                chunk = pa.Table.from_pylist(rows[start: start + settings.rows_per_shard], schema=PARTS[kind])
+                chunk = pa.Table.from_pylist(rows[start: start + settings.rows_per_shard], schema=schemas[kind])
                 with fs.open(f"{root}/{kind}/{part}-{name}-{start // settings.rows_per_shard:04d}.parquet", "wb") as handle:
                     pq.write_table(chunk, handle, row_group_size=64)
             counts.append({"part": kind, "rows": len(rows)})
     return pa.Table.from_pylist(counts, schema=pa.schema([("part", pa.string()), ("rows", pa.int64())]))
+
+
+def set_aside(identity: str, group: dict[str, Any], reason: str) -> dict[str, str]:
+    """The quarantine's row of a record of a GROUP row."""
+    return {"sample_id": identity, "file": place_of(group), "stage": "data", "reason": reason}
+
+
+@dataclass(frozen=True)
+class DialogueRows:
+    """What self-training takes of an image: dialogues where it is labelled, the image alone where not, questions where held out."""
+
+    turns: int
+    seed: int
+    eval_kinds: tuple[str, ...]
+    eval_seed: int
+
+    def __call__(self, part: str, group: dict[str, Any], members: list[list[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        image_id = group["image_id"]
+        if part == "unlabelled":
+            yield "images", {"sample_id": image_id}
+        elif part == "labelled":
+            yield from (("conversations", row) for row in conversations(members, image_id, self.turns, self.seed))
+        else:
+            yield from (("questions", row) for row in questions(members, self.eval_kinds, self.eval_seed))
+            yield from (("eval_conversations", row) for row in conversations(members, image_id, self.turns, self.eval_seed))
 
 
 def conversations(members: list[list[Any]], image_id: str, turns: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -176,6 +213,3 @@ def questions(members: list[list[Any]], kinds: Sequence[str], seed: int) -> Iter
             if assistant is not None:
                 kind = "closed" if assistant["text"].strip(" .").lower() in ("yes", "no") else "open"
                 yield {"sample_id": identity, "question": user["text"], "reference": assistant["text"], "answer_type": kind, "attribute": None, "choices": None}
-
-
-__all__ = ["PARTS", "conversations", "part_of", "prepare", "questions"]

@@ -17,6 +17,7 @@ from medray.config import ModelConfig
 from medray.errors import ConfigError, DataError
 
 ANSWER, QUESTION, QUESTION_PREFIX = 0, 1, 2
+_MARK = "QXQ"  # stands where a text will
 
 
 class EncodeError(DataError):
@@ -57,11 +58,12 @@ class Dialogues:
         self.special_ids = set(self.tokenizer.all_special_ids)
         self._specials = [token for token in {*self.tokenizer.all_special_tokens, self.image_token} if token]
 
-    def info(self) -> TokenInfo:
+    def info(self, questioner: bool = True) -> TokenInfo:
+        """`questioner` False: without the questioner's prefix, which not every template can write."""
         pad = self.tokenizer.pad_token_id
         return TokenInfo(
             pad_id=self.tokenizer.eos_token_id if pad is None else pad, image_token_id=self.image_token_id,
-            questioner_prefix_ids=tuple(self._questioner_prefix()),
+            questioner_prefix_ids=tuple(self._questioner_prefix()) if questioner else (),
             wants_token_types="mm_token_type_ids" in self.processor.model_input_names,
         )
 
@@ -75,7 +77,7 @@ class Dialogues:
         ANSWER: an answer with its end token (assistants' always, and questions of explicit questioner turns).
         QUESTION_PREFIX, QUESTION: in pairs, the role prefix and the text with end token of each user turn after the first.
         """
-        turns = self._with_system(turns)
+        turns = self.with_system(turns)
         self._check_text(turns)
         text = self.render(turns)
         spans: list[tuple[int, int, int]] = []
@@ -101,7 +103,7 @@ class Dialogues:
                 spans.append((QUESTION, begin, len(until.rstrip())))
             else:
                 spans.append((ANSWER, begin, len(until.rstrip())))
-        return self._tokenise(text, spans)
+        return self.tokenise(text, spans)
 
     def encode_answer(self, question: str, answer: str) -> tuple[np.ndarray, int]:
         """Ids of a single-turn question and answer, cut after the answer's end token, and where the answer starts."""
@@ -120,7 +122,7 @@ class Dialogues:
         moved[:, 1:] += (image_tokens - 1) * (spans[:, 1:] > place)
         return grown, moved
 
-    def _with_system(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    def with_system(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
         if self.config.system_prompt and turns[0]["role"] != "system":
             return [{"role": "system", "text": self.config.system_prompt}, *turns]
         return turns
@@ -138,16 +140,20 @@ class Dialogues:
 
     def _check_text(self, turns: list[dict[str, str]]) -> None:
         for index, turn in enumerate(turns):
-            for token in self._specials:
-                if token in turn["text"]:
-                    raise EncodeError(f"turn {index}: the text contains the special token {token}; remove or rewrite it")
+            if token := self.special_in(turn["text"]):
+                raise EncodeError(f"turn {index}: the text contains the special token {token}; remove or rewrite it")
+
+    def special_in(self, text: str) -> str | None:
+        """A special token that a text spells, if any."""
+        return next((token for token in self._specials if token in text), None)
 
     @staticmethod
     def _expect_prefix(text: str, prefix: str, index: int) -> None:
         if not text.startswith(prefix):
             raise EncodeError(f"turn {index}: the chat template rewrites earlier turns, so turns cannot be masked; set model.chat_template")
 
-    def _tokenise(self, text: str, spans: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def tokenise(self, text: str, spans: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and spans as of `encode`, of a rendered text and (kind, begin, end) in characters."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.asarray(encoded["input_ids"], np.int32)
         starts = [start for start, _ in encoded["offset_mapping"]]
@@ -164,15 +170,62 @@ class Dialogues:
         return ids, out
 
     def _questioner_prefix(self) -> list[int]:
-        mark = "QXQ"
-        turns = [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}, {"role": "questioner", "text": mark}]
+        turns = [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}, {"role": "questioner", "text": _MARK}]
         before, through = self.render(turns[:2]), self.render(turns)
-        if not through.startswith(before) or mark not in through[len(before):]:
+        if not through.startswith(before) or _MARK not in through[len(before):]:
             raise ConfigError(f"model.questioner_role: the chat template writes nothing usable for the role {self.config.questioner_role!r}")
-        opened = through[: through.rindex(mark)].rstrip(" ")
+        opened = through[: through.rindex(_MARK)].rstrip(" ")
         if opened == before.rstrip(" "):
             raise ConfigError(f"model.questioner_role: the chat template gives the role {self.config.questioner_role!r} no prefix; set model.chat_template")
         return self._ids(opened)[len(self._ids(before)):]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Descriptions:
+    """Dialogues of one turn, [image][instruction] -> description, as instruction-free tuning trains them.
+
+    What the template writes around a description is rendered once: shuffled, it is tokenised anew in every epoch.
+
+    Args:
+        instruction: the text of the user's turn; None for `proxy_count` placeholders of the proxy instruction, each of which
+            the tokenizer (in memory) then knows as one token.
+
+    Raises ConfigError where the instruction holds a special token, or the template does not write turn after turn.
+    """
+
+    def __init__(self, dialogues: Dialogues, instruction: str | None, proxy_count: int):
+        from medray.models.proxy_instruction import PLACEHOLDER, add_placeholder
+
+        self.dialogues = dialogues
+        self._placeholder = PLACEHOLDER
+        if instruction is None:
+            add_placeholder(dialogues.tokenizer)
+            instruction = PLACEHOLDER * proxy_count
+        elif token := self._special_in(instruction):
+            raise ConfigError(f"instruction: it contains the special token {token}; remove or rewrite it")
+        self._asked = dialogues.with_system([{"role": "user", "text": instruction}])
+        opened, text = dialogues.render(self._asked, opening=True).rstrip(" "), self._render(_MARK)
+        if not text.startswith(opened) or _MARK not in text[len(opened):]:
+            raise ConfigError("model.chat_template: it does not write the assistant's turn behind the user's; give another")
+        self._opened = len(opened)
+        self._before, _, self._after = text.rpartition(_MARK)
+
+    def check(self, description: str) -> None:
+        """Raises EncodeError for a text that holds a special token or a placeholder, or that the template changes."""
+        if token := self._special_in(description):
+            raise EncodeError(f"the description contains the special token {token}; remove or rewrite it")
+        if self._render(description) != self._before + description + self._after:
+            raise EncodeError("the chat template changes the text of the description, so it cannot be masked")
+
+    def encode(self, description: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and spans as `Dialogues.encode` gives them for the two turns, of a text that `check` lets pass."""
+        text = self._before + description + self._after
+        return self.dialogues.tokenise(text, [(ANSWER, self._opened, len(text.rstrip()))])
+
+    def _render(self, description: str) -> str:
+        return self.dialogues.render([*self._asked, {"role": "assistant", "text": description}])
+
+    def _special_in(self, text: str) -> str | None:
+        return self._placeholder if self._placeholder in text else self.dialogues.special_in(text)

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medray.config import EvaluateJobConfig, SelfTrainingConfig, TrainConfig
+from medray.config import (
+    EvaluateJobConfig,
+    InstructionFreeConfig,
+    SelfTrainingConfig,
+    TrainConfig,
+)
 from medray.run import Run, Stage
 
 PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig that only the pairs stage reads
@@ -48,7 +53,7 @@ def arm_of(model: str) -> str:
     return model.partition("-")[0]
 
 
-def resolve_base(config: SelfTrainingConfig) -> Model:
+def resolve_base(config: SelfTrainingConfig | InstructionFreeConfig) -> Model:
     from medray.models.vlm import model_hash, resolve_model
 
     path = resolve_model(config.model.path)
@@ -81,15 +86,21 @@ def tune(stage: Stage, config: SelfTrainingConfig, model: Model, rows_uri: str, 
         rows=count_rows(rows_uri), model_dir=model.path, model_config=config.model, train_config=train, objective=objective,
     )
     stage.publish("model", lambda folder: export_merged(result.checkpoint, model.path, folder, config.model, train))
-    stage.run.write_text(Path(result.metrics).read_text(), stage.folder, "metrics.jsonl")
-    quarantine = "".join(json.dumps({"sample_id": sample, "reason": reason}) + "\n" for sample, reason in result.quarantine.items())
-    stage.run.write_text(quarantine, stage.folder, "quarantine.jsonl")
+    keep_logs(stage, result)
     path = stage.path("model")
     return {"model": path, "model_hash": model_hash(path), "counts": result.counts, "metrics": stage.path("metrics.jsonl")}
 
 
-def encoded(rows_uri: str, model_dir: str, config: SelfTrainingConfig, kind: str) -> Any:
-    """Rows of conversations ("sft") or pairs ("dpo") as encoded rows, by tasks on Data workers."""
+def keep_logs(stage: Stage, result: Any) -> None:
+    """metrics.jsonl and quarantine.jsonl of a medray.train.worker.TrainResult, in the stage's folder."""
+    stage.run.write_text(Path(result.metrics).read_text(), stage.folder, "metrics.jsonl")
+    quarantine = "".join(json.dumps({"sample_id": sample, "reason": reason}) + "\n" for sample, reason in result.quarantine.items())
+    stage.run.write_text(quarantine, stage.folder, "quarantine.jsonl")
+
+
+def encoded(rows_uri: str, model_dir: str, config: SelfTrainingConfig | InstructionFreeConfig, kind: str, train: TrainConfig | None = None) -> Any:
+    """Rows of conversations ("sft"), pairs ("dpo") or descriptions ("description", with their stage's `train`) as encoded rows,
+    by tasks on Data workers."""
     import ray.data
     from ray.data import ExecutionResources
 
@@ -97,6 +108,8 @@ def encoded(rows_uri: str, model_dir: str, config: SelfTrainingConfig, kind: str
     from medray.data.shards import BLOCK_BYTES, read_rows, small_blocks
 
     arguments = {"model_path": model_dir, "model_config": config.model.model_dump(), "data_config": config.data.model_dump(), "kind": kind}
+    if train is not None:
+        arguments["train_config"] = train.model_dump()
     # Reading is much faster than encoding: readers without bounds of their own fill half of every object store first.
     with small_blocks():
         dataset = read_rows(rows_uri, num_cpus=config.data.read_cpus, readers=config.data.encoders).map_batches(
@@ -111,7 +124,7 @@ def encoded(rows_uri: str, model_dir: str, config: SelfTrainingConfig, kind: str
     return dataset
 
 
-def verify(run: Run, name: str, config: SelfTrainingConfig, model: Model, data: dict[str, Any]) -> None:
+def verify(run: Run, name: str, config: SelfTrainingConfig | InstructionFreeConfig, model: Model, data: dict[str, Any]) -> None:
     """vLLM and transformers give the same greedy tokens for the exported model, or the run stops here."""
     from medray.data.shards import read_rows
     from medray.inference.verify import verify_on_cluster
@@ -276,7 +289,7 @@ def previous_model(name: str) -> str | None:
     return "sft" if number == 1 else f"dpo-{number - 1}"
 
 
-def engine_arguments(config: SelfTrainingConfig | EvaluateJobConfig, model: Model) -> dict[str, Any]:
+def engine_arguments(config: SelfTrainingConfig | InstructionFreeConfig | EvaluateJobConfig, model: Model) -> dict[str, Any]:
     """Constructor arguments every engine actor takes, as plain data."""
     return {
         "model": model.path, "model_config": config.model.model_dump(), "data_config": config.data.model_dump(),

@@ -33,7 +33,7 @@ def write_report(run: Run, config: SelfTrainingConfig, scores: dict[str, dict[st
         "judge": {name: manifest["outputs"]["ledger"] for name, manifest in stages.items() if "ledger" in manifest["outputs"]},
     }
     results["table"] = text_table(by_model)
-    metrics = write_metrics(run, stages)
+    metrics = write_metrics(run, read_metrics(run))
     run.write_json(results, "results.json")
     run.write_text(render(run, config, results, stages, metrics), "report.html")
     return results
@@ -50,9 +50,13 @@ def text_table(by_model: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_metrics(run: Run, stages: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Every stage's training metrics into metrics.jsonl and TensorBoard files; returns them by stage."""
-    metrics = {name: list(_lines(run, name)) for name, manifest in stages.items() if "metrics" in manifest["outputs"]}
+def read_metrics(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """The training metrics of the run's stages so far, by stage."""
+    return {manifest["stage"]: list(_lines(run, manifest["stage"])) for manifest in run.timeline if "metrics" in manifest["outputs"]}
+
+
+def write_metrics(run: Run, metrics: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Training metrics by stage into metrics.jsonl and TensorBoard files; returns them."""
     text = "".join(json.dumps({"stage": name, **row}) + "\n" for name, rows in metrics.items() for row in rows)
     run.write_text(text, "metrics.jsonl")
 

@@ -38,7 +38,7 @@ def part_of(name: str) -> Part | None:
 
 
 def resolve_model(path: str) -> str:
-    """A local folder for testbed:base and testbed:expert; other references unchanged.
+    """A local folder for a bundled model (testbed:base, ...); other references unchanged.
 
     Raises ConfigError where a local folder does not exist.
     """

@@ -1,14 +1,15 @@
-"""A small world for demo, tests and replication: synthetic blood cells and two tiny vision-language models."""
+"""A small world for demo, tests and replication: synthetic blood cells and three tiny vision-language models."""
 
 from pathlib import Path
 
 from medray.errors import ConfigError
 
-MODELS = ("base", "expert")
+MODELS = ("base", "expert", "generalist")
 
 
 def model_path(name: str) -> str:
-    """The folder of a bundled model: "base" (the student) or "expert" (the stronger judge). Imports no torch.
+    """The folder of a bundled model: "base" (the student), "expert" (the stronger judge) or "generalist" (base that also lists
+    attributes and states choices). Imports no torch.
 
     Raises:
         ConfigError: an unknown name, or a model that `python -m medray.testbed.build` has not made yet.

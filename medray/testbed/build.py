@@ -1,7 +1,8 @@
-"""Makes the bundled tiny models `base` (about forty minutes on two CPU cores) and `expert` (a quarter of an hour).
+"""Makes the bundled tiny models `base` (about forty minutes on two CPU cores), `expert` and `generalist` (a quarter of an hour each).
 
 `base`: from random weights on `testbed.corpus` (reports in words, then shapes with questions; no cell picture).
 `expert`: base, tuned on many labelled synthetic cells (or a WBCAtt folder's train split with --data).
+`generalist`: base, after a lesson in lists of attributes and in stated choices, about reports and shapes only.
 
 Example::
 
@@ -26,7 +27,7 @@ from typing import Any
 from medray.errors import ConfigError
 
 # Steps of the whole model; its vision tower is taught first, for TOWER_STEPS times as many steps (of 64 pictures).
-BASE_STEPS, EXPERT_STEPS, TOWER_STEPS = 3000, 2000, 0.3
+BASE_STEPS, EXPERT_STEPS, GENERALIST_STEPS, TOWER_STEPS = 3000, 2000, 2000, 0.3
 # Before it sees a picture, base reads: READING_STEPS times as many steps of READING_BATCH reports, each with one question.
 # Yes/no and multiple choice need a comparison, which words teach and pictures alone do not; and many rows of one question
 # teach it in a few minutes where few rows of many questions did not (a claim of an earlier turn passes for a fact).
@@ -174,22 +175,55 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
     })
 
 
+def build_generalist(to: Path, seed: int = 0, steps: int = GENERALIST_STEPS) -> None:
+    """Teach `to`/base (default: the bundled one) two more ways of speaking and write `to`/generalist."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from medray.data.dialogues import ATTRIBUTES
+    from medray.testbed import corpus, model_path, training
+
+    base = to / "base" if (to / "base" / "config.json").is_file() else Path(model_path("base"))
+    started = time.monotonic()
+    processor = AutoProcessor.from_pretrained(base)
+    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    encoder = training.Encoder(processor.tokenizer, IMAGE_TOKENS)
+    rng = random.Random(f"generalist's scenes/{seed}")
+    records = [corpus.sample_uniform(corpus.SHAPES, rng) for _ in range(SCENES + HELD_OUT)]
+    pixels = training.pixels_of([corpus.render_scene(record, rng) for record in records], processor)
+    training.train(
+        model, encoder, pixels[:SCENES], lambda i, r: corpus.general_dialogue(records[i], r), steps=steps, seed=seed, batch=2 * BATCH, text_rows=BATCH,
+        text_dialogue=corpus.general_report, lr=5e-4,
+    )
+    shapes = training.accuracies(model, encoder, pixels[SCENES:], records[SCENES:], corpus.SHAPES)
+    cells, pictures = _cells(HELD_OUT, f"held-out cells/{seed}")
+    zero_shot = training.accuracies(model, encoder, training.pixels_of(pictures, processor), cells, ATTRIBUTES)
+    print("generalist: held-out shapes", _means(shapes), "cells, never seen", _means(zero_shot))
+    _save(model, processor, to / "generalist", {
+        "command": "python -m medray.testbed.build --only generalist", "seed": seed, "steps": steps, "seconds": round(time.monotonic() - started),
+        "accuracy_shapes": _rounded(shapes), "accuracy_cells": _rounded(zero_shot),
+        "accuracy_reports": training.report_accuracies(model, encoder, corpus.report_dialogue),
+    })
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled tiny models.")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "models", help="folder that gets base/ and expert/")
-    parser.add_argument("--only", choices=("base", "expert"), help="build one of them; expert starts from TO/base, else from the bundled base")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "models", help="folder that gets base/, expert/ and generalist/")
+    parser.add_argument("--only", choices=("base", "expert", "generalist"), help="build one of them; the others start from TO/base, else from the bundled base")
     parser.add_argument("--data", type=Path, help="WBCAtt folder for the expert (default: synthetic cells)")
-    parser.add_argument("--steps", type=int, help=f"optimiser steps (default {BASE_STEPS} for base, {EXPERT_STEPS} for expert)")
+    parser.add_argument("--steps", type=int, help=f"optimiser steps (default {BASE_STEPS} for base, {EXPERT_STEPS} for expert, {GENERALIST_STEPS} for generalist)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (on busy cores several wait for each other)")
     args = parser.parse_args()
     import torch
 
     torch.set_num_threads(args.threads)
-    if args.only != "expert":
+    if args.only in (None, "base"):
         build_base(args.to, args.seed, args.steps or BASE_STEPS)
-    if args.only != "base":
+    if args.only in (None, "expert"):
         build_expert(args.to, args.seed, args.steps or EXPERT_STEPS, args.data)
+    if args.only in (None, "generalist"):
+        build_generalist(args.to, args.seed, args.steps or GENERALIST_STEPS)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""What the bundled `base` model learns from: coloured shapes, and blood cells described in words only.
+"""What the bundled models `base` and `generalist` learn from: coloured shapes, and blood cells described in words only.
 
 `base` stands for a general vision-language model: it sees pictures (shapes, colours, sizes, positions, textures,
 counts), speaks the language of medical questions from text-only dialogues, answers open, yes/no and multiple-choice
 questions, describes, and asks questions in the questioner's role. It never sees a picture of a cell. The attribute
 values in its texts are drawn independently and uniformly, so they carry no knowledge about cell types either.
+
+`generalist` has learnt two more ways of speaking, which instruction-free tuning takes for granted in its base model: lists of
+attributes, and multiple choice as its evaluation asks it (medray.data.descriptions). It has seen no cell either.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +19,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFilter
 
 from medray.config import SELF_QUESTIONING_SYSTEM_PROMPT
+from medray.data.descriptions import (
+    ABSENT,
+    WBCATT,
+    Form,
+    choice_questions,
+    describe_attributes,
+    stated_choices,
+)
 from medray.data.dialogues import (
     ATTRIBUTES,
     DESCRIPTIONS,
     KINDS,
     Attribute,
     attribute_dialogue,
+    attribute_questions,
     describe,
     noun_attribute,
     question,
@@ -69,6 +82,11 @@ SHAPE_DESCRIPTIONS = (
     "The image shows a {shape}. Its colour is {colour}, its size is {size} and its texture {texture}. There are {dots} "
     "dots on a {background} background. The position of the object is {position}. The image is {focus} and {frame}.",
 )
+
+SCENE = Form(order=tuple(SHAPES), values={name: attribute.values for name, attribute in SHAPES.items()}, bare=("shape",))
+"""How the attributes of a scene are listed and asked about."""
+
+LIST_REQUESTS = ("List the attributes.", "List the attributes of the image.", "List what you see.", "Which attributes does the image show?", "Name all attributes, separated by commas.")
 
 _INTRODUCTIONS = {
     True: ("A blood cell was described like this.", "Read this report of a blood cell.", "Findings under the microscope:", "Report:"),
@@ -149,6 +167,19 @@ def render_scene(record: Mapping, rng: random.Random) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6) if record["focus"] == "sharp" else rng.uniform(2.2, 3.0)))
 
 
+def scene_questions(scenes: int, kinds: Sequence[str] = KINDS, seed: int = 0) -> Iterator[dict]:
+    """General questions that `base` can answer better than by chance: rows of records.QUESTION about scenes it has never seen,
+    one per attribute and kind. Scene i depends on (seed, i) only."""
+    for number in range(scenes):
+        rng = random.Random(f"general scenes/{seed}/{number}")
+        record = sample_uniform(SHAPES, rng)
+        picture = io.BytesIO()
+        render_scene(record, rng).save(picture, "JPEG", quality=95)
+        image_id = f"scene-{seed}-{number:05d}"
+        for row in attribute_questions(record, kinds, rng, SHAPES):
+            yield {**row, "sample_id": f"{image_id}/{row['attribute']}/{row['answer_type']}", "image_id": image_id, "image": picture.getvalue()}
+
+
 def with_questioner(dialogue: list[dict], rng: random.Random, share: float) -> list[dict]:
     """The same dialogue with some user turns (each with probability `share`) asked by the questioner instead.
 
@@ -209,26 +240,70 @@ def scene_dialogue(record: Mapping, rng: random.Random, turns: int = 5) -> list[
     return picture_dialogue(record, rng, turns, SHAPES, SHAPE_DESCRIPTIONS)
 
 
+def _report(rng: random.Random) -> tuple[bool, dict, list[str], str]:
+    """(whether it is of a cell, its record, the attributes it states, its text)."""
+    of_cell = rng.random() < 0.67
+    schema, templates = (ATTRIBUTES, DESCRIPTIONS) if of_cell else (SHAPES, SHAPE_DESCRIPTIONS)
+    record = sample_uniform(schema, rng)
+    if rng.random() < 0.08:
+        return of_cell, record, list(schema), describe(record, rng, schema, templates)
+    names = rng.sample(list(schema), rng.randint(1, 3) if rng.random() < 0.75 else rng.randint(4, len(schema)))
+    words = words_of(record, schema)
+    return of_cell, record, names, "; ".join(f"{name.replace('_', ' ')}: {words[name]}" for name in names) + "."
+
+
+def _introduced(dialogue: list[dict], of_cell: bool, text: str, rng: random.Random) -> list[dict]:
+    return [{"role": "user", "text": f"{rng.choice(_INTRODUCTIONS[of_cell])} {text}\n{dialogue[0]['text']}"}, *dialogue[1:]]
+
+
 def report_dialogue(rng: random.Random, turns: int = 6) -> list[dict]:
     """A text-only dialogue: a cell (or a scene) described in words, then `turns` questions in all forms about what was said.
 
     Most reports state one to three facts: to find a fact among few, then to compare it with a claim, is learned from
     short reports; from full ones alone it is not.
     """
-    of_cell = rng.random() < 0.67
-    schema, templates = (ATTRIBUTES, DESCRIPTIONS) if of_cell else (SHAPES, SHAPE_DESCRIPTIONS)
-    record = sample_uniform(schema, rng)
-    if rng.random() < 0.08:
-        names, text = list(schema), describe(record, rng, schema, templates)
-    else:
-        names = rng.sample(list(schema), rng.randint(1, 3) if rng.random() < 0.75 else rng.randint(4, len(schema)))
-        words = words_of(record, schema)
-        text = "; ".join(f"{name.replace('_', ' ')}: {words[name]}" for name in names) + "."
+    of_cell, record, names, text = _report(rng)
+    schema = ATTRIBUTES if of_cell else SHAPES
     dialogue = turns_of(
         question(record, rng.choice(names), rng.choices(KINDS, (2, 3, 3))[0], rng, schema, canonical=rng.random() < 0.5) for _ in range(turns)
     )
-    dialogue[0] = {"role": "user", "text": f"{rng.choice(_INTRODUCTIONS[of_cell])} {text}\n{dialogue[0]['text']}"}
-    return [dialogue[0], *with_questioner(dialogue[1:], rng, 0.2)]
+    first, *rest = _introduced(dialogue, of_cell, text, rng)
+    return [first, *with_questioner(rest, rng, 0.2)]
+
+
+def listing(record: Mapping, form: Form, rng: random.Random) -> list[dict]:
+    """A request for the attributes and their list, in random order. Raises DataError where all are absent."""
+    parts = describe_attributes(record, form).split(", ")
+    return turns_of([{"question": rng.choice(LIST_REQUESTS), "reference": ", ".join(rng.sample(parts, len(parts)))}])
+
+
+def stated(record: Mapping, form: Form, rng: random.Random, turns: int = 4) -> list[dict]:
+    """Multiple choice in the words of instruction-free tuning's evaluation, each answered by "The correct answer is B."."""
+    asked = choice_questions(record, form, "")
+    rows = rng.sample(asked, min(turns, len(asked)))
+    return turns_of({**row, "reference": stated_choices(len(row["choices"]))["ABCDEFGH".index(row["reference"])]} for row in rows)
+
+
+def general_dialogue(record: Mapping, rng: random.Random) -> list[dict]:
+    """A dialogue about a scene: as `base` learns them, or a list, or stated choices."""
+    lesson = rng.random()
+    if lesson < 0.4:
+        return scene_dialogue(record, rng)
+    return listing(record, SCENE, rng) if lesson < 0.7 else stated(record, SCENE, rng)
+
+
+def general_report(rng: random.Random) -> list[dict]:
+    """A text-only dialogue: as `base` learns them, or a list of what a report states, or stated choices about it."""
+    lesson = rng.random()
+    if lesson < 0.3:
+        return report_dialogue(rng, turns=2)
+    while True:
+        of_cell, record, names, text = _report(rng)
+        said = {name: record[name] for name in names}
+        if any(value not in ABSENT for value in said.values()):
+            break
+    form = WBCATT if of_cell else SCENE
+    return _introduced(listing(said, form, rng) if lesson < 0.65 or not choice_questions(said, form, "") else stated(said, form, rng, turns=1), of_cell, text, rng)
 
 
 def tokenizer_texts(count: int = 6000, seed: int = 0) -> Iterator[str]:

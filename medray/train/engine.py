@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,6 +70,24 @@ class TorchEngine:
         return self._norm
 
 
+class FrozenEngine(TorchEngine):
+    """A model of which nothing trains: passes and gradients for what stands outside it (the proxy instruction).
+
+    DeepSpeed has no backward pass without a trained parameter, and there is nothing to average or to shard: every worker,
+    of however many, holds the whole model.
+    """
+
+    def __init__(self, model: Any):
+        self.module = model
+        self.optimizer = SimpleNamespace(param_groups=[], state={})
+
+    def step(self) -> None:
+        pass
+
+    def get_global_grad_norm(self) -> float:
+        return 0.0
+
+
 def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
     """DeepSpeed's configuration. Accumulation is ours (see TrainStep.update), so its own count stays 1.
 
@@ -88,13 +107,16 @@ def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
 
 
 def make_engine(model: Any, config: TrainConfig, precision: str, kind: str = "auto") -> Any:
-    """A DeepSpeed engine where DeepSpeed is installed and torch.distributed runs, else TorchEngine.
+    """A DeepSpeed engine where DeepSpeed is installed and torch.distributed runs, else TorchEngine; FrozenEngine where
+    nothing in the model trains.
 
     Args:
         kind: "auto", "deepspeed" or "torch".
 
     Raises ConfigError for several workers without DeepSpeed.
     """
+    if not config.trains_model:
+        return FrozenEngine(model)
     distributed = torch.distributed.is_initialized()
     if kind == "auto":
         kind = "deepspeed" if distributed and importlib.util.find_spec("deepspeed") else "torch"

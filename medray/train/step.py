@@ -15,17 +15,22 @@ import torch.distributed as dist
 
 from medray.config import DpoConfig, ModelConfig, TrainConfig
 from medray.data.collate import normalise_pixels
+from medray.models.proxy_instruction import add_placeholder
 from medray.models.vlm import load_processor, load_vlm, prepare_trainable
 from medray.train.engine import full_state, load_full_state, make_engine, zero_stage
 from medray.train.objectives import DPO_METRICS, IGNORE, dpo_objective, sft_objective
+from medray.train.proxy import ProxyStep
 
-Objective = Literal["sft", "dpo"]
+Objective = Literal["sft", "dpo", "instruction_free"]
 
 
-def learning_rate_factor(progress: float, warmup_ratio: float) -> float:
-    """Linear warm-up over the first share of the samples, then cosine to zero; progress in [0, 1] is samples consumed / all."""
+def learning_rate_factor(progress: float, warmup_ratio: float, schedule: Literal["cosine", "constant"] = "cosine") -> float:
+    """Linear warm-up over the first share of the samples, then cosine to zero or constant; progress in [0, 1] is samples
+    consumed / all."""
     if progress < warmup_ratio:
         return progress / warmup_ratio
+    if schedule == "constant":
+        return 1.0
     rest = (progress - warmup_ratio) / max(1 - warmup_ratio, 1e-9)
     return 0.5 * (1 + math.cos(math.pi * min(rest, 1.0)))
 
@@ -35,16 +40,19 @@ class TrainStep:
 
     Args:
         model_dir: model in Hugging Face format.
-        objective: "sft" or "dpo" (`config` is then a DpoConfig).
+        objective: "sft", "dpo" (`config` is then a DpoConfig) or "instruction_free" (an InstructionFreeTrainConfig).
         total_samples: samples of the whole training (rows x epochs), for the learning rate.
         device: default CUDA's current device, else the CPU.
         engine: "deepspeed", "torch", or "auto" (DeepSpeed where it is installed and torch.distributed runs).
         model, image_processor: use these instead of loading `model_dir` (random weights in benchmarks).
+        proxy: address of the proxy instruction's file to begin from (default: drawn from the seed).
+        placeholder_id: of the proxy instruction, needed with `model`.
     """
 
     def __init__(
         self, model_dir: str, model_config: ModelConfig, config: TrainConfig, objective: Objective, total_samples: int,
         device: Any = None, engine: str = "auto", model: Any = None, image_processor: Any = None,
+        proxy: str | None = None, placeholder_id: int | None = None,
     ):
         torch.manual_seed(config.seed)  # the same adapters' initial weights on every worker
         self.config = config
@@ -53,11 +61,15 @@ class TrainStep:
         self.total_samples = max(total_samples, 1)
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[model_config.precision]
         if model is None:
-            image_processor = load_processor(model_dir, model_config.trust_remote_code).image_processor
+            processor = load_processor(model_dir, model_config.trust_remote_code)
+            image_processor, placeholder_id = processor.image_processor, add_placeholder(processor.tokenizer)
             model = load_vlm(model_dir, model_config.precision, model_config.trust_remote_code, self.device)
         self.image_processor = image_processor
         self.engine = make_engine(prepare_trainable(model, config), config, model_config.precision, engine)
         self.model = self.engine.module
+        self.proxy: ProxyStep | None = None
+        if objective == "instruction_free" and config.instruction is None:
+            self.proxy = ProxyStep(config, self.model, placeholder_id, self.device, proxy)
         self.steps = 0
         self._grad_norm: float | None = None
         self.engine.train()
@@ -71,7 +83,7 @@ class TrainStep:
         return dist.get_rank() if dist.is_initialized() else 0
 
     def objective(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        if self.kind == "sft":
+        if self.kind != "dpo":
             return sft_objective(self.engine, batch)
         config: DpoConfig = self.config
         return dpo_objective(self.engine, batch, config.beta, config.label_smoothing, config.length_normalised, config.sft_weight)
@@ -80,7 +92,7 @@ class TrainStep:
         return len(batch["labels"]) // (2 if self.kind == "dpo" else 1)
 
     def weight_of(self, batch: dict[str, Any]) -> int:
-        """What a batch counts in the mean over the global batch: supervised tokens (sft) or pairs (dpo)."""
+        """What a batch counts in the mean over the global batch: supervised tokens, or pairs (dpo)."""
         return self.samples_of(batch) if self.kind == "dpo" else int((batch["labels"][:, 1:] != IGNORE).sum())
 
     def place(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -101,24 +113,26 @@ class TrainStep:
             filler: any batch; needed where this rank may have fewer micro-batches than another.
 
         Returns metrics of the whole global batch: loss (mean over supervised tokens or pairs), the objective's own
-        (means over pairs), samples, tokens (padding not counted), weight, grad_norm (before clipping), lr_<part>.
+        (means over pairs), samples, tokens (padding not counted), weight, grad_norm (before clipping), lr_<part>; with a
+        proxy instruction also what ProxyStep.step returns.
         """
         counts = [[self.weight_of(b), self.samples_of(b), int(b["attention_mask"].sum())] for b in micro_batches]
         weight, samples, tokens = self.reduce(torch.tensor(counts or [[0, 0, 0]], dtype=torch.float64).sum(0)).tolist()
         passes = int(self.reduce(torch.tensor(len(micro_batches)), dist.ReduceOp.MAX))
         # The middle of the step: neither the first nor the last step is wasted on a rate of zero.
-        factor = learning_rate_factor((consumed + samples / 2) / self.total_samples, self.config.warmup_ratio)
+        factor = learning_rate_factor((consumed + samples / 2) / self.total_samples, self.config.warmup_ratio, self.config.schedule)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         torch.manual_seed((self.config.seed * 1_000_003 + self.steps) * 1009 + self.rank)  # dropout: the same after a restart
         loss_sum, sums = self._accumulate(micro_batches, passes, max(weight, 1.0), filler)
+        proxy_metrics = self.proxy.step(factor) if self.proxy else {}
         self.steps += 1
         names = DPO_METRICS if self.kind == "dpo" else ()
         means = self.reduce(torch.stack([loss_sum, *(sums[name] for name in names)]) if names and sums else torch.cat([loss_sum[None], torch.zeros(len(names))]))
         means = (means / max(weight, 1.0)).tolist()
         metrics = {"loss": means[0], **dict(zip(names, means[1:], strict=True)), "samples": samples, "tokens": tokens, "weight": weight}
         metrics["grad_norm"] = self._grad_norm
-        return metrics | {f"lr_{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
+        return metrics | {f"lr_{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups} | proxy_metrics
 
     def _accumulate(self, micro_batches: Sequence[dict[str, Any]], passes: int, weight: float, filler: dict[str, Any] | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Forward and backward of `passes` micro-batches, then the optimiser step; this rank's sums (CPU, double)."""
@@ -179,7 +193,8 @@ class TrainStep:
         return torch.stack(parts).cpu()
 
     def save(self, path: Path) -> None:
-        """Write the training state (trained weights in fp32, Adam moments, step) as one safetensors file, from rank 0.
+        """Write the training state (trained weights in fp32, Adam moments, step, the proxy instruction's) as one safetensors
+        file, from rank 0.
 
         It can be restored at any world size and ZeRO stage. Collective.
         """
@@ -187,7 +202,11 @@ class TrainStep:
 
         state = dict(full_state(self.engine, keep=self.rank == 0))
         if self.rank == 0:
-            save_file(state, path, metadata={"steps": str(self.steps)})
+            metadata = {"steps": str(self.steps)}
+            if self.proxy:
+                state |= self.proxy.state()
+                metadata |= self.proxy.metadata()
+            save_file(state, path, metadata=metadata)
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote. Collective."""
@@ -197,3 +216,5 @@ class TrainStep:
             self.steps = int(handle.metadata()["steps"])
             state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
         load_full_state(self.engine, state, self.steps)
+        if self.proxy:
+            self.proxy.load(state, self.steps)

@@ -3,7 +3,7 @@
 A checkpoint holds the training state (any world size, any ZeRO stage), the ids of this epoch that are done, and the
 metrics so far, so that a restart on other machines goes on with exactly the samples that are left::
 
-    state.safetensors     trained weights in fp32, Adam moments
+    state.safetensors     trained weights in fp32, Adam moments; the proxy instruction and its moments
     progress.json         epoch, finished (whether the epoch is), steps, samples, world_size
     rows-00000.parquet    one per worker: sample_id, error (null: trained; text: quarantined) of this epoch
     metrics.jsonl         one line per optimiser step
@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,15 @@ import ray.train.torch
 import torch
 from PIL import Image
 
-from medray.config import DpoConfig, ModelConfig, SftConfig
+from medray.config import DpoConfig, InstructionFreeTrainConfig, ModelConfig, SftConfig, TrainConfig
 from medray.data.collate import Encoder, collate_dpo, collate_sft
 from medray.errors import ConfigError, StageError
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 
 logger = logging.getLogger("medray")
 
-CONFIGS = {"sft": SftConfig, "dpo": DpoConfig}
+CONFIGS: dict[str, type[TrainConfig]] = {"sft": SftConfig, "dpo": DpoConfig, "instruction_free": InstructionFreeTrainConfig}
+KINDS = {"sft": "sft", "dpo": "dpo", "instruction_free": "description"}  # of encoded rows, by objective
 ROWS = pa.schema([("sample_id", pa.string()), ("error", pa.string())])
 SECONDS_BETWEEN_LOGS = 10.0
 SECONDS_BETWEEN_PREEMPTION_CHECKS = 5.0
@@ -58,7 +60,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs.
 
     Args:
-        config: model_dir, objective, rows (of the dataset), and model_config, train_config as plain dicts.
+        config: model_dir, objective, rows (of the dataset), proxy (address or None), and model_config, train_config as
+            plain dicts.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     # Ray writes two lines per checkpoint; the logger of one of them is named by its file (2.60).
@@ -72,7 +75,8 @@ def train_worker(config: dict[str, Any]) -> None:
     from medray.train.step import TrainStep
 
     device = ray.train.torch.get_device()
-    step = TrainStep(config["model_dir"], model_config, train_config, config["objective"], config["rows"] * train_config.epochs, device)
+    step = TrainStep(
+        config["model_dir"], model_config, train_config, config["objective"], config["rows"] * train_config.epochs, device, proxy=config["proxy"])
     batches = Batches(config["model_dir"], model_config, train_config, config["objective"])
     progress, done = restore(step)
     shards = {name: ray.train.get_dataset_shard(name) for name in config["datasets"]}
@@ -82,25 +86,36 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 class Batches:
-    """Collates encoded rows for one model and objective."""
+    """Collates encoded rows for one model and objective.
 
-    def __init__(self, model_dir: str, model_config: ModelConfig, config: SftConfig | DpoConfig, objective: str):
+    Raises ConfigError where the model's chat template or limits let no row pass.
+    """
+
+    def __init__(self, model_dir: str, model_config: ModelConfig, config: TrainConfig, objective: str):
         self.config = config
         self.objective = objective
-        encoder = Encoder(model_dir, model_config.model_dump(), {}, objective)
-        self.info = encoder.dialogues.info()
-        self.filler = self.collate(encoder(_filler_table(objective)).to_pylist(), 0)
+        self.encoder = Encoder(model_dir, model_config.model_dump(), {}, KINDS[objective], config.model_dump())
+        self.info = self.encoder.dialogues.info(questioner=objective == "sft")
+        (filler,) = self.in_order(self.encoder(_filler_table(objective)).to_pylist(), None)
+        if filler["error"] is not None:
+            raise ConfigError(f"model: not even an answer of one word can be encoded: {filler['error']}")
+        self.filler = self.collate([filler], 0)
+
+    def in_order(self, rows: Iterable[Row], epoch: int | None) -> Iterator[Row]:
+        """Encoded rows with what this epoch draws before they are batched: the order of a description's parts (None: as it is)."""
+        return (self.encoder.in_order(row, epoch) for row in rows) if self.objective == "instruction_free" else iter(rows)
 
     def collate(self, rows: list[Row], epoch: int | None) -> dict[str, torch.Tensor]:
         """One micro-batch; epoch None (evaluation) draws no questions."""
         if self.objective == "dpo":
             return collate_dpo(rows, self.info)
-        return collate_sft(rows, self.info, 0.0 if epoch is None else self.config.self_questioning, self.config.seed, epoch or 0)
+        rho = self.config.self_questioning if self.objective == "sft" and epoch is not None else 0.0
+        return collate_sft(rows, self.info, rho, self.config.seed, epoch or 0)
 
     def micro_batches(self, rows: list[Row], epoch: int | None) -> list[dict[str, torch.Tensor]]:
         """Rows in micro-batches of like length (less padding)."""
         size = self.config.micro_batch
-        rows = sorted(rows, key=lambda row: len(row["input_ids" if self.objective == "sft" else "chosen_ids"]))
+        rows = sorted(rows, key=lambda row: len(row["chosen_ids" if self.objective == "dpo" else "input_ids"]))
         return [self.collate(rows[start : start + size], epoch) for start in range(0, len(rows), size)]
 
 
@@ -111,6 +126,8 @@ def _filler_table(objective: str) -> pa.Table:
     row: dict[str, Any] = {"sample_id": "filler", "image": data.getvalue()}
     if objective == "sft":
         row["turns"] = [{"role": "user", "text": "What is this?"}, {"role": "assistant", "text": "Nothing."}]
+    elif objective == "instruction_free":
+        row["description"] = "Nothing."
     else:
         row |= {"prompt": "What is this?", "chosen": "Nothing.", "rejected": "No.", "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}
     return pa.Table.from_pylist([row])
@@ -119,7 +136,8 @@ def _filler_table(objective: str) -> pa.Table:
 def train_epoch(step: Any, batches: Batches, progress: Progress, done: set[str], shards: dict[str, Any], rows_per_epoch: int) -> None:
     """Train on what is left of an epoch, checkpoint on the way and at its end."""
     config = step.config
-    rows = EpochRows(rows_of(shards["train"]), done, config.shuffle_buffer, seed=[config.seed, progress.epoch, step.rank])
+    in_order = batches.in_order(rows_of(shards["train"]), progress.epoch)
+    rows = EpochRows(in_order, done, config.shuffle_buffer, seed=[config.seed, progress.epoch, step.rank])
     clock = Clock()
     more = True
     while more:
@@ -136,7 +154,7 @@ def train_epoch(step: Any, batches: Batches, progress: Progress, done: set[str],
         if more and (progress.steps % config.checkpoint_every == 0 or clock.preemption_coming(step)):
             save(step, progress, finished=False)
     if "eval" in shards:
-        held_out = [row for row in rows_of(shards["eval"]) if row["error"] is None]
+        held_out = [row for row in batches.in_order(rows_of(shards["eval"]), None) if row["error"] is None]
         loss = step.evaluate(batches.micro_batches(held_out, None), batches.filler)
         if loss is not None:
             progress.metrics.append({"step": progress.steps, "epoch": progress.epoch, "eval_loss": loss})
@@ -244,7 +262,7 @@ class TrainResult:
 
 def run_training(
     stage_dir: str, train_ds: Any, eval_ds: Any, rows: int, model_dir: str, model_config: ModelConfig,
-    train_config: SftConfig | DpoConfig, objective: str = "sft",
+    train_config: TrainConfig, objective: str = "sft", proxy: str | None = None,
 ) -> TrainResult:
     """Train in Ray workers; the same call after a crash, of workers or of this process, goes on from the last checkpoint.
 
@@ -253,13 +271,19 @@ def run_training(
         train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder); eval_ds may be None.
         rows: rows of train_ds, bad ones included.
         model_dir: the model in Hugging Face format: a remote address, a hub id, or the same path on every node.
+        objective: "sft", "dpo" or "instruction_free".
+        proxy: address, reached from every node, of the proxy instruction that instruction-free tuning begins from
+            (export_proxy's file); None: drawn from the seed.
 
-    Raises ConfigError for a train_config of the wrong kind, StageError where workers failed more than max_failures times.
+    Raises ConfigError for a train_config of the wrong kind or a proxy that does not fit it, DataError where there is no such
+    proxy, StageError where workers failed more than max_failures times.
     """
     from ray.train.torch import TorchTrainer
 
     if not isinstance(train_config, CONFIGS[objective]):
         raise ConfigError(f"train_config: objective {objective} needs a {CONFIGS[objective].__name__}, not a {type(train_config).__name__}")
+    if proxy is not None:
+        _check_proxy(proxy, train_config)
     datasets = {"train": train_ds}
     if train_config.max_workers > 1:
         # Blocks are what is shared out: a small data set in one block would keep one worker busy and the others idle.
@@ -275,7 +299,7 @@ def run_training(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "model_dir": model_dir, "objective": objective, "rows": rows, "datasets": list(datasets),
+            "model_dir": model_dir, "objective": objective, "rows": rows, "datasets": list(datasets), "proxy": proxy,
             "model_config": model_config.model_dump(), "train_config": train_config.model_dump(),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -302,10 +326,31 @@ def run_training(
     return TrainResult(result.checkpoint, str(metrics), counts, quarantine)
 
 
-def export_merged(checkpoint: Any, model_dir: str, out_dir: str | os.PathLike, model_config: ModelConfig, train_config: SftConfig | DpoConfig) -> None:
+def _check_proxy(proxy: str, config: TrainConfig) -> None:
+    from medray.train.proxy import read_proxy
+
+    if not isinstance(config, InstructionFreeTrainConfig) or config.instruction is not None:
+        raise ConfigError("instruction: a stage that begins from a proxy instruction has none in words; leave it null")
+    read_proxy(proxy, config.proxy.count)
+
+
+def export_proxy(checkpoint: Any, path: str | os.PathLike) -> None:
+    """Write a checkpoint's proxy instruction, P and Pbar, as a file of ProxyInstruction.save: of a warm-up, where the tuning
+    begins from. Inference needs none.
+
+    Raises DataError where the stage had an instruction in words.
+    """
+    from medray.train.proxy import stored_proxy
+
+    with checkpoint.as_directory() as folder:
+        stored_proxy(Path(folder, "state.safetensors")).save(path)
+
+
+def export_merged(checkpoint: Any, model_dir: str, out_dir: str | os.PathLike, model_config: ModelConfig, train_config: TrainConfig) -> None:
     """Merge a checkpoint's adapters and projector into plain Hugging Face weights, in the precision of model_config.
 
-    Merged in fp32, on the CPU. model_config.chat_template, where set, becomes the exported model's own.
+    Merged in fp32, on the CPU. model_config.chat_template, where set, becomes the exported model's own. Nothing of a proxy
+    instruction is in it, its placeholder included.
     """
     from safetensors import safe_open
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from medray.data.descriptions import LEAD
 from medray.data.dialogues import (
     ATTRIBUTES,
     KINDS,
@@ -17,7 +18,19 @@ from medray.data.dialogues import (
     right_answer,
 )
 from medray.testbed.cells import sample_record
-from medray.testbed.corpus import QUESTIONER, SHAPES, report_dialogue, sample_uniform, scene_dialogue
+from medray.testbed.corpus import (
+    QUESTIONER,
+    SCENE,
+    SHAPES,
+    general_dialogue,
+    general_report,
+    listing,
+    report_dialogue,
+    sample_uniform,
+    scene_dialogue,
+    scene_questions,
+    stated,
+)
 
 RECORD = {
     "label": "Monocyte", "cell_size": "big", "cell_shape": "irregular", "nucleus_shape": "unsegmented-indented",
@@ -107,6 +120,37 @@ def test_the_base_corpus_has_questioners_and_answers_reports_from_their_text():
             if len(turn["text"]) < 40 and turn["text"] not in ("yes", "no", *LETTERS):
                 assert turn["text"] in text
     assert roles[QUESTIONER] > 200 and roles["user"] > 400 and roles["system"] > 5
+
+
+def test_the_generalists_lists_and_choices_are_right():
+    """Of pictures and, from their text, of reports; it keeps the base's forms beside them."""
+    rng, forms = random.Random(0), Counter()
+    scene = {"shape": "star", "colour": "red", "size": "big", "position": "left", "texture": "plain", "background": "white", "dots": "few", "frame": "no", "focus": "sharp"}
+    _, answer = listing(scene, SCENE, rng)
+    assert sorted(answer["text"].split(", ")) == [
+        "big size", "few dots", "left position", "plain texture", "red colour", "sharp focus", "star", "white background"]
+    turns = stated(scene, SCENE, rng, turns=9)
+    for asked, answer in zip(turns[::2], turns[1::2]):
+        name = re.match(r"What is the (.+)\?", asked["text"])[1]
+        letter = re.fullmatch(rf"{LEAD} ([A-Z])\.", answer["text"])[1]
+        assert f"\n{letter}. {scene[name]}\n" in asked["text"]
+    for _ in range(200):
+        turns = general_report(rng)
+        text, said = turns[0]["text"].partition("\n")[0].lower(), turns[1]["text"]
+        forms["stated" if said.startswith(LEAD) else "list" if ", " in said else "other"] += 1
+        if ", " in said and ";" in text:
+            values = [part.split(" ")[0].lower() for part in said.split(", ") if part not in ("granularity", "cytoplasm vacuole", "frame")]
+            assert all(value in text for value in values)
+        first = general_dialogue(sample_uniform(SHAPES, rng), rng)
+        forms["pictured list" if ", " in first[1]["text"] and "." not in first[1]["text"] else "pictured choice" if first[1]["text"].startswith(LEAD) else "pictured base"] += 1
+    assert min(forms.values()) > 25 and len(forms) == 6, forms
+
+
+def test_scene_questions_depend_on_their_number_only():
+    few, more = list(scene_questions(1)), list(scene_questions(2, ("mcq",)))
+    assert len(few) == 27
+    assert [row["sample_id"] for row in more] == [f"scene-0-{number:05d}/{name}/mcq" for number in range(2) for name in SHAPES]
+    assert few[0]["image"] == more[0]["image"] != more[9]["image"]
 
 
 @pytest.mark.parametrize("schema", [ATTRIBUTES, SHAPES], ids=["cells", "shapes"])

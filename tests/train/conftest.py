@@ -8,7 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from medray.config import DataConfig, DpoConfig, LoraConfig, ModelConfig, SftConfig
+from medray.config import (
+    DataConfig,
+    DpoConfig,
+    InstructionFreeTrainConfig,
+    LoraConfig,
+    ModelConfig,
+    ProxyConfig,
+    SftConfig,
+)
 from medray.data.collate import Encoder
 
 torch.set_num_threads(1)
@@ -17,6 +25,9 @@ MODEL = ModelConfig(precision="fp32", system_prompt="", max_length=512)
 SMALL_LORA = {"lora_llm": LoraConfig(rank=4, alpha=8, dropout=0.0), "lora_vision": LoraConfig(rank=2, alpha=8, dropout=0.0)}
 SFT = SftConfig(micro_batch=2, accumulation=2, epochs=1, zero_stage=2, warmup_ratio=0.0, lr_llm=1e-3, lr_projector=1e-3, lr_vision=1e-3, **SMALL_LORA)
 DPO = DpoConfig(micro_batch=2, accumulation=2, epochs=1, zero_stage=2, warmup_ratio=0.0, lr_llm=1e-3, lr_projector=1e-3, lr_vision=1e-3, **SMALL_LORA)
+TUNE = InstructionFreeTrainConfig(
+    micro_batch=2, accumulation=2, epochs=1, zero_stage=2, lr_projector=1e-3, lr_vision=1e-3, proxy=ProxyConfig(count=3, lr=1e-2, momentum=0.9))
+WARM_UP = TUNE.model_copy(update={"lr_projector": None, "lr_vision": None, "proxy": ProxyConfig(count=3, lr=1e-2, mode="free")})
 
 
 def picture(seed: int, size: tuple[int, int] = (64, 64)) -> bytes:
@@ -46,6 +57,11 @@ def preferences(count: int) -> list[dict]:
          "rejected": answers[(i + 1) % 4], "ref_chosen_logp": -20.0 - i, "ref_rejected_logp": -21.0 + i}
         for i in range(count)
     ]
+
+
+def descriptions(count: int) -> list[dict]:
+    parts = ("big cell", "round nucleus", "pink granules", "light blue cytoplasm", "no vacuoles")
+    return [{"sample_id": f"d{i:03d}", "image": picture(i), "description": ", ".join(parts[: 2 + i % 4])} for i in range(count)]
 
 
 def encoder(path: str, kind: str) -> Encoder:

@@ -1,0 +1,149 @@
+"""The whole job on the bundled tiny base model: every stage for real, in its own process, as a user runs it, killed once."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.dataset
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from medray.data.descriptions import WBCATT, leaks_description
+from medray.models.proxy_instruction import PLACEHOLDER, ProxyInstruction
+from medray.models.vlm import part_of
+from medray.testbed import model_path
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "data.testbed_rows=120", "warm_up.eval_rows=4", "tune.eval_rows=4", "tune.epochs=2", "evaluate.max_images=3", "evaluate.max_general=2", "evaluate.bootstrap=100",
+    "verify.rows=2", "verify.max_tokens=6", "engine.rows_per_task=8",
+]
+
+
+def command(run):
+    return [sys.executable, "jobs/instruction_free.py", "--run", str(run), *(part for override in SMALL for part in ("--set", override))]
+
+
+def environment():
+    return {**os.environ, "RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run whose driver was killed (SIGKILL) between the warm-up and the tuning, then run to its end."""
+    run = tmp_path_factory.mktemp("job") / "run"
+    log = run.parent / "killed.log"
+    with log.open("w") as handle:
+        job = subprocess.Popen(command(run), cwd=ROOT, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
+    while job.poll() is None and not (run / "stages/01-warm_up/manifest.json").exists():
+        time.sleep(0.05)
+    assert job.poll() is None, log.read_text()[-6000:]
+    job.kill()
+    job.wait()
+    last = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr[-6000:]
+    return run, last
+
+
+def outputs(run, stage):
+    return json.loads((run / "stages" / stage / "manifest.json").read_text())["outputs"]
+
+
+def rows(folder, columns=None):
+    return pyarrow.dataset.dataset(str(folder), format="parquet").to_table(columns=columns).to_pylist()
+
+
+def test_summary_line_and_resume(finished):
+    run, done = finished
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert {"run", "base", "tuned", "floors", "seconds", "report", "model", "proxy"} <= set(summary)
+    assert summary["tuned"]["strict"]["low"] <= summary["tuned"]["strict"]["value"] <= summary["tuned"]["strict"]["high"]
+    assert summary["run"] == str(run)
+    assert "stage 01-warm_up: done before" in done.stderr
+    assert "floors  chance 0." in done.stderr
+
+
+def test_each_description_was_trained_once_per_epoch(finished):
+    run, _ = finished
+    ids = [row["sample_id"] for row in rows(run / "stages/00-data/descriptions", ["sample_id"])]
+    assert len(ids) == len(set(ids)) == 108
+    for stage, epochs in (("01-warm_up", 1), ("02-tune", 2)):
+        counts = outputs(run, stage)["counts"]
+        assert (counts["trained"], counts["samples"], counts["quarantined"]) == (108, 108 * epochs, 0)
+
+
+def test_the_tuning_begins_at_the_warm_ups_proxy(finished):
+    run, _ = finished
+    warm, tuned = (ProxyInstruction.load(outputs(run, stage)["proxy"]) for stage in ("01-warm_up", "02-tune"))
+    fresh = ProxyInstruction(8, warm.vectors.shape[1])
+    assert not torch.equal(warm.vectors, fresh.vectors)
+    assert torch.equal(warm.start, fresh.vectors)  # seed 0
+    assert torch.equal(tuned.start, warm.vectors)
+    assert (warm.mode, tuned.mode) == ("free", "textbook")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    moved = [line["proxy_moved"] for line in lines if line["stage"] == "02-tune" and "proxy_moved" in line]
+    assert moved[-1] == pytest.approx(float((tuned.average - tuned.start).norm()), rel=1e-4)
+    assert 0 < moved[0] < moved[-1]
+
+
+def test_the_export_is_the_base_with_another_eye(finished):
+    """The language model is bit-equal, tower and projector are not, and nothing of the proxy is left."""
+    run, _ = finished
+    exported, base = run / "stages/02-tune/model", Path(model_path("base"))
+    before, after = load_file(base / "model.safetensors"), load_file(exported / "model.safetensors")
+    assert before.keys() == after.keys()
+    equal = Counter((part_of(name), torch.equal(before[name].float(), after[name].float())) for name in before)
+    assert equal[("llm", False)] == 0 and equal[("llm", True)] > 0
+    assert equal[("projector", False)] > 0 and equal[("vision", False)] > equal[("vision", True)]
+    assert PLACEHOLDER not in (exported / "tokenizer.json").read_text()
+    assert [path.name for path in exported.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_all_sets_of_questions_were_answered_once(finished):
+    run, _ = finished
+    for model in ("base", "tuned"):
+        for one in ("choices", "plain", "described", "general"):
+            folder = run / "stages" / f"90-evaluate-{model}" / "sets" / one
+            asked = run / "stages/00-data" / (one if one != "general" else "general/questions")
+            answered = rows(folder)
+            assert Counter(row["sample_id"] for row in answered) == Counter(row["sample_id"] for row in rows(asked, ["sample_id"]))
+            assert {row["model"] for row in answered} == {model}
+            assert all(row["error"] is None for row in answered)
+            assert all(PLACEHOLDER not in row["question"] for row in answered)
+            if one == "choices":
+                assert all(len(row["option_logps"]) == len(row["choices"]) for row in answered)
+                assert all(len(set(row["option_tokens"])) == 1 for row in answered)  # of the statements, which differ in a letter
+            else:
+                assert all(row["option_logps"] is None for row in answered)
+
+
+def test_results_are_those_of_the_answers(finished):
+    run, _ = finished
+    results = json.loads((run / "results.json").read_text())
+    answered, plain = (rows(run / "stages/90-evaluate-tuned/sets" / one) for one in ("choices", "plain"))
+    leaked = [leaks_description(row["answer"], WBCATT) for row in (*answered, *plain)]
+    assert results["measures"]["tuned"]["leakage"]["value"] == pytest.approx(sum(leaked) / len(leaked))
+    assert results["retention"]["questions"] == len(rows(run / "stages/00-data/general/questions", ["sample_id"])) == 54
+    chances = [1 / len(row["choices"]) for row in answered]
+    assert results["floors"]["chance"] == pytest.approx(sum(chances) / len(chances))
+    assert results["form"] == "wbcatt"
+
+
+def test_report_opens_offline_and_shows_what_it_must(finished):
+    run, _ = finished
+    page = (run / "report.html").read_text()
+    for heading in ("Before and after", "floor: majority", "by attribute", "What the model has kept", "Training", "Descriptions of held-out images", "Rows: kept", "Time"):
+        assert heading in page
+    assert "data:image/jpeg;base64" in page
+    assert page.count("<svg") >= 8
+    assert "<script src" not in page
+    assert yaml.safe_load((run / "config.yaml").read_text())["tune"]["proxy"]["mode"] == "textbook"
+    assert (run / "tensorboard").is_dir()
