@@ -299,7 +299,7 @@ class EvaluateConfig(Section):
 class VerifyConfig(Section):
     """After an export: vLLM's greedy tokens against transformers' on a sample."""
 
-    rows: PositiveInt = Field(8, description="Rows compared.")
+    rows: Annotated[int, Field(ge=0)] = Field(8, description="Rows compared; 0 leaves the comparison out, for studies of many runs of one recipe.")
     max_tokens: PositiveInt = Field(24, description="Tokens compared per row.")
     logprob_tolerance: NonNegative = Field(0.05, description="A differing token is allowed only where transformers' own two best tokens lie this close (nats), as rounding may decide between them.")
 
