@@ -97,10 +97,11 @@ def test_the_tuning_begins_at_the_warm_ups_proxy(finished):
 def test_the_export_is_the_base_with_another_eye(finished):
     """The language model is bit-equal, tower and projector are not, and nothing of the proxy is left."""
     run, _ = finished
-    exported, base = run / "stages/02-tune/model", Path(model_path("base"))
+    exported, base = run / "stages/02-tune/model", Path(model_path("generalist"))
     before, after = load_file(base / "model.safetensors"), load_file(exported / "model.safetensors")
-    assert before.keys() == after.keys()
-    equal = Counter((part_of(name), torch.equal(before[name].float(), after[name].float())) for name in before)
+    assert before.keys() - after.keys() <= {"language_model.lm_head.weight"}  # tied to the embeddings: stored once
+    assert not after.keys() - before.keys()
+    equal = Counter((part_of(name), torch.equal(before[name].float(), after[name].float())) for name in after)
     assert equal[("llm", False)] == 0 and equal[("llm", True)] > 0
     assert equal[("projector", False)] > 0 and equal[("vision", False)] > equal[("vision", True)]
     assert PLACEHOLDER not in (exported / "tokenizer.json").read_text()
