@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from medray.data.descriptions import choice_questions, describe_attributes
 from medray.data.dialogues import ATTRIBUTES, attribute_questions
+from medray.data.shuffling import separated
 from medray.errors import ConfigError
-from medray.testbed import model_path
+from medray.evaluation.metrics import mcq
+from medray.testbed import MODELS, model_path
 from medray.testbed.cells import render_cell, sample_record
-from medray.testbed.corpus import SHAPES, render_scene, report_dialogue, sample_uniform
+from medray.testbed.corpus import LIST_REQUESTS, SCENE, SHAPES, render_scene, report_dialogue, sample_uniform
 from medray.testbed.training import Encoder, accuracies, pixels_of, report_accuracies
 
 
@@ -37,17 +40,17 @@ def accuracy(name, records, images, schema, kinds):
 
 
 def test_paths_are_text_and_unknown_names_are_config_errors():
-    assert all(isinstance(model_path(name), str) for name in ("base", "expert"))
+    assert all(isinstance(model_path(name), str) for name in MODELS)
     with pytest.raises(ConfigError, match=r"huge.*base, expert"):
         model_path("huge")
-    code = "import sys; from medray.testbed import model_path; model_path('base'); assert 'torch' not in sys.modules"
+    code = "import sys; from medray.testbed import MODELS, model_path; model_path('base'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_they_are_small():
-    files = [f for name in ("base", "expert") for f in Path(model_path(name)).iterdir()]
+    files = [f for name in MODELS for f in Path(model_path(name)).iterdir()]
     assert sum(f.stat().st_size for f in files) < 25e6
-    facts = [json.loads((Path(model_path(name)) / "build.json").read_text()) for name in ("base", "expert")]
+    facts = [json.loads((Path(model_path(name)) / "build.json").read_text()) for name in MODELS]
     assert all({"seed", "steps", "parameters", "versions"} <= set(f) for f in facts)
 
 
@@ -78,6 +81,32 @@ def test_base_reads_reports():
     model, processor = load("base")
     shares = report_accuracies(model, Encoder(processor.tokenizer, 64), report_dialogue, count=150)
     assert min(shares[kind] for kind in ("open", "closed", "mcq")) > 0.85, shares
+
+
+def test_generalist_lists_attributes_and_states_choices():
+    """About scenes it has not seen: every answer has the asked form, and most are right."""
+    model, processor = load("generalist")
+    rng = random.Random("test lists")
+    listed, stated = [], []
+    for number in range(6):
+        record = sample_uniform(SHAPES, rng)
+        rows = [*choice_questions(record, SCENE, str(number))[:5], {"question": LIST_REQUESTS[number % len(LIST_REQUESTS)]}]
+        image = render_scene(record, rng)
+        for row in rows:
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}], add_generation_prompt=True)
+            inputs = processor(text=text, images=image, return_tensors="pt")
+            with torch.no_grad():
+                tokens = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
+            answer = processor.decode(tokens, skip_special_tokens=True)
+            if "reference" in row:
+                stated.append(mcq(answer, row["reference"], len(row["choices"])))
+            else:
+                true = set(separated(describe_attributes(record, SCENE))[0])
+                listed.append(len(true & set(separated(answer)[0])) / len(true))
+    assert all(parsed for _, parsed in stated), stated
+    assert sum(hit for hit, _ in stated) / len(stated) > 0.6, stated
+    assert sum(listed) / len(listed) > 0.5, listed
 
 
 VLLM_SCRIPT = """
@@ -112,7 +141,7 @@ def test_transformers_and_vllm_give_the_same_greedy_tokens(tmp_path):
     asked += [(1, row["question"]) for row in attribute_questions(records[1], rng=random.Random(0))[:3]]
 
     jobs, expected = {}, {}
-    for name in ("base", "expert"):
+    for name in MODELS:
         model, processor = load(name)
         jobs[model_path(name)], expected[model_path(name)] = [], []
         for index, question in asked:
