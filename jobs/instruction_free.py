@@ -5,20 +5,14 @@ From images with descriptions alone (attribute tables, captions, reports); no qu
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
 
-from medray.config import InstructionFreeConfig, load_config
-from medray.errors import ConfigError
-from medray.job import run_job
-
-ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_CONFIG = ROOT / "configs" / "instruction_free" / "tiny-cpu.yaml"
+from medray.config import InstructionFreeConfig
+from medray.job import method_parser, run_method
+from medray.preflight import check_instruction_free
 
 EPILOG = """\
 what it does
@@ -38,45 +32,23 @@ The method, and what to set: docs/instruction_free.md. The last line on stdout i
 """
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="jobs/instruction_free.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="YAML", help="recipe (default: configs/instruction_free/tiny-cpu.yaml)")
-    parser.add_argument("--data", metavar="SOURCE", help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE")
-    parser.add_argument("--run", metavar="DIR", help="run directory: local path, s3:// or gs:// (default: runs/instruction_free-<time>)")
-    parser.add_argument("--shared", metavar="DIR", help="run directory for what other runs can use too (data, warm-up, base model's evaluation); default: --run")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
-    parser.add_argument("--check", action="store_true", help="check the configuration and stop")
-    return parser.parse_args(argv)
+def work(config: InstructionFreeConfig, run_uri: str, shared_uri: str | None) -> dict:
+    from medray.methods.instruction_free import instruction_free
+
+    return instruction_free(config, run_uri, shared_uri)
+
+
+def show(summary: dict) -> str:
+    return f"{summary.pop('table')}\n\nreport  {summary['report']}\nmodel   {summary['model']}\nserve   vllm serve {summary['model']}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 130 interrupted."""
-    arguments = parse(argv)
-    run_uri = arguments.run or f"runs/instruction_free-{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        overrides = list(arguments.overrides)
-        if arguments.data:
-            overrides.insert(0, f"data.source={json.dumps(arguments.data)}")
-        config = load_config(InstructionFreeConfig, arguments.config, overrides)
-
-        from medray.preflight import check_instruction_free
-
-        check_instruction_free(config)
-    except ConfigError as error:
-        print(f"configuration error\n{error}", file=sys.stderr)
-        return 2
-    if arguments.check:
-        print("configuration is well", file=sys.stderr)
-        return 0
-
-    def work() -> dict:
-        from medray.methods.instruction_free import instruction_free
-
-        return instruction_free(config, run_uri, arguments.shared)
-
-    return run_job(work, f"--run {run_uri}", lambda summary: (
-        f"{summary.pop('table')}\n\nreport  {summary['report']}\nmodel   {summary['model']}\nserve   vllm serve {summary['model']}"
-    ))
+    parser = method_parser("instruction_free", __doc__, EPILOG)
+    parser.add_argument("--shared", metavar="DIR", help="run directory for what other runs can use too (data, warm-up, base model's evaluation); default: --run")
+    arguments = parser.parse_args(argv)
+    return run_method(
+        arguments, InstructionFreeConfig, check_instruction_free, lambda config, run_uri: work(config, run_uri, arguments.shared), show)
 
 
 if __name__ == "__main__":

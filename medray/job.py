@@ -1,16 +1,65 @@
-"""What every script in jobs/ does around its work: signals, log lines, exit status, the JSON line."""
+"""What every script in jobs/ does around its work: arguments, signals, log lines, exit status, the JSON line."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from medray.errors import MedrayError
+from medray.config import ConfigT, load_config
+from medray.errors import ConfigError, MedrayError
+
+RECIPES = Path(__file__).resolve().parent.parent / "configs"
+
+
+def method_parser(name: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
+    """The arguments that the scripts of all methods take.
+
+    Args:
+        name: of the script in jobs/, and of the folder of its recipes in configs/.
+    """
+    parser = argparse.ArgumentParser(prog=f"jobs/{name}.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(RECIPES / name / "tiny-cpu.yaml"), metavar="YAML", help=f"recipe (default: configs/{name}/tiny-cpu.yaml)")
+    parser.add_argument("--data", metavar="SOURCE", help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE")
+    parser.add_argument("--run", metavar="DIR", help=f"run directory: local path, s3:// or gs:// (default: runs/{name}-<time>)")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
+    parser.add_argument("--check", action="store_true", help="check the configuration and stop")
+    parser.set_defaults(job=name)
+    return parser
+
+
+def run_method(
+    arguments: argparse.Namespace, config_type: type[ConfigT], check: Callable[[ConfigT], None], work: Callable[[ConfigT, str], dict[str, Any]],
+    show: Callable[[dict[str, Any]], str],
+) -> int:
+    """Read and check the configuration, then do the work as `run_job` does.
+
+    Args:
+        arguments: of a method_parser.
+        check: raises ConfigError with all problems, before anything starts.
+        work: takes the configuration and the run directory.
+
+    Returns the exit status: that of run_job, or 2 for a bad configuration.
+    """
+    run_uri = arguments.run or f"runs/{arguments.job}-{time.strftime('%Y%m%d-%H%M%S')}"
+    source = [f"data.source={json.dumps(arguments.data)}"] if arguments.data else []
+    try:
+        config = load_config(config_type, arguments.config, [*source, *arguments.overrides])
+        check(config)
+    except ConfigError as error:
+        print(f"configuration error\n{error}", file=sys.stderr)
+        return 2
+    if arguments.check:
+        print("configuration is well", file=sys.stderr)
+        return 0
+    return run_job(lambda: work(config, run_uri), f"--run {run_uri}", show)
 
 
 def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict[str, Any]], str] | None = None) -> int:
