@@ -38,17 +38,13 @@ def work(config: InstructionFreeConfig, run_uri: str, shared_uri: str | None) ->
     return instruction_free(config, run_uri, shared_uri)
 
 
-def show(summary: dict) -> str:
-    return f"{summary.pop('table')}\n\nreport  {summary['report']}\nmodel   {summary['model']}\nserve   vllm serve {summary['model']}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 130 interrupted."""
     parser = method_parser("instruction_free", __doc__, EPILOG)
     parser.add_argument("--shared", metavar="DIR", help="run directory for what other runs can use too (data, warm-up, base model's evaluation); default: --run")
     arguments = parser.parse_args(argv)
     return run_method(
-        arguments, InstructionFreeConfig, check_instruction_free, lambda config, run_uri: work(config, run_uri, arguments.shared), show)
+        arguments, InstructionFreeConfig, check_instruction_free, lambda config, run_uri: work(config, run_uri, arguments.shared))
 
 
 if __name__ == "__main__":

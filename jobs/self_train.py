@@ -33,14 +33,10 @@ def work(config: SelfTrainingConfig, run_uri: str) -> dict:
     return self_train(config, run_uri)
 
 
-def show(summary: dict) -> str:
-    return f"{summary.pop('table')}\n\nreport  {summary['report']}\nmodel   {summary['model']}\nserve   vllm serve {summary['model']}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 130 interrupted."""
     arguments = method_parser("self_train", __doc__, EPILOG).parse_args(argv)
-    return run_method(arguments, SelfTrainingConfig, check_self_training, work, show)
+    return run_method(arguments, SelfTrainingConfig, check_self_training, work)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,13 @@ def method_parser(name: str, description: str | None, epilog: str) -> argparse.A
 
 def run_method(
     arguments: argparse.Namespace, config_type: type[ConfigT], check: Callable[[ConfigT], None], work: Callable[[ConfigT, str], dict[str, Any]],
-    show: Callable[[dict[str, Any]], str],
 ) -> int:
     """Read and check the configuration, then do the work as `run_job` does.
 
     Args:
         arguments: of a method_parser.
         check: raises ConfigError with all problems, before anything starts.
-        work: takes the configuration and the run directory.
+        work: takes the configuration and the run directory; its summary has table, report and model.
 
     Returns the exit status: that of run_job, or 2 for a bad configuration.
     """
@@ -59,7 +58,11 @@ def run_method(
     if arguments.check:
         print("configuration is well", file=sys.stderr)
         return 0
-    return run_job(lambda: work(config, run_uri), f"--run {run_uri}", show)
+    return run_job(lambda: work(config, run_uri), f"--run {run_uri}", _tuned)
+
+
+def _tuned(summary: dict[str, Any]) -> str:
+    return f"{summary.pop('table')}\n\nreport  {summary['report']}\nmodel   {summary['model']}\nserve   vllm serve {summary['model']}"
 
 
 def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict[str, Any]], str] | None = None) -> int:

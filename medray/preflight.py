@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from medray.config import (
+    TESTBED_SCENES,
     DataConfig,
     EngineConfig,
     InstructionFreeConfig,
@@ -54,7 +55,7 @@ def check_instruction_free(config: InstructionFreeConfig) -> None:
     if any((config.warm_up.lr_llm, config.warm_up.lr_projector, config.warm_up.lr_vision)):
         problems.append("warm_up.lr_vision: the warm-up leaves the model as it is, and only its proxy is kept; its learning rates of the model must be null or 0")
     general = config.evaluate.general
-    if general is not None and general != "testbed:scenes" and not _REMOTE.match(general) and not Path(general).expanduser().exists():
+    if general is not None and general != TESTBED_SCENES and not _REMOTE.match(general) and not Path(general).expanduser().exists():
         problems.append(f"evaluate.general: {general} does not exist; give a source of questions, testbed:scenes or null")
     if problems:
         raise ConfigError("\n".join(problems))

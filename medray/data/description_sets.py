@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from medray import records
-from medray.config import DataConfig
+from medray.config import TESTBED_SCENES, DataConfig
 from medray.data.descriptions import FORMS, choice_questions, describe_attributes
 from medray.data.prepare import questions, set_aside, write_parts
 from medray.data.sources import detect, manifest_of
@@ -32,7 +32,6 @@ PARTS = {
     "quarantine": records.QUARANTINE,
 }
 QUESTION_SETS = ("choices", "plain", "described", "general")
-SCENES = "testbed:scenes"
 
 
 def form_of(config: DataConfig) -> str | None:
@@ -144,7 +143,7 @@ def write_general(
 
     Raises DataError where it has none.
     """
-    if source == SCENES:
+    if source == TESTBED_SCENES:
         return _write_scenes(out_dir, max_images or 100, kinds, seed)
     config = config.model_copy(update={"source": source, "format": "auto", "images": None, "eval_split": split})
     schemas = {"questions": records.BENCHMARK_QUESTION, "quarantine": records.QUARANTINE}

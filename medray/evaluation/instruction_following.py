@@ -17,7 +17,8 @@ from medray.data.descriptions import LEAD, Form, leaks_description, stated_choic
 from medray.data.shuffling import separated
 from medray.evaluation.compare import clustered_interval, clustered_intervals
 from medray.evaluation.exchange import read_predictions
-from medray.evaluation.table import answer_numbers
+from medray.evaluation.scores import matched
+from medray.evaluation.table import load
 
 OVERLAP = ("precision", "recall", "f1")
 
@@ -43,18 +44,18 @@ def retention(before: str, after: str, config: EvaluateConfig) -> dict[str, Any]
 
     Returns {"questions", "could" (of them, right before), "before": S, "after": S (strict accuracy), "retained": S (of those right
     before, the share right after), "gained": S (of those wrong before)}; null where there are no such questions.
+
+    Raises what table.load does, and StageError where one id is another question in the other.
     """
-    first, second = (
-        {row["sample_id"]: (_is_right(row), row["image_id"]) for row in _answered(uri)} for uri in (before, after)
-    )
-    names = sorted(first.keys() & second.keys())
-    hits_NM = np.array([(first[name][0], second[name][0]) for name in names]).reshape(-1, 2)
-    images = [first[name][1] for name in names]
+    first, second = load(before), load(after)
+    own, other = matched(first, second)
+    hits_NM = np.stack([table.values["accuracy"][rows] == 1 for table, rows in ((first, own), (second, other))], axis=1).astype(float)
+    images = first.labels["image_id"][1][own]
     could_N = hits_NM[:, 0] == 1
     kept_NM = np.stack([np.where(could_N, hits_NM[:, 1], np.nan), np.where(could_N, np.nan, hits_NM[:, 1])], axis=1)
     found = clustered_intervals(np.concatenate([hits_NM, kept_NM], axis=1), images, config.bootstrap, config.seed)
     shares = [None if math.isnan(share["value"]) else share for share in found]
-    return {"questions": len(names), "could": int(could_N.sum()), **dict(zip(("before", "after", "retained", "gained"), shares, strict=True))}
+    return {"questions": len(own), "could": int(could_N.sum()), **dict(zip(("before", "after", "retained", "gained"), shares, strict=True))}
 
 
 def attribute_overlap(answer: str, reference: str) -> dict[str, float]:
@@ -76,9 +77,6 @@ def description_overlap(predictions: str, config: EvaluateConfig) -> dict[str, d
 
 
 def _answered(uri: str) -> Iterator[dict[str, Any]]:
-    columns = ["sample_id", "image_id", "reference", "answer", "answer_type", "choices", "error"]
+    columns = ["image_id", "reference", "answer", "error"]
     return (row for row in read_predictions(uri, columns) if row["error"] is None and row["answer"] is not None)
 
-
-def _is_right(row: dict[str, Any]) -> float:
-    return float(answer_numbers(row["answer"], row["reference"], row["answer_type"], tuple(row["choices"] or ()))["accuracy"] == 1)

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 STYLE = """
@@ -36,7 +36,7 @@ def page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") ->
 
 
 def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    """HTML table; numbers are set right, everything is escaped."""
+    """HTML table; numbers are set right, scores ({"value", "low", "high"}) with their interval, everything is escaped."""
     cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     lines = []
     for row in rows:
@@ -49,6 +49,8 @@ def _cell(value: Any) -> str:
         return f'<td class="n">{value:.3f}</td>'
     if isinstance(value, int) and not isinstance(value, bool):
         return f'<td class="n">{value:,}</td>'
+    if isinstance(value, Mapping):
+        value = with_interval(value)
     return f"<td>{html.escape('' if value is None else str(value))}</td>"
 
 
@@ -110,6 +112,15 @@ def curve(points: dict[str, list[tuple[float, float]]], title: str, xlabel: str 
     if len(points) > 1:
         axes.legend(fontsize=8, frameon=False)
     return _svg(figure)
+
+
+def training_curves(metrics: Mapping[str, list[dict[str, Any]]], plots: Mapping[str, Mapping[str, str]]) -> str:
+    """The training metrics of every stage: for each plot (title -> {name of the line: metric}) one curve."""
+    drawn = []
+    for stage, rows in metrics.items():
+        for title, lines in plots.items():
+            drawn.append(curve({name: [(row["step"], row[key]) for row in rows if key in row] for name, key in lines.items()}, f"{stage}: {title}"))
+    return f'<div class="plots">{"".join(drawn)}</div>'
 
 
 def arms_plot(arms: dict[str, dict[str, float]], title: str) -> str:

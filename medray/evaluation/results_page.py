@@ -228,10 +228,6 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
-def _cell(value: Any) -> Any:
-    return report.with_interval(value) if isinstance(value, Mapping) else value
-
-
 def _filled(head: list[str], rows: Iterable[list[Any]]) -> tuple[list[str], list[list[Any]]]:
     """The table without columns that are empty throughout."""
     rows = list(rows)
@@ -242,7 +238,7 @@ def _filled(head: list[str], rows: Iterable[list[Any]]) -> tuple[list[str], list
 def _wide(head: list[str], rows: Iterable[list[Any]]) -> str:
     """A table that may be wider than the page."""
     head, rows = _filled(head, rows)
-    return f'<div style="overflow-x:auto">{report.table(head, ([_cell(value) for value in row] for row in rows))}</div>'
+    return f'<div style="overflow-x:auto">{report.table(head, rows)}</div>'
 
 
 def _pairs(benchmark: Mapping[str, Any]) -> str:

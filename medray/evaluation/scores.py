@@ -140,7 +140,7 @@ def _corrected(against: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 def _with_text_only(table: Table, blank: Table) -> Table:
     """The table with the blank-image run's numbers of the same questions beside its own."""
-    own, other = _matched(table, blank)
+    own, other = matched(table, blank)
     columns = {name: np.full(len(table.ids), np.nan) for name in TEXT_ONLY}
     for name, metric in TEXT_ONLY_OF.items():
         columns[name][own] = blank.values[metric][other]
@@ -148,7 +148,7 @@ def _with_text_only(table: Table, blank: Table) -> Table:
     return Table(table.uri, table.model, table.ids, table.failed_N, table.labels, {**table.values, **columns})
 
 
-def _matched(first: Table, second: Table) -> tuple[np.ndarray, np.ndarray]:
+def matched(first: Table, second: Table) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the questions both answered. Raises StageError for one id with two references."""
     answered = [np.flatnonzero(~table.failed_N) for table in (first, second)]
     _, own, other = np.intersect1d(first.ids[answered[0]], second.ids[answered[1]], assume_unique=True, return_indices=True)
@@ -162,7 +162,7 @@ def _matched(first: Table, second: Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _compare(first: Table, second: Table, config: EvaluateConfig) -> dict[str, Any]:
-    own, other = _matched(first, second)
+    own, other = matched(first, second)
     if not len(own):
         raise StageError(f"{first.uri} and {second.uri} share no answered question")
     images_N = first.labels["image_id"][1][own]

@@ -87,17 +87,23 @@ def ask(stage: Stage, config: EvaluateJobConfig, questions: Mapping[str, dict[st
 
 def take(stage: Stage, answers: str, questions: dict[str, Any]) -> dict[str, Any]:
     """The rows of one benchmark among a model's answers."""
-    from medray.data.shards import tables
-
     stage.reset("rows")
-    stage.run.fs.makedirs(stage.path("rows"), exist_ok=True)
-    found = 0
-    with stage.run.fs.open(stage.path("rows", "part-000000.parquet"), "wb") as handle, pq.ParquetWriter(handle, PREDICTION) as writer:
-        for table in tables(answers, rows=2**16):
-            mine = table.filter(pc.starts_with(table["key"], questions["prefix"]))
-            if mine.num_rows:
-                writer.write_table(conform(mine, PREDICTION))
-                found += mine.num_rows
+    found = write_own(stage, answers, pc.starts_with(pc.field("key"), questions["prefix"]), "rows")
     if found != questions["counts"]["questions"]:
         raise StageError(f"{answers}: {found} answers to {questions['counts']['questions']} questions; files are missing or twice: remove the stage's folder to ask again")
     return {"rows": stage.path("rows"), "counts": {"questions": found}}
+
+
+def write_own(stage: Stage, answers: str, mine: pc.Expression, *folder: str) -> int:
+    """Write the answers (records.ANSWERED) that `mine` picks as records.PREDICTION into a folder of the stage; returns their number."""
+    from medray.data.shards import tables
+
+    stage.run.fs.makedirs(stage.path(*folder), exist_ok=True)
+    found = 0
+    with stage.run.fs.open(stage.path(*folder, "part-000000.parquet"), "wb") as handle, pq.ParquetWriter(handle, PREDICTION) as writer:
+        for table in tables(answers, rows=2**16):
+            own = table.filter(mine)
+            if own.num_rows:
+                writer.write_table(conform(own, PREDICTION))
+                found += own.num_rows
+    return found

@@ -20,6 +20,12 @@ _READING = (
     "Losses with and without shuffling are not comparable: a random order cannot be predicted."
 )
 
+_CURVES = {
+    "loss": {"train": "loss", "held-out, in order": "eval_loss"},
+    "proxy, |Pbar - start| and |P - Pbar|": {name: f"proxy_{name}" for name in ("moved", "gap")},
+    "learning rates": {part: f"lr_{part}" for part in ("llm", "projector", "vision", "proxy")},
+}
+
 
 def write_report(run: Run, shared: Run, config: InstructionFreeConfig, data: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Gather what the stages recorded and write the run's reading matter.
@@ -98,7 +104,7 @@ def render(
         ("Plain questions by attribute", _attributes(results["scores"], "plain")),
         ("What the model has kept", _kept(results)),
         ("Descriptions", _table(results["measures"], ("precision", "recall", "F1", "ROUGE-L"))),
-        ("Training", _curves(metrics)),
+        ("Training", report.training_curves(metrics, _CURVES)),
         ("Answers to multiple choice", _gallery(data, outputs, "choices")),
         ("Answers to plain questions", _gallery(data, outputs, "plain")),
         ("Descriptions of held-out images", _gallery(data, outputs, "described")),
@@ -112,22 +118,18 @@ def render(
 
 def _headline(results: dict[str, Any]) -> str:
     floor_rows = [[f"floor: {name}", value, *[None] * (len(_HEADLINE) - 1)] for name, value in results["floors"].items() if value is not None]
-    rows = [[model, *(_cell(found[name]) for name in _HEADLINE)] for model, found in results["measures"].items()]
+    rows = [[model, *(found[name] for name in _HEADLINE)] for model, found in results["measures"].items()]
     plots = "".join(
         report.arms_plot({model: found[name] for model, found in results["measures"].items() if found[name]}, f"{name}, 95 % interval over images")
         for name in ("strict", "likelihood", "plain", "general", "F1")
     )
-    gains = [[one, report.with_interval(difference)] for one, difference in results["differences"].items()]
+    gains = [[one, difference] for one, difference in results["differences"].items()]
     gain_table = report.table(["questions", "tuned minus base, strict, paired"], gains) if gains else ""
     return report.table(["model", *_HEADLINE], [*rows, *floor_rows]) + f'<div class="plots">{plots}</div>' + gain_table
 
 
-def _cell(value: Any) -> Any:
-    return report.with_interval(value) if isinstance(value, dict) else value
-
-
 def _table(by_model: dict[str, dict[str, Any]], names: tuple[str, ...]) -> str:
-    return report.table(["model", *names], [[model, *(_cell(found[name]) for name in names)] for model, found in by_model.items()])
+    return report.table(["model", *names], [[model, *(found[name] for name in names)] for model, found in by_model.items()])
 
 
 def _attributes(scores: dict[str, dict[str, Any]], one: str) -> str:
@@ -137,7 +139,7 @@ def _attributes(scores: dict[str, dict[str, Any]], one: str) -> str:
     for name in names:
         groups = [found.get(name) for found in by_model.values()]
         known = next(group for group in groups if group)
-        rows.append([name, known["n"], known["chance"], known["majority"], *(group and report.with_interval(group["accuracy"]) for group in groups)])
+        rows.append([name, known["n"], known["chance"], known["majority"], *(group and group["accuracy"] for group in groups)])
     return report.table(["attribute", "questions", "chance", "majority", *(f"{model}, strict" for model in by_model)], rows) if rows else ""
 
 
@@ -145,26 +147,14 @@ def _kept(results: dict[str, Any]) -> str:
     kept = results["retention"]
     if not kept:
         return ""
-    shares = [_cell(kept[name]) for name in ("before", "after", "retained", "gained")]
+    shares = [kept[name] for name in ("before", "after", "retained", "gained")]
     head = ["questions", "right before", "accuracy before", "accuracy after", "still right", "newly right (of those wrong before)"]
     kinds = sorted({kind for found in results["scores"].values() for kind in found["general"]["by_type"]})
     rows = [
-        [model, *(report.with_interval(found["general"]["by_type"][kind]["accuracy"]) if kind in found["general"]["by_type"] else None for kind in kinds)]
+        [model, *(found["general"]["by_type"][kind]["accuracy"] if kind in found["general"]["by_type"] else None for kind in kinds)]
         for model, found in results["scores"].items()
     ]
     return report.table(head, [[kept["questions"], kept["could"], *shares]]) + report.table(["model", *kinds], rows)
-
-
-def _curves(metrics: dict[str, list[dict[str, Any]]]) -> str:
-    def line(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-        return [(row["step"], row[key]) for row in rows if key in row]
-
-    plots = []
-    for stage, rows in metrics.items():
-        plots.append(report.curve({"train": line(rows, "loss"), "held-out, in order": line(rows, "eval_loss")}, f"{stage}: loss"))
-        plots.append(report.curve({name: line(rows, f"proxy_{name}") for name in ("moved", "gap")}, f"{stage}: proxy, |Pbar - start| and |P - Pbar|"))
-        plots.append(report.curve({part: line(rows, f"lr_{part}") for part in ("llm", "projector", "vision", "proxy")}, f"{stage}: learning rates"))
-    return f'<div class="plots">{"".join(plots)}</div>'
 
 
 def _counts(results: dict[str, Any]) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from medray.config import InstructionFreeConfig, InstructionFreeTrainConfig
 from medray.methods import stages
+from medray.methods.answering import write_own
 from medray.methods.stages import Model
-from medray.records import PREDICTION, conform
 from medray.run import Stage
 
 PROXY_FILE = "proxy_instruction.safetensors"
@@ -133,15 +131,6 @@ def evaluate(
 
 def split_answers(stage: Stage, sets: list[str]) -> None:
     """The answers (records.ANSWERED, as they came) as one folder of records.PREDICTION per set."""
-    from medray.data.shards import tables
-
     stage.reset("sets")
-    with ExitStack() as open_files:
-        writers = {}
-        for one in sets:
-            stage.run.fs.makedirs(stage.path("sets", one), exist_ok=True)
-            handle = open_files.enter_context(stage.run.fs.open(stage.path("sets", one, "part-000000.parquet"), "wb"))
-            writers[one] = open_files.enter_context(pq.ParquetWriter(handle, PREDICTION))
-        for table in tables(stage.path("answers"), rows=2**16):
-            for one, writer in writers.items():
-                writer.write_table(conform(table.filter(pc.equal(table["benchmark"], one)), PREDICTION))
+    for one in sets:
+        write_own(stage, stage.path("answers"), pc.field("benchmark") == one, "sets", one)

@@ -11,6 +11,13 @@ from medray.config import SelfTrainingConfig
 from medray.evaluation import report
 from medray.run import Run
 
+_CURVES = {
+    "loss": {"train": "loss", "held-out": "eval_loss"},
+    "rewards": {name: f"rewards/{name}" for name in ("margin", "chosen", "rejected")},
+    "reward accuracy": {"accuracy": "rewards/accuracy"},
+    "learning rates": {part: f"lr_{part}" for part in ("llm", "projector", "vision")},
+}
+
 
 def write_report(run: Run, config: SelfTrainingConfig, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Gather what the stages recorded and write the run's reading matter.
@@ -85,7 +92,7 @@ def render(run: Run, config: SelfTrainingConfig, results: dict[str, Any], stages
     sections = [
         ("Held-out accuracy, before and after", _accuracy(by_model, results)),
         ("By attribute", _attributes(by_model)),
-        ("Training", _curves(metrics)),
+        ("Training", report.training_curves(metrics, _CURVES)),
         ("Answers: length and form", _form(by_model)),
         ("Preference pairs", _pairs(results, stages)),
         ("Questions the model asked itself", report.gallery(_judged_sample(run, stages))),
@@ -122,19 +129,6 @@ def _attributes(by_model: dict[str, Any]) -> str:
             report.with_interval(score["by_attribute"][name]["accuracy"]) if name in score["by_attribute"] else "" for score in by_model.values()
         )])
     return report.table(["attribute", "majority floor", *by_model], rows)
-
-
-def _curves(metrics: dict[str, list[dict[str, Any]]]) -> str:
-    def line(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-        return [(row["step"], row[key]) for row in rows if key in row]
-
-    plots = []
-    for stage, rows in metrics.items():
-        plots.append(report.curve({"train": line(rows, "loss"), "held-out": line(rows, "eval_loss")}, f"{stage}: loss"))
-        plots.append(report.curve({name: line(rows, f"rewards/{name}") for name in ("margin", "chosen", "rejected")}, f"{stage}: rewards"))
-        plots.append(report.curve({"accuracy": line(rows, "rewards/accuracy")}, f"{stage}: reward accuracy"))
-        plots.append(report.curve({part: line(rows, f"lr_{part}") for part in ("llm", "projector", "vision")}, f"{stage}: learning rates"))
-    return f'<div class="plots">{"".join(plots)}</div>'
 
 
 def _form(by_model: dict[str, Any]) -> str:

@@ -68,6 +68,46 @@ def _save(model: Any, processor: Any, folder: Path, facts: dict) -> None:
     (folder / "build.json").write_text(json.dumps({**facts, "parameters": parameters, "versions": versions}, indent=1) + "\n")
 
 
+def _save_tested(
+    folder: Path, model: Any, processor: Any, encoder: Any, records: list[dict], pixels: Any, started: float, seed: int, steps: int,
+) -> None:
+    """Save a model that has seen no cell, with its accuracy on held-out scenes, on cells and on reports."""
+    from medray.data.dialogues import ATTRIBUTES
+    from medray.testbed import corpus, training
+
+    shapes = training.accuracies(model, encoder, pixels, records, corpus.SHAPES)
+    cells, pictures = _cells(HELD_OUT, f"held-out cells/{seed}")
+    zero_shot = training.accuracies(model, encoder, training.pixels_of(pictures, processor), cells, ATTRIBUTES)
+    print(f"{folder.name}: held-out shapes", _means(shapes), "cells, never seen", _means(zero_shot))
+    _save(model, processor, folder, {
+        "command": f"python -m medray.testbed.build --only {folder.name}", "seed": seed, "steps": steps, "seconds": round(time.monotonic() - started),
+        "accuracy_shapes": _rounded(shapes), "accuracy_cells": _rounded(zero_shot),
+        "accuracy_reports": training.report_accuracies(model, encoder, corpus.report_dialogue),
+    })
+
+
+def _base_of(to: Path) -> tuple[Any, Any, Any]:
+    """(model, processor, encoder of its dialogues) of `to`/base, or of the bundled one."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from medray.testbed import model_path, training
+
+    base = to / "base" if (to / "base" / "config.json").is_file() else Path(model_path("base"))
+    processor = AutoProcessor.from_pretrained(base)
+    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    return model, processor, training.Encoder(processor.tokenizer, IMAGE_TOKENS)
+
+
+def _scenes(key: str, processor: Any) -> tuple[list[dict], Any]:
+    """Records and pixels of SCENES scenes to learn from, then HELD_OUT others."""
+    from medray.testbed import corpus, training
+
+    rng = random.Random(key)
+    records = [corpus.sample_uniform(corpus.SHAPES, rng) for _ in range(SCENES + HELD_OUT)]
+    return records, training.pixels_of([corpus.render_scene(record, rng) for record in records], processor)
+
+
 def _means(result: dict) -> dict:
     return {kind: round(by_name["mean"], 4) for kind, by_name in result.items()}
 
@@ -102,7 +142,6 @@ class Lessons:
 
 def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS) -> None:
     """Train `base` from random weights and write it to `to`/base."""
-    from medray.data.dialogues import ATTRIBUTES
     from medray.testbed import corpus, training
     from medray.testbed.tiny_vlm import build_tokenizer, llava_model, llava_processor
 
@@ -111,9 +150,7 @@ def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS) -> None:
     processor = llava_processor(tokenizer)
     model = llava_model(tokenizer, seed=seed)
     encoder = training.Encoder(tokenizer, IMAGE_TOKENS)
-    rng = random.Random(f"scenes/{seed}")
-    records = [corpus.sample_uniform(corpus.SHAPES, rng) for _ in range(SCENES + HELD_OUT)]
-    pixels = training.pixels_of([corpus.render_scene(record, rng) for record in records], processor)
+    records, pixels = _scenes(f"scenes/{seed}", processor)
     print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {SCENES} scenes, {time.monotonic() - started:.0f} s")
     lessons = Lessons(model, to / f"base-lessons-{seed}-{steps}")
     lessons.take("reading", lambda: training.train(
@@ -128,31 +165,17 @@ def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS) -> None:
         model, encoder, pixels[:SCENES], lambda i, r: corpus.scene_dialogue(records[i], r), steps=steps, seed=seed, batch=BATCH, text_rows=2,
         text_dialogue=corpus.report_dialogue,
     ))
-    shapes = training.accuracies(model, encoder, pixels[SCENES:], records[SCENES:], corpus.SHAPES)
-    cells, pictures = _cells(HELD_OUT, f"held-out cells/{seed}")
-    zero_shot = training.accuracies(model, encoder, training.pixels_of(pictures, processor), cells, ATTRIBUTES)
-    print("base: held-out shapes", _means(shapes), "cells, never seen", _means(zero_shot))
-    _save(model, processor, to / "base", {
-        "command": "python -m medray.testbed.build --only base", "seed": seed, "steps": steps, "seconds": round(time.monotonic() - started),
-        "accuracy_shapes": _rounded(shapes), "accuracy_cells": _rounded(zero_shot),
-        "accuracy_reports": training.report_accuracies(model, encoder, corpus.report_dialogue),
-    })
+    _save_tested(to / "base", model, processor, encoder, records[SCENES:], pixels[SCENES:], started, seed, steps)
     lessons.forget()
 
 
 def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path | None = None) -> None:
     """Tune `to`/base on labelled cells and write `to`/expert; `data` is a WBCAtt folder (default: synthetic cells)."""
-    import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
     from medray.data.dialogues import ATTRIBUTES
-    from medray.testbed import corpus, model_path, training
+    from medray.testbed import corpus, training
 
-    base = to / "base" if (to / "base" / "config.json").is_file() else Path(model_path("base"))
     started = time.monotonic()
-    processor = AutoProcessor.from_pretrained(base)
-    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    encoder = training.Encoder(processor.tokenizer, IMAGE_TOKENS)
+    model, processor, encoder = _base_of(to)
     if data is None:
         records, pictures = _cells(CELLS, f"expert cells/{seed}")
         held_out, held_out_pictures = _cells(2 * HELD_OUT, f"held-out cells/{seed}")
@@ -177,33 +200,16 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
 
 def build_generalist(to: Path, seed: int = 0, steps: int = GENERALIST_STEPS) -> None:
     """Teach `to`/base (default: the bundled one) two more ways of speaking and write `to`/generalist."""
-    import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from medray.testbed import corpus, training
 
-    from medray.data.dialogues import ATTRIBUTES
-    from medray.testbed import corpus, model_path, training
-
-    base = to / "base" if (to / "base" / "config.json").is_file() else Path(model_path("base"))
     started = time.monotonic()
-    processor = AutoProcessor.from_pretrained(base)
-    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    encoder = training.Encoder(processor.tokenizer, IMAGE_TOKENS)
-    rng = random.Random(f"generalist's scenes/{seed}")
-    records = [corpus.sample_uniform(corpus.SHAPES, rng) for _ in range(SCENES + HELD_OUT)]
-    pixels = training.pixels_of([corpus.render_scene(record, rng) for record in records], processor)
+    model, processor, encoder = _base_of(to)
+    records, pixels = _scenes(f"generalist's scenes/{seed}", processor)
     training.train(
         model, encoder, pixels[:SCENES], lambda i, r: corpus.general_dialogue(records[i], r), steps=steps, seed=seed, batch=2 * BATCH, text_rows=BATCH,
         text_dialogue=corpus.general_report, lr=5e-4,
     )
-    shapes = training.accuracies(model, encoder, pixels[SCENES:], records[SCENES:], corpus.SHAPES)
-    cells, pictures = _cells(HELD_OUT, f"held-out cells/{seed}")
-    zero_shot = training.accuracies(model, encoder, training.pixels_of(pictures, processor), cells, ATTRIBUTES)
-    print("generalist: held-out shapes", _means(shapes), "cells, never seen", _means(zero_shot))
-    _save(model, processor, to / "generalist", {
-        "command": "python -m medray.testbed.build --only generalist", "seed": seed, "steps": steps, "seconds": round(time.monotonic() - started),
-        "accuracy_shapes": _rounded(shapes), "accuracy_cells": _rounded(zero_shot),
-        "accuracy_reports": training.report_accuracies(model, encoder, corpus.report_dialogue),
-    })
+    _save_tested(to / "generalist", model, processor, encoder, records[SCENES:], pixels[SCENES:], started, seed, steps)
 
 
 def main() -> None:

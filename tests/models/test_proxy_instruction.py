@@ -70,6 +70,18 @@ def by_hand(model, batch, placeholder_id, vectors):
     return model(inputs_embeds=torch.stack(rows), **given)
 
 
+def check_pass(model, proxy, placeholder, batch, leaf):
+    """With the proxy attached a pass is the one with `leaf` put in by hand, and the vectors get its gradient; returns the pass."""
+    expected = by_hand(model, batch, placeholder, leaf)
+    expected.loss.backward()
+    proxy.attach(model, placeholder)
+    found = model(**batch)
+    found.loss.backward()
+    assert torch.equal(found.logits, expected.logits)
+    torch.testing.assert_close(proxy.vectors.grad, leaf.grad, rtol=1e-5, atol=1e-8)
+    return found
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_every_sample_holds_the_vectors_in_order(path, processor, side):
     model = fresh(path)
@@ -78,14 +90,7 @@ def test_every_sample_holds_the_vectors_in_order(path, processor, side):
     assert placeholder >= model.get_input_embeddings().num_embeddings  # beyond the vocabulary: no text has it
     batch = collated(processor, proxy.text, side=side)
     leaf = proxy.vectors.detach().clone().requires_grad_()
-    expected = by_hand(model, batch, placeholder, leaf)
-    expected.loss.backward()
-
-    proxy.attach(model, placeholder)
-    found = model(**batch)
-    found.loss.backward()
-    assert torch.equal(found.logits, expected.logits)
-    torch.testing.assert_close(proxy.vectors.grad, leaf.grad, rtol=1e-5, atol=1e-8)
+    found = check_pass(model, proxy, placeholder, batch, leaf)
     assert (leaf.grad.norm(dim=1) > 0).all()
     other = proxy.vectors.detach().flip(0)
     assert not torch.allclose(by_hand(model, batch, placeholder, other).logits, found.logits, atol=1e-4)  # the order counts
@@ -269,13 +274,7 @@ def test_textbook_uses_the_average_exactly_and_its_gradient_goes_to_the_vectors(
     assert torch.equal(proxy.current(), proxy.average)
     batch = collated(processor, proxy.text)
     leaf = proxy.average.clone().requires_grad_()
-    expected = by_hand(model, batch, placeholder, leaf)
-    expected.loss.backward()
-    proxy.attach(model, placeholder)
-    found = model(**batch)
-    found.loss.backward()
-    assert torch.equal(found.logits, expected.logits)
-    torch.testing.assert_close(proxy.vectors.grad, leaf.grad, rtol=1e-5, atol=1e-8)
+    check_pass(model, proxy, placeholder, batch, leaf)
 
 
 @pytest.mark.parametrize(("lr", "momentum", "steps", "atol"), [

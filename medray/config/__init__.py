@@ -1,0 +1,47 @@
+"""Configuration of every job: pydantic models, YAML files and dotted overrides.
+
+Defaults are the papers' unless a field says otherwise (self-training: STLLaVA-Med, arXiv 2406.19973, and its public code);
+`configs/` holds the recipes that change them. Importing this package loads neither torch nor Ray, so a wrong config fails
+before anything starts.
+
+Example::
+
+    config = load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", ["dpo.beta=0.2"])
+"""
+
+from medray.config.instruction_free import (
+    DescriptionEvaluateConfig,
+    InstructionFreeConfig,
+    InstructionFreeTrainConfig,
+    ProxyConfig,
+    WarmUpConfig,
+)
+from medray.config.loading import ConfigT, fields_of, load_config
+from medray.config.other_jobs import EvaluateJobConfig, LeaksConfig, PrepareDataConfig
+from medray.config.section import Section
+from medray.config.self_training import DpoConfig, SelfPlayConfig, SelfTrainingConfig, SftConfig
+from medray.config.shared import (
+    SELF_QUESTIONING_SYSTEM_PROMPT,
+    TESTBED_SCENES,
+    ClusterConfig,
+    DataConfig,
+    DescriptionDataConfig,
+    EndpointConfig,
+    EngineConfig,
+    EvaluateConfig,
+    JudgeConfig,
+    LoraConfig,
+    ModelConfig,
+    PlainModelConfig,
+    SamplingConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+
+__all__ = [
+    "SELF_QUESTIONING_SYSTEM_PROMPT", "TESTBED_SCENES", "ClusterConfig", "ConfigT", "DataConfig", "DescriptionDataConfig",
+    "DescriptionEvaluateConfig", "DpoConfig", "EndpointConfig", "EngineConfig", "EvaluateConfig", "EvaluateJobConfig", "InstructionFreeConfig",
+    "InstructionFreeTrainConfig", "JudgeConfig", "LeaksConfig", "LoraConfig", "ModelConfig", "PlainModelConfig", "PrepareDataConfig", "ProxyConfig",
+    "SamplingConfig", "Section", "SelfPlayConfig", "SelfTrainingConfig", "SftConfig", "TrainConfig", "VerifyConfig", "WarmUpConfig", "fields_of",
+    "load_config",
+]

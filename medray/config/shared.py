@@ -1,0 +1,227 @@
+"""Sections that several jobs have: the model, the data, training, engines, judges, evaluation, the cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from medray.config.section import NonNegative, PositiveInt, Probability, Section
+
+TESTBED_SCENES = "testbed:scenes"  # general questions that the bundled models can answer
+SELF_QUESTIONING_SYSTEM_PROMPT = (
+    "A conversation between a curious user and an assistant about a medical image. The assistant gives helpful and "
+    "precise answers, and can also take the part of the curious user and ask questions that the image can answer."
+)
+
+
+class ModelConfig(Section):
+    """The vision-language model to tune (any LLaVA, Qwen2.5-VL or Qwen3-VL class model)."""
+
+    path: str = Field("testbed:base", description="Folder in Hugging Face format, hub id, or testbed:base / testbed:expert / testbed:generalist (bundled tiny models).")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Precision of training and generation.")
+    max_length: PositiveInt = Field(2048, description="Longest sequence in tokens, image tokens included; longer rows are quarantined.")
+    pad_to_square: bool = Field(True, description="Pad images to a square before the processor (as the paper trains); set false for models of free aspect such as Qwen-VL.")
+    system_prompt: str = Field(SELF_QUESTIONING_SYSTEM_PROMPT, description="System prompt of every conversation; empty for none.")
+    questioner_role: str = Field("vuser", description="Role name the chat template is given for the questioner (the paper's VUSER).")
+    chat_template: str | None = Field(None, description="Jinja file that replaces the model's own chat template (needed where that has no end-of-turn token).")
+    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Leave false unless you have read that code.")
+
+
+class DataConfig(Section):
+    """What is read, and how it is divided."""
+
+    source: str = Field("testbed:cells", description="Folder, file or s3:// / gs:// prefix; testbed:cells renders a synthetic blood-cell set.")
+    format: Literal[
+        "auto", "shards", "hf-parquet", "wbcatt", "skincon", "cbis-ddsm", "vqa-rad", "slake", "pmc-vqa", "omnimedvqa", "llava", "llava-med-captions", "llava-med-qa",
+        "preference", "captions", "webdataset", "images", "dicom",
+    ] = Field("auto", description="Format of the source; auto looks at its files.")
+    images: str | None = Field(None, description="Folder of the images (default: where the format has them, else the folder of the file that names them).")
+    train_split: str = Field("train", description="Split whose images are trained on.")
+    eval_split: str = Field("val", description="Split that is only evaluated on.")
+    label_fraction: Probability = Field(0.09, description="Share of the training images whose labels SFT may use; the rest count as unlabelled (paper: 9 %).")
+    max_labelled: PositiveInt | None = Field(None, description="At most this many labelled images.")
+    max_unlabelled: PositiveInt | None = Field(10_000, description="At most this many unlabelled images are questioned per round (paper: 10k).")
+    unlabelled_per_round: Literal["same", "fresh"] = Field("same", description="Rounds question the same unlabelled images, or a fresh part of them each.")
+    turns: PositiveInt = Field(5, description="Question-answer turns per dialogue made from attributes (WBCAtt).")
+    testbed_rows: PositiveInt = Field(3000, description="Images that testbed:cells renders.")
+    testbed_val_fraction: Probability = Field(0.1, description="Share of the rendered images that form the val split.")
+    max_image_bytes: PositiveInt = Field(32 * 2**20, description="Larger image files are quarantined (bytes).")
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(64 * 2**20, description="Larger images are quarantined before decoding (pixels; Pillow opens none above 178956970).")
+    max_aspect: Annotated[float, Field(ge=1)] = Field(50.0, description="Images with a longer side over this many times the shorter are quarantined.")
+    min_image_side: PositiveInt = Field(2, description="Images with a shorter side below this are quarantined (pixels).")
+    rows_per_shard: PositiveInt = Field(1024, description="Rows per Parquet shard.")
+    read_cpus: NonNegative = Field(1.0, description="CPUs per Ray Data task that reads, encodes or writes.")
+    encoders: PositiveInt = Field(8, description="At most this many actors that decode and tokenise for a training stage.")
+
+
+class PlainModelConfig(ModelConfig):
+    """The vision-language model to tune, without a system prompt."""
+
+    path: str = Field("testbed:generalist", description="Folder in Hugging Face format, hub id, or testbed:base / testbed:expert / testbed:generalist (bundled tiny models).")
+    system_prompt: str = Field("", description="System prompt of every conversation; empty for none, as in the paper.")
+
+
+class DescriptionDataConfig(DataConfig):
+    """Images with descriptions: attribute tables (wbcatt, skincon, cbis-ddsm), captions or reports."""
+
+    label_fraction: Probability = Field(1.0, description="Share of the training images that are tuned on (paper: all).")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on one part of the model (PEFT)."""
+
+    rank: PositiveInt = Field(128, description="LoRA rank r.")
+    alpha: PositiveInt = Field(256, description="LoRA alpha; the update is scaled by alpha / r.")
+    dropout: Probability = Field(0.05, description="LoRA dropout.")
+
+
+class TrainConfig(Section):
+    """One training stage. `learning rates` of None freeze that part."""
+
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(1, description="Train workers; [min, max] lets the stage shrink and grow with the cluster.")
+    cpus_per_worker: NonNegative = Field(1.0, description="CPUs each worker reserves. Leave at least one CPU of the cluster for Ray Data.")
+    gpus_per_worker: NonNegative = Field(0.0, description="GPUs each worker reserves (1 on a GPU cluster).")
+    threads: PositiveInt | None = Field(None, description="torch threads per worker (default: cpus_per_worker, at least 1).")
+    micro_batch: PositiveInt = Field(8, description="Samples per forward pass of one worker.")
+    accumulation: PositiveInt = Field(4, description="Forward passes per optimiser step and worker, at the largest num_workers; fewer workers accumulate more, so the global batch stays.")
+    global_batch: PositiveInt | None = Field(None, description="Samples per optimiser step; if given it must equal micro_batch x accumulation x max workers.")
+    epochs: PositiveInt = Field(3, description="Passes over the data.")
+    lr_llm: NonNegative | None = Field(2e-4, description="Learning rate of the language model (its LoRA, or all of it with lora_llm null); null freezes it.")
+    lr_projector: NonNegative | None = Field(2e-5, description="Learning rate of the projector, trained in full; null freezes it.")
+    lr_vision: NonNegative | None = Field(5e-5, description="Learning rate of the vision tower (its LoRA, or all of it with lora_vision null); null freezes it.")
+    lora_llm: LoraConfig | None = Field(default_factory=LoraConfig, description="Adapters of the language model; null trains it in full.")
+    lora_vision: LoraConfig | None = Field(default_factory=lambda: LoraConfig(rank=32, alpha=64, dropout=0.2), description="Adapters of the vision tower; null trains it in full.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up: cosine falls to zero, constant stays.")
+    warmup_ratio: Probability = Field(0.03, description="Share of the samples over which the learning rate rises; 0 for no warm-up.")
+    weight_decay: NonNegative = Field(0.0, description="AdamW weight decay.")
+    max_grad_norm: NonNegative = Field(1.0, description="Gradient norm is clipped to this; 0 for no clipping.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory.")
+    checkpoint_every: PositiveInt = Field(100, description="Optimiser steps between checkpoints (one more at each epoch's end).")
+    keep_checkpoints: PositiveInt | None = Field(2, description="Checkpoints kept; null keeps all.")
+    max_failures: int = Field(3, ge=-1, description="Worker-group restarts before the stage fails; -1 for no limit. Preemptions never count.")
+    shuffle_buffer: PositiveInt = Field(2048, description="Rows of the local shuffle buffer, per worker.")
+    eval_rows: int = Field(256, ge=0, description="Held-out rows for the evaluation loss at each epoch's end; 0 for none.")
+    seed: int = Field(0, description="Seed of weights' initialisation, dropout, order and self-questioning.")
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def samples_per_step(self) -> int:
+        """Global batch in samples: what one optimiser step sees at any number of workers."""
+        return self.micro_batch * self.accumulation * self.max_workers
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether any part of the model has a learning rate."""
+        return any(rate is not None for rate in (self.lr_llm, self.lr_projector, self.lr_vision))
+
+    @field_validator("num_workers")
+    @classmethod
+    def _ordered(cls, value):
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"[min, max] must be ordered, not {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _batch_and_parts(self):
+        if self.global_batch is not None and self.global_batch != self.samples_per_step:
+            raise ValueError(
+                f"global_batch {self.global_batch} is impossible: micro_batch {self.micro_batch} x accumulation "
+                f"{self.accumulation} x {self.max_workers} workers is {self.samples_per_step}; change one of them"
+            )
+        if not self._trains():
+            raise ValueError("nothing would train: give at least one of lr_llm, lr_projector, lr_vision")
+        return self
+
+    def _trains(self) -> bool:
+        return self.trains_model
+
+
+class SamplingConfig(Section):
+    """How text is sampled. temperature 0 is greedy."""
+
+    temperature: NonNegative = Field(1.2, description="Softmax temperature; 0 is greedy.")
+    top_k: int = Field(100, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="Nucleus mass.")
+    max_tokens: PositiveInt = Field(1024, description="Longest output in tokens.")
+
+
+class EngineConfig(Section):
+    """vLLM engines, one per actor."""
+
+    actors: tuple[PositiveInt, PositiveInt] = Field((1, 1), description="[min, max] engine actors; Ray Data grows and shrinks the pool.")
+    cpus_per_actor: NonNegative = Field(1.0, description="CPUs each actor reserves.")
+    gpus_per_actor: NonNegative = Field(0.0, description="GPUs each actor reserves (tensor_parallel_size on a GPU cluster).")
+    tensor_parallel_size: PositiveInt = Field(1, description="GPUs one engine spans.")
+    max_model_len: PositiveInt | None = Field(None, description="Context in tokens (default: the model's own).")
+    memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of device memory vLLM may take (on CPU: of the machine's memory).")
+    kv_cache_gib: PositiveInt = Field(1, description="KV cache on CPU (GiB); GPUs size it from memory_utilization.")
+    enforce_eager: bool = Field(False, description="Skip graph capture and compilation (true for tiny models and quick starts).")
+    max_num_seqs: PositiveInt = Field(256, description="Sequences an engine decodes at once.")
+    rows_per_task: PositiveInt = Field(128, description="Rows handed to an actor at once: the unit of retry after a lost actor.")
+    rows_in_flight: PositiveInt = Field(128, description="Rows an actor works on at once.")
+
+
+class EndpointConfig(Section):
+    """An OpenAI-compatible endpoint."""
+
+    model: str = Field("gpt-4o", description="Model name at the endpoint.")
+    base_url: str = Field("https://api.openai.com/v1", description="Address of the endpoint. Its key comes from the environment variable named by key_env.")
+    key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key.")
+    temperature: NonNegative = Field(0.0, description="Sampling temperature.")
+    max_tokens: PositiveInt = Field(512, description="Longest reply in tokens.")
+    concurrency: PositiveInt = Field(16, description="Requests in flight, per actor.")
+    retries: int = Field(4, ge=0, description="Retries of a failed request, with exponential backoff; then the row is quarantined.")
+    timeout: Annotated[float, Field(gt=0)] = Field(120.0, description="Seconds one request may take.")
+    usd_per_million_input: NonNegative = Field(2.5, description="Price of input tokens for the cost ledger (USD per million).")
+    usd_per_million_output: NonNegative = Field(10.0, description="Price of output tokens for the cost ledger (USD per million).")
+
+
+class JudgeConfig(EndpointConfig):
+    """Who says which answer is better."""
+
+    kind: Literal["vllm", "api", "random"] = Field("api", description="api: any OpenAI-compatible endpoint; vllm: a local, stronger VLM; random: coin flips, an ablation.")
+    scoring: Literal["scores", "likelihood"] = Field("scores", description="scores: the judge writes two numbers on its first line; likelihood (vllm only): mean log-likelihood the judge gives each answer, for judges too small to write scores.")
+    model: str = Field("gpt-4o", description="Model name at the endpoint, or path of the local judge (testbed:expert is bundled).")
+    temperature: NonNegative = Field(0.2, description="Sampling temperature of written scores.")
+    both_orders: bool = Field(True, description="Ask with the answers in both orders and drop pairs on which the verdicts differ.")
+    min_margin: NonNegative = Field(0.0, description="Pairs whose scores differ by no more than this are ties and dropped.")
+    min_chosen_score: float | None = Field(None, description="Pairs whose better answer scores less are dropped: of two wrong answers neither should be learned. In points from 1 to 10, or in nats per token for likelihood (paper: no such limit).")
+    seed: int = Field(0, description="Seed of the random judge and of sampled verdicts.")
+
+    @model_validator(mode="after")
+    def _kinds(self):
+        if self.scoring == "likelihood" and self.kind != "vllm":
+            raise ValueError("scoring likelihood needs kind vllm: an endpoint does not return the likelihood of a given answer")
+        return self
+
+
+class EvaluateConfig(Section):
+    """Held-out questions, greedy answers, metrics with bootstrap intervals over images."""
+
+    kinds: tuple[Literal["open", "closed", "mcq"], ...] = Field(("open", "closed", "mcq"), description="Kinds of question made from attributes.")
+    max_images: PositiveInt | None = Field(None, description="At most this many held-out images.")
+    max_tokens: PositiveInt = Field(128, description="Longest answer in tokens.")
+    bootstrap: PositiveInt = Field(1000, description="Bootstrap resamples (of images).")
+    arms: tuple[Literal["base", "sft", "dpo"], ...] = Field(("base", "sft", "dpo"), description="Models to evaluate: the base, the SQ-SFT model, each round's DPO model.")
+    seed: int = Field(0, description="Seed of question making and of the bootstrap.")
+
+
+class VerifyConfig(Section):
+    """After an export: vLLM's greedy tokens against transformers' on a sample."""
+
+    rows: Annotated[int, Field(ge=0)] = Field(8, description="Rows compared; 0 leaves the comparison out, for studies of many runs of one recipe.")
+    max_tokens: PositiveInt = Field(24, description="Tokens compared per row.")
+    logprob_tolerance: NonNegative = Field(0.05, description="A differing token is allowed only where transformers' own two best tokens lie this close (nats), as rounding may decide between them.")
+
+
+class ClusterConfig(Section):
+    """How the job uses Ray."""
+
+    address: str | None = Field(None, description="Ray address (default: RAY_ADDRESS, else a local Ray is started).")
+    num_cpus: PositiveInt | None = Field(None, description="CPUs of a local Ray (default: all).")
+    object_store_gib: Annotated[float, Field(gt=0)] | None = Field(None, description="Object store of a local Ray (GiB).")
