@@ -152,6 +152,71 @@ PREFERENCE_WITH_REFERENCE = pa.schema([
     ("ref_model", pa.string()),  # hash of the reference model's weights
 ])
 
+# One question and its answer: what clinicians tick, what is rated, scored and selected.
+EXCHANGE = pa.schema([
+    ("sample_id", pa.string()),  # "{dialogue_id}#{turn}"
+    ("dialogue_id", pa.string()),
+    ("turn", pa.int32()),  # from 0, counted in exchanges
+    ("image_id", pa.string()),
+    ("image", pa.binary()),
+    ("modality", pa.string()),  # null where unknown
+    ("context", pa.string()),  # what is known of the image beside it (caption, in-text mention); null: nothing
+    ("question", pa.string()),
+    ("answer", pa.string()),
+])
+
+# A rater's word on an exchange. A score that could not be read is missing, never a number.
+RATED = pa.schema([
+    *EXCHANGE,
+    ("score", pa.float64()),  # 0 to 10, or null
+    ("raw", pa.string()),  # the rater's own words
+    ("error", pa.string()),  # null, or why there is no score
+])
+
+# The rating model's word on an exchange.
+SCORED = pa.schema([*EXCHANGE, ("score", pa.float64())])
+
+# The better and the worse of two exchanges, of one image or of two.
+_SIDE = [("image_id", pa.string()), ("image", pa.binary()), ("context", pa.string()), ("question", pa.string()), ("answer", pa.string()), ("score", pa.float64())]
+RATING_PAIR = pa.schema([
+    ("sample_id", pa.string()),
+    ("origin", pa.string()),  # clinician | model
+    ("judge", pa.string()),  # the clinician's id, or the rater's name
+    *[(f"chosen_{name}", kind) for name, kind in _SIDE],  # a score is null where a clinician chose
+    *[(f"rejected_{name}", kind) for name, kind in _SIDE],
+])
+
+# What a clinician is shown: an image, a question and two answers.
+CLINICIAN_ITEM = pa.schema([
+    ("item_id", pa.string()),
+    ("image_id", pa.string()),
+    ("image", pa.binary()),
+    ("modality", pa.string()),
+    ("caption", pa.string()),
+    ("context", pa.string()),
+    ("dialogue_id", pa.string()),  # of the dialogue that `answer_a` is a turn of; null: none
+    ("turn", pa.int32()),
+    ("question", pa.string()),
+    ("answer_a", pa.string()),  # a and b are stored names; the order on the page is drawn per clinician
+    ("answer_b", pa.string()),
+])
+
+# One clinician's word on an item; the last one of a clinician and item counts.
+JUDGEMENT = pa.schema([
+    ("item_id", pa.string()),
+    ("clinician", pa.string()),
+    ("simulated", pa.bool_()),
+    ("status", pa.string()),  # judged | skipped | not_answerable
+    ("good_a", pa.bool_()),  # null where not judged
+    ("good_b", pa.bool_()),
+    ("edited_question", pa.string()),  # null: left as it was
+    ("edited_a", pa.string()),
+    ("edited_b", pa.string()),
+    ("first_shown", pa.string()),  # a | b
+    ("judged_at", pa.timestamp("us", tz="UTC")),
+    ("seconds", pa.float64()),  # from showing to saving
+])
+
 PREDICTION = pa.schema([
     ("sample_id", pa.string()),
     ("image_id", pa.string()),
