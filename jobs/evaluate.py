@@ -105,9 +105,11 @@ def check_folders(benchmarks: Iterable[str], models: list) -> None:
 
 
 def check_judge(config: EvaluateJobConfig) -> None:
-    """Raises ConfigError for a local judge that is not there."""
+    """Raises ConfigError for a local judge that is not there, or one that cannot read a reference."""
     from medray.preflight import model_problems
 
+    if config.judge is not None and config.judge.kind == "rater":
+        raise ConfigError("judge.kind: a rating model has learned no references, and gives no scores from 1 to 10; take api or vllm")
     problems = model_problems("judge.model", config.judge.model) if config.judge is not None and config.judge.kind == "vllm" else []
     if problems:
         raise ConfigError("\n".join(problems))

@@ -15,3 +15,7 @@ class DataError(MedrayError):
 
 class StageError(MedrayError):
     """A stage of a run that cannot go on; the run directory stays and the same command continues it."""
+
+
+class Waiting(MedrayError):
+    """Not a failure: a run that can go on only when people have done their part; the same command then continues it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medray.config import ConfigT, load_config
-from medray.errors import ConfigError, MedrayError
+from medray.errors import ConfigError, MedrayError, Waiting
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
@@ -72,7 +72,7 @@ def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict
         again: the argument with which the same command continues, for example "--run runs/a".
         show: may take entries out of the summary that are for reading only.
 
-    Returns the exit status: 0 done, 1 a stage failed. Interrupted, the process ends with status 130.
+    Returns the exit status: 0 done, 1 a stage failed, 3 the run waits for people. Interrupted, the process ends with status 130.
     """
     # A stopped job gets SIGTERM: leave through the same door as Ctrl-C, so that Ray is shut down in order.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -83,6 +83,9 @@ def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict
         print(f"\nstopped; the same command with {again} continues", file=sys.stderr)
         sys.stdout.flush()
         os._exit(130)  # threads of Ray and vLLM may still wait for something
+    except Waiting as waiting:
+        print(f"\nwaiting: {waiting}\nthen the same command with {again} continues", file=sys.stderr)
+        return 3
     except MedrayError as error:
         print(f"failed: {error}\nafter mending it, the same command with {again} continues", file=sys.stderr)
         return 1

@@ -9,18 +9,22 @@ from pathlib import Path
 
 from medray.config import (
     TESTBED_SCENES,
+    ClinicianPreferenceConfig,
+    CliniciansConfig,
     DataConfig,
+    EndpointConfig,
     EngineConfig,
     InstructionFreeConfig,
+    LoopConfig,
     ModelConfig,
     SelfTrainingConfig,
-    TrainConfig,
 )
 from medray.errors import ConfigError
-from medray.testbed import MODELS
+from medray.testbed import ENCODERS, MODELS
 
 BUNDLED = ", ".join(f"testbed:{name}" for name in MODELS)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+RATER_FACTS = "rater.json"  # in the folder of every rating model (medray.models.rater)
 _REMOTE = re.compile(r"[a-z0-9]+://")
 
 
@@ -61,6 +65,32 @@ def check_instruction_free(config: InstructionFreeConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def check_clinician_preference(config: ClinicianPreferenceConfig) -> None:
+    """Raise ConfigError with every problem found, one a line."""
+    problems = [
+        *model_problems("model.path", config.model.path),
+        *template_problems(config.model),
+        *source_problems(config.data),
+        *([] if config.demonstrations.encoder.startswith("open_clip:") else encoder_problems("demonstrations.encoder", config.demonstrations.encoder)),
+        *encoder_problems("rater.encoder", config.rater.encoder),
+        *strong_model_problems("generate", config.generate, config.generate.kind),
+        *strong_model_problems("rate", config.rate, config.rate.kind),
+        *clinician_problems(config.clinicians),
+        *(strong_model_problems("judge", config.judge, config.judge.kind) if config.judge is not None else []),
+        *cpu_problems(config, {"rater": config.rater, "tune": config.tune}),
+    ]
+    if config.data.label_fraction == 0:
+        problems.append("data.label_fraction: 0 leaves no image to write dialogues about; 1.0 takes all")
+    if config.weights and config.rater.train_on != "mixture":
+        problems.append(f"weights: with rater.train_on {config.rater.train_on} there is nothing to weigh; leave it empty or train on the mixture")
+    if config.judge is not None and config.judge.kind not in ("vllm", "api"):
+        problems.append(f"judge.kind: {config.judge.kind} says nothing of two models' answers here; take vllm or api")
+    if len(set(config.weights)) < len(config.weights):
+        problems.append(f"weights: {list(config.weights)} names a weight twice")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def check_source(data: DataConfig) -> None:
     """Raise ConfigError with every problem of the source, one a line."""
     problems = source_problems(data)
@@ -83,6 +113,36 @@ def model_problems(field: str, path: str) -> list[str]:
     return [f"{field}: {path} does not exist; give a folder in Hugging Face format, a hub id (org/name), or one of {BUNDLED}"]
 
 
+def encoder_problems(field: str, path: str) -> list[str]:
+    """Problems of a CLIP-family encoder's reference: as of a model's, but of the bundled encoders."""
+    if path.startswith("testbed:"):
+        known = [f"testbed:{name}" for name in ENCODERS]
+        return [] if path in known else [f"{field}: unknown bundled encoder {path!r}; there is {', '.join(known)}"]
+    if path.startswith("open_clip:"):
+        return [f"{field}: {path} must be in Hugging Face format; convert it first"]
+    return model_problems(field, path)
+
+
+def rater_problems(field: str, path: str) -> list[str]:
+    """Problems of a rating model's reference: a folder or remote address."""
+    if _REMOTE.match(path) or (Path(path).expanduser() / RATER_FACTS).is_file():
+        return []
+    return [f"{field}: {path} holds no rating model; give the folder stages/08-rater/model of a run of jobs/clinician_preference.py"]
+
+
+def strong_model_problems(section: str, config: EndpointConfig, kind: str) -> list[str]:
+    """Problems of a model that a section asks: a local one by its reference, or an endpoint's."""
+    return model_problems(f"{section}.model", config.model) if kind == "vllm" else endpoint_problems(section, config)
+
+
+def clinician_problems(config: CliniciansConfig) -> list[str]:
+    if config.kind == "export" and not _REMOTE.match(config.source) and not Path(config.source).expanduser().is_dir():
+        return [f"clinicians.source: {config.source} is no folder; give that of the exported judgements"]
+    if config.kind == "database" and not re.match(r"[a-z0-9+]+://", config.source):
+        return [f"clinicians.source: {config.source} is no SQLAlchemy URL such as sqlite:///judgements.db or postgresql+psycopg://user@host/name"]
+    return []
+
+
 def template_problems(model: ModelConfig) -> list[str]:
     if model.chat_template and not Path(model.chat_template).is_file():
         return [f"model.chat_template: file {model.chat_template} does not exist"]
@@ -102,7 +162,7 @@ def source_problems(data: DataConfig) -> list[str]:
     return problems
 
 
-def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig, training: Mapping[str, TrainConfig]) -> list[str]:
+def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig, training: Mapping[str, LoopConfig]) -> list[str]:
     """A stage that reserves every CPU leaves none to read the data and would hang."""
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return []  # the cluster may grow: Ray itself waits for nodes
@@ -127,10 +187,16 @@ def judge_problems(config: SelfTrainingConfig) -> list[str]:
         return []
     if judge.kind == "vllm":
         return model_problems("judge.model", judge.model)
+    if judge.kind == "rater":
+        return rater_problems("judge.model", judge.model)
+    return endpoint_problems("judge", judge)
+
+
+def endpoint_problems(section: str, config: EndpointConfig) -> list[str]:
     problems = []
-    if not re.match(r"https?://", judge.base_url):
-        problems.append(f"judge.base_url: {judge.base_url!r} is not an http(s) address")
-    host = re.sub(r"^https?://", "", judge.base_url).partition("/")[0].partition(":")[0]
-    if host not in ("localhost", "127.0.0.1") and not os.environ.get(judge.key_env):
-        problems.append(f"judge.key_env: the environment variable {judge.key_env} is not set; it must hold the key for {judge.base_url}")
+    if not re.match(r"https?://", config.base_url):
+        problems.append(f"{section}.base_url: {config.base_url!r} is not an http(s) address")
+    host = re.sub(r"^https?://", "", config.base_url).partition("/")[0].partition(":")[0]
+    if host not in ("localhost", "127.0.0.1") and not os.environ.get(config.key_env):
+        problems.append(f"{section}.key_env: the environment variable {config.key_env} is not set; it must hold the key for {config.base_url}")
     return problems

@@ -152,6 +152,32 @@ PREFERENCE_WITH_REFERENCE = pa.schema([
     ("ref_model", pa.string()),  # hash of the reference model's weights
 ])
 
+# An image and its caption as a vector.
+EMBEDDED = pa.schema([
+    ("sample_id", pa.string()),
+    ("modality", pa.string()),
+    ("embedding", pa.list_(pa.float32())),  # the image's half, then the text's, each of length 1 (all zero without a text)
+    ("error", pa.string()),  # null, or why there is no embedding
+])
+
+# Dialogues a model wrote about an image: rounds of a question and one or two answers to it.
+GENERATED = pa.schema([
+    ("sample_id", pa.string()),  # the image's id
+    ("image", pa.binary()),
+    ("modality", pa.string()),
+    ("caption", pa.string()),
+    ("context", pa.string()),
+    ("rounds", pa.list_(pa.struct([("question", pa.string()), ("answers", pa.list_(pa.string()))]))),  # an answer is null where it could not be had
+    ("dropped", pa.list_(pa.struct([("text", pa.string()), ("reason", pa.string())]))),  # questions and whole replies that were not used
+    ("demonstrations", pa.list_(pa.string())),  # dialogue_ids of those shown to the writer
+    ("writer", pa.string()),
+    ("error", pa.string()),  # null, or why there is no dialogue
+    ("prompt_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("requests", pa.int64()),
+    ("retries", pa.int64()),
+])
+
 # One question and its answer: what clinicians tick, what is rated, scored and selected.
 EXCHANGE = pa.schema([
     ("sample_id", pa.string()),  # "{dialogue_id}#{turn}"

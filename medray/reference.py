@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from medray.config import (
+    ClinicianPreferenceConfig,
     EvaluateJobConfig,
     InstructionFreeConfig,
     PrepareDataConfig,
@@ -20,7 +21,8 @@ from medray.config import (
 )
 
 JOBS = {
-    "self_train": SelfTrainingConfig, "instruction_free": InstructionFreeConfig, "prepare_data": PrepareDataConfig, "evaluate": EvaluateJobConfig,
+    "self_train": SelfTrainingConfig, "instruction_free": InstructionFreeConfig, "clinician_preference": ClinicianPreferenceConfig,
+    "prepare_data": PrepareDataConfig, "evaluate": EvaluateJobConfig,
 }
 
 

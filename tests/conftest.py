@@ -49,6 +49,16 @@ def tiny_qwen(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A tiny CLIP with random weights, in Hugging Face format."""
+    from medray.testbed.tiny_clip import random_clip
+
+    path = tmp_path_factory.mktemp("clip")
+    random_clip(path, seed=0)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def real_data():
     """The folder of real data sets named by MEDRAY_DATA."""
     folder = os.environ.get("MEDRAY_DATA")

@@ -9,6 +9,22 @@ Example::
     config = load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", ["dpo.beta=0.2"])
 """
 
+from medray.config.clinician_preference import (
+    CaptionedDataConfig,
+    CaptionsConfig,
+    ClinicianPreferenceConfig,
+    CliniciansConfig,
+    PreferenceEvaluateConfig,
+    PreferenceTuneConfig,
+    TunedModelConfig,
+)
+from medray.config.dialogues import (
+    DemonstrationsConfig,
+    GenerateConfig,
+    PairsConfig,
+    RateConfig,
+    SelectConfig,
+)
 from medray.config.instruction_free import (
     DescriptionEvaluateConfig,
     InstructionFreeConfig,
@@ -18,6 +34,7 @@ from medray.config.instruction_free import (
 )
 from medray.config.loading import ConfigT, fields_of, load_config
 from medray.config.other_jobs import EvaluateJobConfig, LeaksConfig, PrepareDataConfig
+from medray.config.rating import RaterConfig, ScoreConfig
 from medray.config.section import Section
 from medray.config.self_training import DpoConfig, SelfPlayConfig, SelfTrainingConfig, SftConfig
 from medray.config.shared import (
@@ -30,8 +47,10 @@ from medray.config.shared import (
     EngineConfig,
     EvaluateConfig,
     JudgeConfig,
+    LoopConfig,
     LoraConfig,
     ModelConfig,
+    Placement,
     PlainModelConfig,
     SamplingConfig,
     TrainConfig,
@@ -39,9 +58,10 @@ from medray.config.shared import (
 )
 
 __all__ = [
-    "SELF_QUESTIONING_SYSTEM_PROMPT", "TESTBED_SCENES", "ClusterConfig", "ConfigT", "DataConfig", "DescriptionDataConfig",
-    "DescriptionEvaluateConfig", "DpoConfig", "EndpointConfig", "EngineConfig", "EvaluateConfig", "EvaluateJobConfig", "InstructionFreeConfig",
-    "InstructionFreeTrainConfig", "JudgeConfig", "LeaksConfig", "LoraConfig", "ModelConfig", "PlainModelConfig", "PrepareDataConfig", "ProxyConfig",
-    "SamplingConfig", "Section", "SelfPlayConfig", "SelfTrainingConfig", "SftConfig", "TrainConfig", "VerifyConfig", "WarmUpConfig", "fields_of",
-    "load_config",
+    "SELF_QUESTIONING_SYSTEM_PROMPT", "TESTBED_SCENES", "CaptionedDataConfig", "CaptionsConfig", "ClinicianPreferenceConfig", "CliniciansConfig", "ClusterConfig",
+    "ConfigT", "DataConfig", "DemonstrationsConfig", "DescriptionDataConfig", "DescriptionEvaluateConfig", "DpoConfig", "EndpointConfig",
+    "EngineConfig", "EvaluateConfig", "EvaluateJobConfig", "GenerateConfig", "InstructionFreeConfig", "InstructionFreeTrainConfig", "JudgeConfig",
+    "LeaksConfig", "LoopConfig", "LoraConfig", "ModelConfig", "PairsConfig", "Placement", "PlainModelConfig", "PreferenceEvaluateConfig", "PreferenceTuneConfig",
+    "PrepareDataConfig", "ProxyConfig", "RateConfig", "RaterConfig", "SamplingConfig", "ScoreConfig", "Section", "SelectConfig", "SelfPlayConfig",
+    "SelfTrainingConfig", "SftConfig", "TrainConfig", "TunedModelConfig", "VerifyConfig", "WarmUpConfig", "fields_of", "load_config",
 ]

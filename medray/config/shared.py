@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +14,10 @@ SELF_QUESTIONING_SYSTEM_PROMPT = (
     "A conversation between a curious user and an assistant about a medical image. The assistant gives helpful and "
     "precise answers, and can also take the part of the curious user and ask questions that the image can answer."
 )
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_KEY = re.compile(rf"(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?{_LABEL}")
+_LABEL_SELECTOR = re.compile(rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
 
 
 class ModelConfig(Section):
@@ -76,22 +81,44 @@ class LoraConfig(Section):
     dropout: Probability = Field(0.05, description="LoRA dropout.")
 
 
-class TrainConfig(Section):
-    """One training stage. `learning rates` of None freeze that part."""
+class Placement(Section):
+    """Where work may run and the memory it reserves there. It changes nothing of what is made: no stage starts over for it."""
+
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels a node must have, as Ray's label selectors: value, !value, in(a,b) or !in(a,b).")
+    accelerator: str | None = Field(None, description="Accelerator a node must have, by Ray's name (A100, H100, L4) or selector (in(A100,H100)); null for any. Short for the label ray.io/accelerator-type.")
+    memory_gib: NonNegative = Field(0.0, description="Memory (not the GPU's) each worker or actor reserves (GiB); 0 reserves none.")
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """All labels a node must have."""
+        return self.labels | ({ACCELERATOR_LABEL: self.accelerator} if self.accelerator else {})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As arguments of ray.remote and of Ray Data's map_batches; none where the work may run anywhere."""
+        options: dict[str, Any] = {"label_selector": self.selector} if self.selector else {}
+        return options | ({"memory": int(self.memory_gib * 2**30)} if self.memory_gib else {})
+
+    @model_validator(mode="after")
+    def _selectors(self):
+        for key, value in self.selector.items():
+            if not _LABEL_KEY.fullmatch(key) or not _LABEL_SELECTOR.fullmatch(value):
+                raise ValueError(f"{key}: {value!r} is no label selector; write a value, !value, in(a,b) or !in(a,b)")
+        return self
+
+
+class LoopConfig(Section):
+    """What every training stage has: workers, batches, schedule, checkpoints."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(1, description="Train workers; [min, max] lets the stage shrink and grow with the cluster.")
     cpus_per_worker: NonNegative = Field(1.0, description="CPUs each worker reserves. Leave at least one CPU of the cluster for Ray Data.")
     gpus_per_worker: NonNegative = Field(0.0, description="GPUs each worker reserves (1 on a GPU cluster).")
+    place: Placement = Field(default_factory=Placement, description="Where the workers run.")
     threads: PositiveInt | None = Field(None, description="torch threads per worker (default: cpus_per_worker, at least 1).")
     micro_batch: PositiveInt = Field(8, description="Samples per forward pass of one worker.")
     accumulation: PositiveInt = Field(4, description="Forward passes per optimiser step and worker, at the largest num_workers; fewer workers accumulate more, so the global batch stays.")
     global_batch: PositiveInt | None = Field(None, description="Samples per optimiser step; if given it must equal micro_batch x accumulation x max workers.")
     epochs: PositiveInt = Field(3, description="Passes over the data.")
-    lr_llm: NonNegative | None = Field(2e-4, description="Learning rate of the language model (its LoRA, or all of it with lora_llm null); null freezes it.")
-    lr_projector: NonNegative | None = Field(2e-5, description="Learning rate of the projector, trained in full; null freezes it.")
-    lr_vision: NonNegative | None = Field(5e-5, description="Learning rate of the vision tower (its LoRA, or all of it with lora_vision null); null freezes it.")
-    lora_llm: LoraConfig | None = Field(default_factory=LoraConfig, description="Adapters of the language model; null trains it in full.")
-    lora_vision: LoraConfig | None = Field(default_factory=lambda: LoraConfig(rank=32, alpha=64, dropout=0.2), description="Adapters of the vision tower; null trains it in full.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up: cosine falls to zero, constant stays.")
     warmup_ratio: Probability = Field(0.03, description="Share of the samples over which the learning rate rises; 0 for no warm-up.")
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay.")
@@ -117,7 +144,7 @@ class TrainConfig(Section):
     @property
     def trains_model(self) -> bool:
         """Whether any part of the model has a learning rate."""
-        return any(rate is not None for rate in (self.lr_llm, self.lr_projector, self.lr_vision))
+        return True
 
     @field_validator("num_workers")
     @classmethod
@@ -127,12 +154,31 @@ class TrainConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _batch_and_parts(self):
+    def _batch(self):
         if self.global_batch is not None and self.global_batch != self.samples_per_step:
             raise ValueError(
                 f"global_batch {self.global_batch} is impossible: micro_batch {self.micro_batch} x accumulation "
                 f"{self.accumulation} x {self.max_workers} workers is {self.samples_per_step}; change one of them"
             )
+        return self
+
+
+class TrainConfig(LoopConfig):
+    """One training stage of a vision-language model. `learning rates` of None freeze that part."""
+
+    lr_llm: NonNegative | None = Field(2e-4, description="Learning rate of the language model (its LoRA, or all of it with lora_llm null); null freezes it.")
+    lr_projector: NonNegative | None = Field(2e-5, description="Learning rate of the projector, trained in full; null freezes it.")
+    lr_vision: NonNegative | None = Field(5e-5, description="Learning rate of the vision tower (its LoRA, or all of it with lora_vision null); null freezes it.")
+    lora_llm: LoraConfig | None = Field(default_factory=LoraConfig, description="Adapters of the language model; null trains it in full.")
+    lora_vision: LoraConfig | None = Field(default_factory=lambda: LoraConfig(rank=32, alpha=64, dropout=0.2), description="Adapters of the vision tower; null trains it in full.")
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether any part of the model has a learning rate."""
+        return any(rate is not None for rate in (self.lr_llm, self.lr_projector, self.lr_vision))
+
+    @model_validator(mode="after")
+    def _parts(self):
         if not self._trains():
             raise ValueError("nothing would train: give at least one of lr_llm, lr_projector, lr_vision")
         return self
@@ -156,6 +202,7 @@ class EngineConfig(Section):
     actors: tuple[PositiveInt, PositiveInt] = Field((1, 1), description="[min, max] engine actors; Ray Data grows and shrinks the pool.")
     cpus_per_actor: NonNegative = Field(1.0, description="CPUs each actor reserves.")
     gpus_per_actor: NonNegative = Field(0.0, description="GPUs each actor reserves (tensor_parallel_size on a GPU cluster).")
+    place: Placement = Field(default_factory=Placement, description="Where the engines run.")
     tensor_parallel_size: PositiveInt = Field(1, description="GPUs one engine spans.")
     max_model_len: PositiveInt | None = Field(None, description="Context in tokens (default: the model's own).")
     memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of device memory vLLM may take (on CPU: of the machine's memory).")
@@ -184,13 +231,13 @@ class EndpointConfig(Section):
 class JudgeConfig(EndpointConfig):
     """Who says which answer is better."""
 
-    kind: Literal["vllm", "api", "random"] = Field("api", description="api: any OpenAI-compatible endpoint; vllm: a local, stronger VLM; random: coin flips, an ablation.")
+    kind: Literal["vllm", "api", "rater", "random"] = Field("api", description="api: any OpenAI-compatible endpoint; vllm: a local, stronger VLM; rater: the rating model of jobs/clinician_preference.py, an extension; random: coin flips, an ablation.")
     scoring: Literal["scores", "likelihood"] = Field("scores", description="scores: the judge writes two numbers on its first line; likelihood (vllm only): mean log-likelihood the judge gives each answer, for judges too small to write scores.")
-    model: str = Field("gpt-4o", description="Model name at the endpoint, or path of the local judge (testbed:expert is bundled).")
+    model: str = Field("gpt-4o", description="Model name at the endpoint, or path of the local judge (testbed:expert is bundled) or rating model.")
     temperature: NonNegative = Field(0.2, description="Sampling temperature of written scores.")
     both_orders: bool = Field(True, description="Ask with the answers in both orders and drop pairs on which the verdicts differ.")
     min_margin: NonNegative = Field(0.0, description="Pairs whose scores differ by no more than this are ties and dropped.")
-    min_chosen_score: float | None = Field(None, description="Pairs whose better answer scores less are dropped: of two wrong answers neither should be learned. In points from 1 to 10, or in nats per token for likelihood (paper: no such limit).")
+    min_chosen_score: float | None = Field(None, description="Pairs whose better answer scores less are dropped: of two wrong answers neither should be learned. In points from 1 to 10, in nats per token for likelihood, or in logits of a rating model (paper: no such limit).")
     seed: int = Field(0, description="Seed of the random judge and of sampled verdicts.")
 
     @model_validator(mode="after")
@@ -225,3 +272,4 @@ class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray address (default: RAY_ADDRESS, else a local Ray is started).")
     num_cpus: PositiveInt | None = Field(None, description="CPUs of a local Ray (default: all).")
     object_store_gib: Annotated[float, Field(gt=0)] | None = Field(None, description="Object store of a local Ray (GiB).")
+    data_labels: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes that read, encode and write, as label selectors; engines and workers whose place names the same label go by theirs.")

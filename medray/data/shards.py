@@ -238,6 +238,14 @@ def _part_of(path: str, start: int, rows: int) -> Iterator[pa.Table]:
             first += length
 
 
+def empty_folder(uri: str) -> None:
+    """Make the folder, without whatever an earlier attempt left in it."""
+    fs, root = url_to_fs(uri)
+    if fs.exists(root):
+        fs.rm(root, recursive=True)
+    fs.makedirs(root, exist_ok=True)
+
+
 def write_shard(tables: Iterable[pa.Table], out_uri: str, stem: str) -> None:
     """Write <stem>-00.parquet in row groups of about `GROUP_ROWS` rows or `GROUP_BYTES`; after `SHARD_BYTES` comes <stem>-01.parquet, ..."""
     fs, root = url_to_fs(out_uri)

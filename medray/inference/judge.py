@@ -7,6 +7,7 @@ Every unordered pair of distinct answers of a question gets a verdict. Kinds of 
 - vllm, scoring "likelihood": the mean log-probability per token (nats, end token included) that the local judge gives
   an answer to the bare question. It knows no order, so order_agreement is null. It prefers what the judge would have
   said itself, also in wording and length; meant for judges too small to write scores;
+- rater: the rating model of clinician preference alignment (medray.inference.judge_rater), an extension;
 - random: coin flips seeded by id, an ablation.
 """
 
@@ -16,7 +17,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from medray.config import DataConfig, EngineConfig, JudgeConfig, ModelConfig, SamplingConfig
+from medray.config import DataConfig, EngineConfig, JudgeConfig, ModelConfig, SamplingConfig, ScoreConfig
 from medray.inference.engine import seed_for
 from medray.inference.judge_api import ApiJudge
 from medray.inference.judge_prompt import HIGHEST, LOWEST, judge_prompt
@@ -98,7 +99,7 @@ def judge_map(
     """The judge as (callable class, arguments) for `map_batches`.
 
     Args:
-        model: resolved path of the local judge; not used by the other kinds.
+        model: resolved path of the local judge or rating model; not used by the other kinds.
     """
     if config.kind == "vllm":
         kwargs = {
@@ -106,6 +107,12 @@ def judge_map(
             "data_config": data_config.model_dump(), "engine_config": engine_config.model_dump(),
         }
         return EngineJudge, {**map_options(engine_config), "fn_constructor_kwargs": kwargs}
+    if config.kind == "rater":
+        from medray.inference.judge_rater import RaterJudge
+
+        score = ScoreConfig(cpus_per_actor=engine_config.cpus_per_actor, gpus_per_actor=engine_config.gpus_per_actor)
+        kwargs = {"config": config.model_dump(), "rater": model, "score_config": score.model_dump(), "data_config": data_config.model_dump()}
+        return RaterJudge, {**map_options(engine_config), "fn_constructor_kwargs": kwargs}
     pool = client_options(engine_config)
     if config.kind == "random":
         return RandomJudge, {**pool, "fn_constructor_kwargs": {"config": config.model_dump()}}

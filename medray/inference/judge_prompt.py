@@ -6,7 +6,8 @@ STLLaVA-Med's own rule text is not public; prompts/judge.txt is ours, after the 
 from __future__ import annotations
 
 import re
-from importlib import resources
+
+from medray.inference.prompting import fill
 
 LOWEST, HIGHEST = 1.0, 10.0
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|\.\d)")
@@ -18,10 +19,7 @@ class VerdictError(ValueError):
 
 def judge_prompt(question: str, first: str, second: str) -> str:
     """The user turn that goes with the image."""
-    template = resources.files("medray.inference.prompts").joinpath("judge.txt").read_text(encoding="utf-8")
-    # Not str.format: answers may contain braces.
-    parts = {"{question}": question, "{first}": first, "{second}": second}
-    return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]].strip(), template).strip()
+    return fill("judge.txt", question=question.strip(), first=first.strip(), second=second.strip())
 
 
 def parse_scores(reply: str) -> tuple[float, float]:

@@ -8,17 +8,66 @@ serves all three phases, and continuous batching mixes the phases of different i
 from __future__ import annotations
 
 import asyncio
-import re
+from collections.abc import Iterable
 from typing import Any
 
-from medray.config import DataConfig, EngineConfig, ModelConfig, SelfPlayConfig
+from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig, SelfPlayConfig
+from medray.config.dialogues import GenerateConfig
+from medray.data.exchanges import normal
 from medray.inference.chat import Turn
+from medray.inference.endpoint import Usage
 from medray.inference.engine import Output, seed_for
 from medray.inference.worker import EngineWorker
 from medray.records import SELF_PLAY
 
 
-class SelfPlay(EngineWorker):
+class Questioner(EngineWorker):
+    """What a model does that asks about an image and answers: subclasses set `config` and `round`."""
+
+    config: SelfPlayConfig | GenerateConfig  # ask, answer, answers, describe_prompt and seed are read
+    round: int = 0  # part of every seed
+
+    async def described(self, sample_id: str, image: Any, key: str, sampling: SamplingConfig, usage: Usage) -> list[Turn]:
+        """The turns that come before a question: the describe prompt and the model's description."""
+        opening: list[Turn] = [{"role": "user", "text": self.config.describe_prompt}]
+        output = await self._sampled(self.engine.chat.prompt_ids(opening), image, key, sampling, self._seed(sample_id, "describe"), usage)
+        return [*opening, {"role": "assistant", "text": self.engine.chat.without_special_text(output.text).strip()}]
+
+    async def asked(self, sample_id: str, described: list[Turn], indices: Iterable[int], image: Any, key: str, usage: Usage) -> list[Output]:
+        """One question per index, each sampled by itself."""
+        asking = self.engine.chat.prompt_ids(described, role="questioner")
+        return await asyncio.gather(*(
+            self._sampled(asking, image, key, self.config.ask, self._seed(sample_id, "ask", index), usage) for index in indices
+        ))
+
+    async def answers(self, sample_id: str, question: int, text: str, image: Any, key: str, usage: Usage) -> list[dict[str, Any]]:
+        """config.answers rows of records.CANDIDATE, sampled without the description in sight."""
+        prompt = self.engine.chat.prompt_ids([{"role": "user", "text": text}])
+        seeds = [self._seed(sample_id, "answer", question, index) for index in range(self.config.answers)]
+        return [self._candidate(output) for output in await asyncio.gather(*(
+            self._sampled(prompt, image, key, self.config.answer, seed, usage) for seed in seeds
+        ))]
+
+    async def _sampled(self, prompt: list[int], image: Any, key: str, sampling: SamplingConfig, seed: int, usage: Usage) -> Output:
+        output = (await self.engine.generate(prompt, image, sampling, seed, image_id=key))[0]
+        usage.requests += 1
+        usage.prompt_tokens += output.prompt_tokens
+        usage.completion_tokens += len(output.token_ids)
+        return output
+
+    def _candidate(self, output: Output) -> dict[str, Any]:
+        # An answer that spells a special token would become that token in training: it counts as empty.
+        broken = output.special or self.engine.chat.has_special_text(output.text)
+        return {
+            "text": "" if broken else output.text.strip(), "seed": output.seed,
+            "finish_reason": "special_token" if broken else output.finish_reason, "tokens": len(output.token_ids),
+        }
+
+    def _seed(self, sample_id: str, *place: str | int) -> int:
+        return seed_for(self.config.seed, sample_id, self.round, *place)
+
+
+class SelfPlay(Questioner):
     """Rows with sample_id and image in, rows of records.SELF_PLAY out.
 
     Args:
@@ -31,6 +80,7 @@ class SelfPlay(EngineWorker):
 
     schema = SELF_PLAY
     stage = "self_play"
+    config: SelfPlayConfig
 
     def __init__(
         self, model: str, model_config: ModelConfig | dict, data_config: DataConfig | dict, engine_config: EngineConfig | dict,
@@ -41,54 +91,21 @@ class SelfPlay(EngineWorker):
         self.round = round
 
     async def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        sample_id = row["sample_id"]
+        sample_id, usage = row["sample_id"], Usage()
         image, key = await self.image(row)
-        chat, config = self.engine.chat, self.config
-
-        opening: list[Turn] = [{"role": "user", "text": config.describe_prompt}]
-        described = await self.engine.generate(
-            chat.prompt_ids(opening), image, config.describe, self._seed(sample_id, "describe"), image_id=key,
-        )
-        description = chat.without_special_text(described[0].text).strip()
-
-        after = [*opening, {"role": "assistant", "text": description}]
-        asking = chat.prompt_ids(after, role="questioner")
-        seeds = [self._seed(sample_id, "ask", index) for index in range(config.questions)]
-        asked = await asyncio.gather(*(
-            self.engine.generate(asking, image, config.ask, seed, image_id=key) for seed in seeds
-        ))
-        kept, dropped = keep_questions([outputs[0] for outputs in asked], chat.has_special_text)
-        answers = await asyncio.gather(*(self._answers(sample_id, index, text, image, key) for index, text in kept))
+        described = await self.described(sample_id, image, key, self.config.describe, usage)
+        outputs = await self.asked(sample_id, described, range(self.config.questions), image, key, usage)
+        kept, dropped = keep_questions(outputs, self.engine.chat.has_special_text)
+        answers = await asyncio.gather(*(self.answers(sample_id, index, text, image, key, usage) for index, text in kept))
         return {
-            "sample_id": sample_id,
-            "image": row["image"],
-            "description": description,
+            "sample_id": sample_id, "image": row["image"], "description": described[-1]["text"],
             "questions": [
-                {"question_id": f"{sample_id}/r{self.round}/q{index}", "question": text, "seed": seeds[index], "answers": candidates}
+                {"question_id": f"{sample_id}/r{self.round}/q{index}", "question": text, "seed": self._seed(sample_id, "ask", index), "answers": candidates}
                 for (index, text), candidates in zip(kept, answers, strict=True)
             ],
             "dropped_questions": dropped,
             "error": None,
         }
-
-    async def _answers(self, sample_id: str, question: int, text: str, image: Any, key: str) -> list[dict[str, Any]]:
-        prompt = self.engine.chat.prompt_ids([{"role": "user", "text": text}])
-        seeds = [self._seed(sample_id, "answer", question, index) for index in range(self.config.answers)]
-        sampled = await asyncio.gather(*(
-            self.engine.generate(prompt, image, self.config.answer, seed, image_id=key) for seed in seeds
-        ))
-        return [self._candidate(outputs[0]) for outputs in sampled]
-
-    def _candidate(self, output: Output) -> dict[str, Any]:
-        # An answer that spells a special token would become that token in training: it counts as empty.
-        broken = output.special or self.engine.chat.has_special_text(output.text)
-        return {
-            "text": "" if broken else output.text.strip(), "seed": output.seed,
-            "finish_reason": "special_token" if broken else output.finish_reason, "tokens": len(output.token_ids),
-        }
-
-    def _seed(self, sample_id: str, *place: str | int) -> int:
-        return seed_for(self.config.seed, sample_id, self.round, *place)
 
 
 def keep_questions(asked: list[Output], has_special_text: Any) -> tuple[list[tuple[int, str]], list[dict[str, str]]]:
@@ -106,7 +123,7 @@ def keep_questions(asked: list[Output], has_special_text: Any) -> tuple[list[tup
     seen: set[str] = set()
     for index, output in enumerate(asked):
         text = output.text.strip()
-        same = " ".join(re.findall(r"\w+", text.lower()))
+        same = normal(text)
         if output.special or has_special_text(text):
             reason = "special_token"
         elif not same:

@@ -54,7 +54,7 @@ def verify_on_cluster(
     """verify_export in a Ray task with an engine actor's resources; its StageError is raised here."""
     import ray
 
-    task = ray.remote(num_cpus=engine_config.cpus_per_actor, num_gpus=engine_config.gpus_per_actor, max_calls=1)(verify_export)
+    task = ray.remote(num_cpus=engine_config.cpus_per_actor, num_gpus=engine_config.gpus_per_actor, max_calls=1, **engine_config.place.options)(verify_export)
     try:
         return ray.get(task.remote(model_dir, rows, config, model_config, data_config, engine_config))
     except ray.exceptions.RayTaskError as error:

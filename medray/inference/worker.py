@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from medray.config import DataConfig, EngineConfig, ModelConfig
+from medray.config import DataConfig, EngineConfig, ModelConfig, Placement
 from medray.inference.engine import EngineLost, VLMEngine, image_key
 from medray.models.cache import localize
 from medray.records import conform
@@ -45,6 +45,7 @@ def map_options(config: EngineConfig) -> dict[str, Any]:
         "batch_format": "pyarrow",
         "num_cpus": config.cpus_per_actor,
         "num_gpus": config.gpus_per_actor,
+        **config.place.options,
         "compute": ray.data.ActorPoolStrategy(
             min_size=low, max_size=high, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True,
         ),
@@ -58,7 +59,8 @@ def client_options(config: EngineConfig) -> dict[str, Any]:
     import ray.data
 
     pool = ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
-    return {**map_options(config), "num_cpus": 0.5, "num_gpus": 0, "compute": pool}
+    anywhere = config.model_copy(update={"place": Placement()})
+    return {**map_options(anywhere), "num_cpus": 0.5, "num_gpus": 0, "compute": pool}
 
 
 def _bounded_retries() -> dict[str, int]:

@@ -19,7 +19,6 @@ Runs that differ in some fields only can share what these do not touch (data, wa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from medray.config import InstructionFreeConfig
@@ -27,8 +26,9 @@ from medray.methods import instruction_free_stages as steps
 from medray.methods import stages
 from medray.methods.instruction_free_report import write_report
 from medray.methods.session import ray_session
+from medray.methods.stages import shared_stage
 from medray.preflight import check_instruction_free
-from medray.run import Run, Stage, digest
+from medray.run import Run
 
 
 def instruction_free(config: InstructionFreeConfig, run_uri: str, shared_uri: str | None = None) -> dict[str, Any]:
@@ -78,8 +78,3 @@ def instruction_free(config: InstructionFreeConfig, run_uri: str, shared_uri: st
         "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"), "model": model.path,
         "proxy": tuned["outputs"].get("proxy"), "table": results["table"],
     }
-
-
-def shared_stage(run: Run, shared: Run, name: str, inputs: dict[str, Any], work: Callable[[Stage], dict[str, Any]]) -> dict[str, Any]:
-    """A stage in the directory that runs share; there its name holds what it depends on, so that runs of other settings keep theirs."""
-    return shared.stage(name if shared is run else f"{name}-{digest(inputs)}", inputs, work)

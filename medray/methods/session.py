@@ -50,6 +50,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     context.enable_rich_progress_bars = False
     # Stages are reproducible only where blocks keep their order.
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = config.data_labels or None
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if terminal else logging.WARNING)
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from medray.config import (
+    ClinicianPreferenceConfig,
     EvaluateJobConfig,
     InstructionFreeConfig,
     SelfTrainingConfig,
     TrainConfig,
 )
-from medray.run import Run, Stage
+from medray.run import Run, Stage, digest
 
 PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig that only the pairs stage reads
+AnyMethodConfig = SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig
 BLOCKS_PER_ENCODER = 12  # of rows under way between files and training workers: read ahead, in work, encoded
 
 
@@ -53,10 +55,20 @@ def arm_of(model: str) -> str:
     return model.partition("-")[0]
 
 
-def resolve_base(config: SelfTrainingConfig | InstructionFreeConfig) -> Model:
+def shared_stage(run: Run, shared: Run, name: str, inputs: dict[str, Any], work: Callable[[Stage], dict[str, Any]]) -> dict[str, Any]:
+    """A stage in the directory that runs share; there its name holds what it depends on, so that runs of other settings keep theirs."""
+    return shared.stage(name if shared is run else f"{name}-{digest(inputs)}", inputs, work)
+
+
+def resolve_base(config: AnyMethodConfig) -> Model:
+    return local_model(config.model.path)
+
+
+def local_model(reference: str) -> Model:
+    """A model of ours by its reference (folder, address, hub id or testbed:...)."""
     from medray.models.vlm import model_hash, resolve_model
 
-    path = resolve_model(config.model.path)
+    path = resolve_model(reference)
     return Model(path, model_hash(path))
 
 
@@ -73,13 +85,19 @@ def prepare_data(stage: Stage, config: SelfTrainingConfig) -> dict[str, Any]:
     return {"counts": counts, **{part: stage.path(part) for part in ("conversations", "eval_conversations", "images", "questions", "quarantine")}}
 
 
-def tune(stage: Stage, config: SelfTrainingConfig, model: Model, rows_uri: str, objective: str, train: TrainConfig) -> dict[str, Any]:
-    """Train adapters on the rows, merge them, export the model; keeps the metrics of every step."""
+def tune(
+    stage: Stage, config: SelfTrainingConfig | ClinicianPreferenceConfig, model: Model, rows_uri: str, objective: str, train: TrainConfig, held_out: str | None = None,
+) -> dict[str, Any]:
+    """Train on the rows, merge adapters, export the model; keeps the metrics of every step.
+
+    Args:
+        held_out: conversations of an evaluation loss (default: those of the run's data stage).
+    """
     from medray.data.shards import count_rows
     from medray.models.vlm import model_hash
     from medray.train.worker import export_merged, run_training
 
-    held_out = stage.run.path("stages", "00-data", "eval_conversations")
+    held_out = held_out or stage.run.path("stages", "00-data", "eval_conversations")
     has_eval = objective == "sft" and train.eval_rows > 0 and count_rows(held_out) > 0
     result = run_training(
         stage.path("train"), encoded(rows_uri, model.path, config, objective), encoded(held_out, model.path, config, "sft") if has_eval else None,
@@ -98,7 +116,7 @@ def keep_logs(stage: Stage, result: Any) -> None:
     stage.run.write_text(quarantine, stage.folder, "quarantine.jsonl")
 
 
-def encoded(rows_uri: str, model_dir: str, config: SelfTrainingConfig | InstructionFreeConfig, kind: str, train: TrainConfig | None = None) -> Any:
+def encoded(rows_uri: str, model_dir: str, config: AnyMethodConfig, kind: str, train: TrainConfig | None = None) -> Any:
     """Rows of conversations ("sft"), pairs ("dpo") or descriptions ("description", with their stage's `train`) as encoded rows,
     by tasks on Data workers."""
     import ray.data
@@ -124,7 +142,7 @@ def encoded(rows_uri: str, model_dir: str, config: SelfTrainingConfig | Instruct
     return dataset
 
 
-def verify(run: Run, name: str, config: SelfTrainingConfig | InstructionFreeConfig, model: Model, data: dict[str, Any]) -> None:
+def verify(run: Run, name: str, config: AnyMethodConfig, model: Model, data: dict[str, Any]) -> None:
     """vLLM and transformers give the same greedy tokens for the exported model, or the run stops here."""
     if not config.verify.rows:
         return
@@ -185,7 +203,7 @@ def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> d
     from medray.inference.judge import cost_ledger, judge_map
     from medray.models.vlm import resolve_model
 
-    model = resolve_model(config.judge.model) if config.judge.kind == "vllm" else None
+    model = resolve_model(config.judge.model) if config.judge.kind in ("vllm", "rater") else None
     judge_class, options = judge_map(config.judge, model, config.model, config.data, config.engine)
     rows = write_resumable(
         played["outputs"]["rows"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(judge_class, **options),
@@ -253,6 +271,7 @@ def reference_logps(stage: Stage, config: SelfTrainingConfig, model: Model, pair
         return rows.map_batches(
             Reference, fn_constructor_kwargs=arguments, batch_size=config.dpo.reference_batch, batch_format="pyarrow",
             num_cpus=config.dpo.cpus_per_worker, num_gpus=config.dpo.gpus_per_worker, compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
+            **config.dpo.place.options,
         )
 
     rows = write_resumable(pairs["outputs"]["rows"], stage.path("rows"), stage.path("committed"), scored, 8 * config.dpo.reference_batch, config.data.read_cpus)
@@ -291,7 +310,7 @@ def previous_model(name: str) -> str | None:
     return "sft" if number == 1 else f"dpo-{number - 1}"
 
 
-def engine_arguments(config: SelfTrainingConfig | InstructionFreeConfig | EvaluateJobConfig, model: Model) -> dict[str, Any]:
+def engine_arguments(config: AnyMethodConfig | EvaluateJobConfig, model: Model) -> dict[str, Any]:
     """Constructor arguments every engine actor takes, as plain data."""
     return {
         "model": model.path, "model_config": config.model.model_dump(), "data_config": config.data.model_dump(),

@@ -91,9 +91,9 @@ def render(run: Run, config: SelfTrainingConfig, results: dict[str, Any], stages
     by_model = results["scores"]
     sections = [
         ("Held-out accuracy, before and after", _accuracy(by_model, results)),
-        ("By attribute", _attributes(by_model)),
+        ("By attribute", attributes_table(by_model)),
         ("Training", report.training_curves(metrics, _CURVES)),
-        ("Answers: length and form", _form(by_model)),
+        ("Answers: length and form", form_table(by_model)),
         ("Preference pairs", _pairs(results, stages)),
         ("Questions the model asked itself", report.gallery(_judged_sample(run, stages))),
         ("Rows: kept, dropped, quarantined, retried", _counts(results)),
@@ -120,7 +120,8 @@ def _accuracy(by_model: dict[str, Any], results: dict[str, Any]) -> str:
     return report.table(["model", "all", *kinds, "questions", "images"], rows) + f'<div class="plots">{plot}</div>' + gain_table
 
 
-def _attributes(by_model: dict[str, Any]) -> str:
+def attributes_table(by_model: dict[str, Any]) -> str:
+    """Accuracy by attribute: a column per model."""
     names = sorted({name for score in by_model.values() for name in score["by_attribute"]})
     rows = []
     for name in names:
@@ -131,7 +132,8 @@ def _attributes(by_model: dict[str, Any]) -> str:
     return report.table(["attribute", "majority floor", *by_model], rows)
 
 
-def _form(by_model: dict[str, Any]) -> str:
+def form_table(by_model: dict[str, Any]) -> str:
+    """Length and form of the answers of every model."""
     rows = [
         [name, kind, score["answer_words"], score.get("unparsable", 0.0), score["n"]]
         for name, whole in by_model.items() for kind, score in whole["by_type"].items()

@@ -1,12 +1,14 @@
-"""The one place that writes a model folder in Hugging Face format."""
+"""The one place that writes a vision-language model in Hugging Face format, and model folders whole."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,18 @@ def save_vlm(model: Any, processor: Any, directory: str | os.PathLike, dtype: An
         directory: written as a whole or not at all (a temporary sibling is renamed into place).
         dtype: torch dtype to save in; default the model's own. The model itself is not changed.
     """
+    with whole_folder(directory) as scratch:
+        _write(model, processor, scratch, dtype)
+
+
+@contextlib.contextmanager
+def whole_folder(directory: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `directory` when the block ends; where it fails, nothing changes."""
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        _write(model, processor, scratch, dtype)
+        yield scratch
         scratch.chmod(0o755)
         for path in scratch.iterdir():
             path.chmod(0o644)

@@ -1,8 +1,9 @@
-"""Makes the bundled tiny models `base` (about forty minutes on two CPU cores), `expert` and `generalist` (a quarter of an hour each).
+"""Makes the bundled tiny models `base` (about forty minutes on two CPU cores), `expert`, `generalist` and `encoder` (a quarter of an hour each).
 
 `base`: from random weights on `testbed.corpus` (reports in words, then shapes with questions; no cell picture).
 `expert`: base, tuned on many labelled synthetic cells (or a WBCAtt folder's train split with --data).
 `generalist`: base, after a lesson in lists of attributes and in stated choices, about reports and shapes only.
+`encoder`: a CLIP whose image tower is the expert's (its last layer goes on learning), on labelled synthetic cells and what is true of them.
 
 Example::
 
@@ -28,6 +29,7 @@ from medray.errors import ConfigError
 
 # Steps of the whole model; its vision tower is taught first, for TOWER_STEPS times as many steps (of 64 pictures).
 BASE_STEPS, EXPERT_STEPS, GENERALIST_STEPS, TOWER_STEPS = 3000, 2000, 2000, 0.3
+ENCODER_STEPS = 500  # of 64 pictures and texts
 # Before it sees a picture, base reads: READING_STEPS times as many steps of READING_BATCH reports, each with one question.
 # Yes/no and multiple choice need a comparison, which words teach and pictures alone do not; and many rows of one question
 # teach it in a few minutes where few rows of many questions did not (a claim of an earlier turn passes for a fact).
@@ -86,14 +88,14 @@ def _save_tested(
     })
 
 
-def _base_of(to: Path) -> tuple[Any, Any, Any]:
-    """(model, processor, encoder of its dialogues) of `to`/base, or of the bundled one."""
+def _bundled(to: Path, name: str = "base") -> tuple[Any, Any, Any]:
+    """(model, processor, encoder of its dialogues) of `to`/base (or another name), or of the bundled one."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     from medray.testbed import model_path, training
 
-    base = to / "base" if (to / "base" / "config.json").is_file() else Path(model_path("base"))
+    base = to / name if (to / name / "config.json").is_file() else Path(model_path(name))
     processor = AutoProcessor.from_pretrained(base)
     model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     return model, processor, training.Encoder(processor.tokenizer, IMAGE_TOKENS)
@@ -175,7 +177,7 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
     from medray.testbed import corpus, training
 
     started = time.monotonic()
-    model, processor, encoder = _base_of(to)
+    model, processor, encoder = _bundled(to)
     if data is None:
         records, pictures = _cells(CELLS, f"expert cells/{seed}")
         held_out, held_out_pictures = _cells(2 * HELD_OUT, f"held-out cells/{seed}")
@@ -203,7 +205,7 @@ def build_generalist(to: Path, seed: int = 0, steps: int = GENERALIST_STEPS) -> 
     from medray.testbed import corpus, training
 
     started = time.monotonic()
-    model, processor, encoder = _base_of(to)
+    model, processor, encoder = _bundled(to)
     records, pixels = _scenes(f"generalist's scenes/{seed}", processor)
     training.train(
         model, encoder, pixels[:SCENES], lambda i, r: corpus.general_dialogue(records[i], r), steps=steps, seed=seed, batch=2 * BATCH, text_rows=BATCH,
@@ -212,12 +214,36 @@ def build_generalist(to: Path, seed: int = 0, steps: int = GENERALIST_STEPS) -> 
     _save_tested(to / "generalist", model, processor, encoder, records[SCENES:], pixels[SCENES:], started, seed, steps)
 
 
+def build_encoder(to: Path, seed: int = 0, steps: int = ENCODER_STEPS) -> None:
+    """Teach a tiny CLIP which descriptions, and which answers to questions, are true of a cell, and write it to `to`/encoder.
+
+    Its image tower is that of `to`/expert (default: the bundled one), whose last layer goes on learning.
+    """
+    from medray.testbed import corpus, tiny_clip, training
+
+    started = time.monotonic()
+    tokenizer = tiny_clip.clip_tokenizer(corpus.tokenizer_texts())
+    processor, model = tiny_clip.clip_processor(tokenizer), tiny_clip.clip_model(tokenizer, seed=seed)
+    model.vision_model.load_state_dict(_bundled(to, "expert")[0].model.vision_tower.state_dict())
+    records, pictures = _cells(CELLS, f"encoder cells/{seed}")
+    pixels = training.pixels_of(pictures, processor)
+    print(f"encoder: {sum(p.numel() for p in model.parameters()):,} parameters, {len(records)} cells, {time.monotonic() - started:.0f} s")
+    tiny_clip.teach(model, processor, pixels, records, steps=steps, seed=seed)
+    held_out, held_out_pictures = _cells(2 * HELD_OUT, f"held-out cells/{seed}")
+    found = tiny_clip.zero_shot(model, processor, training.pixels_of(held_out_pictures, processor), held_out)
+    print("encoder: held-out cells, true answers found", {name: round(share, 3) for name, share in found.items()})
+    _save(model, processor, to / "encoder", {
+        "command": "python -m medray.testbed.build --only encoder", "seed": seed, "steps": steps, "data": f"{CELLS} synthetic cells",
+        "seconds": round(time.monotonic() - started), "true_answer_found": {name: round(share, 4) for name, share in found.items()},
+    })
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled tiny models.")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "models", help="folder that gets base/, expert/ and generalist/")
-    parser.add_argument("--only", choices=("base", "expert", "generalist"), help="build one of them; the others start from TO/base, else from the bundled base")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "models", help="folder that gets base/, expert/, generalist/ and encoder/")
+    parser.add_argument("--only", choices=("base", "expert", "generalist", "encoder"), help="build one of them; expert and generalist start from TO/base, encoder from TO/expert, else from the bundled ones")
     parser.add_argument("--data", type=Path, help="WBCAtt folder for the expert (default: synthetic cells)")
-    parser.add_argument("--steps", type=int, help=f"optimiser steps (default {BASE_STEPS} for base, {EXPERT_STEPS} for expert, {GENERALIST_STEPS} for generalist)")
+    parser.add_argument("--steps", type=int, help=f"optimiser steps (default {BASE_STEPS} for base, {EXPERT_STEPS} for expert, {GENERALIST_STEPS} for generalist, {ENCODER_STEPS} for encoder)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (on busy cores several wait for each other)")
     args = parser.parse_args()
@@ -230,6 +256,8 @@ def main() -> None:
         build_expert(args.to, args.seed, args.steps or EXPERT_STEPS, args.data)
     if args.only in (None, "generalist"):
         build_generalist(args.to, args.seed, args.steps or GENERALIST_STEPS)
+    if args.only in (None, "encoder"):
+        build_encoder(args.to, args.seed, args.steps or ENCODER_STEPS)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ _SAMPLE_TEXT = (
 
 
 def build_tokenizer(texts: Iterable[str], special: tuple[str, ...] = SPECIAL_TOKENS, vocabulary: int = VOCABULARY,
-                    bos: str | None = "<s>", eos: str = "<|end|>", pad: str = "<pad>", template: str = CHAT_TEMPLATE) -> Any:
+                    bos: str | None = "<s>", eos: str = "<|end|>", pad: str = "<pad>", template: str | None = CHAT_TEMPLATE) -> Any:
     """Byte-level BPE trained on `texts`; the same texts give the same tokenizer.
 
     A plain call adds no bos: the chat template writes it, so that every component sees the same ids.

@@ -96,7 +96,7 @@ def pretrain_tower(
     targets_NA = torch.tensor([[a.values.index(record[name]) for name, a in schema.items()] for record in records])
     sizes = [len(attribute.values) for attribute in schema.values()]
     heads = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, sum(sizes)))
-    step_of = _optimizer([*tower.parameters(), *heads.parameters()], steps, lr)
+    step_of = optimizer_steps([*tower.parameters(), *heads.parameters()], steps, lr)
     tower.train()
     started, running = time.monotonic(), None
     for step in range(steps):
@@ -115,7 +115,7 @@ def pretrain_tower(
             log(f"tower {step + 1}/{steps}  loss {running:.3f}  batch accuracy {right.mean():.3f}  {time.monotonic() - started:.0f} s")
 
 
-def _optimizer(parameters: Sequence[torch.nn.Parameter], steps: int, lr: float) -> Callable[[], None]:
+def optimizer_steps(parameters: Sequence[torch.nn.Parameter], steps: int, lr: float) -> Callable[[], None]:
     """AdamW (betas 0.9, 0.98; weight decay 0.05 on matrices), 5 % warm-up, cosine to zero, gradient norm 1."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
@@ -151,7 +151,7 @@ def train(
     turn_images: bool = False,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Next-token training on the weighted tokens of new dialogues; optimiser as in `_optimizer`.
+    """Next-token training on the weighted tokens of new dialogues; optimiser as in `optimizer_steps`.
 
     Args:
         pixels: (N, 3, 64, 64) pictures; `dialogue_of(i, rng)` makes a new dialogue about picture i each time.
@@ -159,7 +159,7 @@ def train(
         turn_images: augment with quarter turns and flips.
     """
     rng, generator = random.Random(f"train/{seed}"), torch.Generator().manual_seed(seed)
-    step_of = _optimizer(list(model.parameters()), steps, lr)
+    step_of = optimizer_steps(list(model.parameters()), steps, lr)
     model.train()
     order: list[int] = []
     pictured = batch - text_rows

@@ -27,13 +27,18 @@ class UnequalSplits(ray.train.DataConfig):
         shards = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
             dataset = dataset.copy(dataset)
-            options = self._resolve_execution_options(name)
-            options.preserve_order = True
-            options.resource_limits = dataset.context.execution_options.resource_limits
-            dataset.context.execution_options = options
+            dataset.context.execution_options = self.options_of(name, dataset)
             for shard, split in zip(shards, dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids), strict=True):
                 shard[name] = split
         return shards
+
+    def options_of(self, name: str, dataset: Any) -> Any:
+        """How a dataset is executed: Train's options (of Ray 2.60, which leave out its limits and its place), in order."""
+        options, own = self._resolve_execution_options(name), dataset.context.execution_options
+        options.preserve_order = True
+        options.resource_limits = own.resource_limits
+        options.label_selector = own.label_selector
+        return options
 
 
 def rows_of(shard: Any) -> Iterator[Row]:

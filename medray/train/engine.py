@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from medray.config import TrainConfig
+from medray.config import LoopConfig
 from medray.errors import ConfigError
 from medray.models.vlm import optimizer_groups, trainable_parameters
 
@@ -27,10 +27,9 @@ class TorchEngine:
     Parameters of lower precision get fp32 masters: steps of 5e-6 would vanish in bf16.
     """
 
-    def __init__(self, model: Any, config: TrainConfig, betas: tuple[float, float] = (0.9, 0.999)):
+    def __init__(self, model: Any, config: LoopConfig, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.999)):
         self.module = model
         self.max_grad_norm = config.max_grad_norm or math.inf
-        groups = optimizer_groups(model, config)
         self.parameters = [p for group in groups for p in group["params"]]
         self.master = {p: p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters}
         for group in groups:
@@ -88,7 +87,7 @@ class FrozenEngine(TorchEngine):
         return 0.0
 
 
-def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
+def deepspeed_config(config: LoopConfig, precision: str) -> dict[str, Any]:
     """DeepSpeed's configuration. Accumulation is ours (see TrainStep.update), so its own count stays 1.
 
     bf16 without ZeRO would keep no fp32 masters, so stage 0 becomes 1 there (the same thing on one worker).
@@ -106,30 +105,32 @@ def deepspeed_config(config: TrainConfig, precision: str) -> dict[str, Any]:
     }
 
 
-def make_engine(model: Any, config: TrainConfig, precision: str, kind: str = "auto") -> Any:
+def make_engine(model: Any, config: LoopConfig, precision: str, kind: str = "auto", groups: list[dict[str, Any]] | None = None) -> Any:
     """A DeepSpeed engine where DeepSpeed is installed and torch.distributed runs, else TorchEngine; FrozenEngine where
     nothing in the model trains.
 
     Args:
         kind: "auto", "deepspeed" or "torch".
+        groups: AdamW's parameter groups; default: those of a vision-language model, by `config`, which is then a TrainConfig.
 
     Raises ConfigError for several workers without DeepSpeed.
     """
     if not config.trains_model:
         return FrozenEngine(model)
+    groups = optimizer_groups(model, config) if groups is None else groups
     distributed = torch.distributed.is_initialized()
     if kind == "auto":
         kind = "deepspeed" if distributed and importlib.util.find_spec("deepspeed") else "torch"
     if kind == "torch":
         if distributed and torch.distributed.get_world_size() > 1:
             raise ConfigError("num_workers: several training workers need deepspeed; install it or set num_workers to 1")
-        engine = TorchEngine(model, config)
+        engine = TorchEngine(model, config, groups)
     else:
         import deepspeed
 
         # Its shared-memory all-reduce for CPUs serves inference alone, and would be compiled for most of a minute first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        optimizer = torch.optim.AdamW(optimizer_groups(model, config))
+        optimizer = torch.optim.AdamW(groups)
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, precision))[0]
     _make_moments(engine)
     return engine

@@ -6,7 +6,7 @@ Where DeepSpeed is not installed (or `engine="torch"`), the same interface runs 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,11 +61,9 @@ class TrainStep:
         self.total_samples = max(total_samples, 1)
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[model_config.precision]
         if model is None:
-            processor = load_processor(model_dir, model_config.trust_remote_code)
-            image_processor, placeholder_id = processor.image_processor, add_placeholder(processor.tokenizer)
-            model = load_vlm(model_dir, model_config.precision, model_config.trust_remote_code, self.device)
+            model, image_processor, placeholder_id = self._load(model_dir, model_config)
         self.image_processor = image_processor
-        self.engine = make_engine(prepare_trainable(model, config), config, model_config.precision, engine)
+        self.engine = self._engine(model, model_config.precision, engine)
         self.model = self.engine.module
         self.proxy: ProxyStep | None = None
         if objective == "instruction_free" and config.instruction is None:
@@ -73,6 +71,20 @@ class TrainStep:
         self.steps = 0
         self._grad_norm: float | None = None
         self.engine.train()
+
+    def _load(self, model_dir: str, model_config: ModelConfig) -> tuple[Any, Any, int | None]:
+        """(model, image processor, id of the proxy instruction's placeholder)."""
+        processor = load_processor(model_dir, model_config.trust_remote_code)
+        model = load_vlm(model_dir, model_config.precision, model_config.trust_remote_code, self.device)
+        return model, processor.image_processor, add_placeholder(processor.tokenizer)
+
+    def _engine(self, model: Any, precision: str, kind: str) -> Any:
+        return make_engine(prepare_trainable(model, self.config), self.config, precision, kind)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The objective's own metrics: sums over what `weight_of` counts."""
+        return DPO_METRICS if self.kind == "dpo" else ()
 
     @property
     def world_size(self) -> int:
@@ -127,7 +139,7 @@ class TrainStep:
         loss_sum, sums = self._accumulate(micro_batches, passes, max(weight, 1.0), filler)
         proxy_metrics = self.proxy.step(factor) if self.proxy else {}
         self.steps += 1
-        names = DPO_METRICS if self.kind == "dpo" else ()
+        names = self.metric_names
         means = self.reduce(torch.stack([loss_sum, *(sums[name] for name in names)]) if names and sums else torch.cat([loss_sum[None], torch.zeros(len(names))]))
         means = (means / max(weight, 1.0)).tolist()
         metrics = {"loss": means[0], **dict(zip(names, means[1:], strict=True)), "samples": samples, "tokens": tokens, "weight": weight}
@@ -163,19 +175,30 @@ class TrainStep:
         gradients = [p.grad for group in self.engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    @torch.no_grad()
     def evaluate(self, batches: Sequence[dict[str, Any]], filler: dict[str, Any]) -> float | None:
         """Mean loss over all ranks' batches, without dropout; None where there are none. Collective."""
-        self.engine.train(False)
-        passes = int(self.reduce(torch.tensor(len(batches)), dist.ReduceOp.MAX))
-        totals = torch.zeros(2, dtype=torch.float64)
-        for index in range(passes):
-            loss, weight, _ = self.objective(self.place(batches[index] if index < len(batches) else filler))
-            if index < len(batches):
-                totals += torch.stack([loss.double(), weight.double()]).cpu()
-        self.engine.train(True)
-        loss, weight = self.reduce(totals).tolist()
+        def loss_and_weight(batch: dict[str, Any]) -> torch.Tensor:
+            loss, weight, _ = self.objective(batch)
+            return torch.stack([loss.double(), weight.double()])
+
+        loss, weight = self.totals(batches, filler, loss_and_weight)
         return loss / weight if weight else None
+
+    def measure(self, batches: Sequence[dict[str, Any]], filler: dict[str, Any]) -> dict[str, float]:
+        """What an epoch's end records of the held-out rows; {} where there are none. Collective."""
+        loss = self.evaluate(batches, filler)
+        return {} if loss is None else {"eval_loss": loss}
+
+    @torch.no_grad()
+    def totals(self, batches: Sequence[dict[str, Any]], filler: dict[str, Any], of: Callable[[dict[str, Any]], torch.Tensor]) -> list[float]:
+        """Sums of `of(batch)` over all ranks' batches, without dropout. Collective."""
+        self.engine.train(False)
+        sums: torch.Tensor | float = 0.0
+        for index in range(int(self.reduce(torch.tensor(len(batches)), dist.ReduceOp.MAX))):
+            found = of(self.place(batches[index] if index < len(batches) else filler)).double().cpu()
+            sums = sums + found * (index < len(batches))
+        self.engine.train(True)
+        return self.reduce(torch.as_tensor(sums)).tolist()
 
     def reduce(self, value: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """All-reduced over the workers, on the CPU."""

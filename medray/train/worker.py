@@ -30,15 +30,24 @@ import ray.train.torch
 import torch
 from PIL import Image
 
-from medray.config import DpoConfig, InstructionFreeTrainConfig, ModelConfig, SftConfig, TrainConfig
+from medray.config import (
+    DpoConfig,
+    InstructionFreeTrainConfig,
+    LoopConfig,
+    ModelConfig,
+    RaterConfig,
+    SftConfig,
+    TrainConfig,
+)
 from medray.data.collate import Encoder, collate_dpo, collate_sft
 from medray.errors import ConfigError, StageError
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 
 logger = logging.getLogger("medray")
 
-CONFIGS: dict[str, type[TrainConfig]] = {"sft": SftConfig, "dpo": DpoConfig, "instruction_free": InstructionFreeTrainConfig}
+CONFIGS: dict[str, type[LoopConfig]] = {"sft": SftConfig, "dpo": DpoConfig, "instruction_free": InstructionFreeTrainConfig, "rater": RaterConfig}
 KINDS = {"sft": "sft", "dpo": "dpo", "instruction_free": "description"}  # of encoded rows, by objective
+BEST_BY = "rating"  # what an epoch's end measures, from 0 to 1, where the best epoch is chosen by it
 ROWS = pa.schema([("sample_id", pa.string()), ("error", pa.string())])
 SECONDS_BETWEEN_LOGS = 10.0
 SECONDS_BETWEEN_PREEMPTION_CHECKS = 5.0
@@ -72,17 +81,27 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(train_config.threads or max(1, int(train_config.cpus_per_worker)))
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from medray.train.step import TrainStep
-
-    device = ray.train.torch.get_device()
-    step = TrainStep(
-        config["model_dir"], model_config, train_config, config["objective"], config["rows"] * train_config.epochs, device, proxy=config["proxy"])
-    batches = Batches(config["model_dir"], model_config, train_config, config["objective"])
+    make_step, make_batches = parts_of(config["objective"])
+    step = make_step(
+        config["model_dir"], model_config, train_config, config["objective"], config["rows"] * train_config.epochs, ray.train.torch.get_device(),
+        proxy=config["proxy"])
+    batches = make_batches(config["model_dir"], model_config, train_config, config["objective"])
     progress, done = restore(step)
     shards = {name: ray.train.get_dataset_shard(name) for name in config["datasets"]}
     while progress.epoch < train_config.epochs:
         train_epoch(step, batches, progress, done, shards, config["rows"])
         done = set()
+
+
+def parts_of(objective: str) -> tuple[type, type]:
+    """The step and the batches of an objective. To be imported when the worker has settled DeepSpeed's accelerator."""
+    if objective == "rater":
+        from medray.train.rater import RaterBatches, RaterStep
+
+        return RaterStep, RaterBatches
+    from medray.train.step import TrainStep
+
+    return TrainStep, Batches
 
 
 class Batches:
@@ -121,9 +140,7 @@ class Batches:
 
 def _filler_table(objective: str) -> pa.Table:
     """A worker without rows of its own still takes part in every pass, with this picture and dialogue at weight zero."""
-    data = io.BytesIO()
-    Image.new("RGB", (64, 64), (127, 127, 127)).save(data, "PNG")
-    row: dict[str, Any] = {"sample_id": "filler", "image": data.getvalue()}
+    row: dict[str, Any] = {"sample_id": "filler", "image": filler_picture()}
     if objective == "sft":
         row["turns"] = [{"role": "user", "text": "What is this?"}, {"role": "assistant", "text": "Nothing."}]
     elif objective == "instruction_free":
@@ -131,6 +148,12 @@ def _filler_table(objective: str) -> pa.Table:
     else:
         row |= {"prompt": "What is this?", "chosen": "Nothing.", "rejected": "No.", "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}
     return pa.Table.from_pylist([row])
+
+
+def filler_picture() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), (127, 127, 127)).save(data, "PNG")
+    return data.getvalue()
 
 
 def train_epoch(step: Any, batches: Batches, progress: Progress, done: set[str], shards: dict[str, Any], rows_per_epoch: int) -> None:
@@ -155,9 +178,9 @@ def train_epoch(step: Any, batches: Batches, progress: Progress, done: set[str],
             save(step, progress, finished=False)
     if "eval" in shards:
         held_out = [row for row in batches.in_order(rows_of(shards["eval"]), None) if row["error"] is None]
-        loss = step.evaluate(batches.micro_batches(held_out, None), batches.filler)
-        if loss is not None:
-            progress.metrics.append({"step": progress.steps, "epoch": progress.epoch, "eval_loss": loss})
+        found = step.measure(batches.micro_batches(held_out, None), batches.filler)
+        if found:
+            progress.metrics.append({"step": progress.steps, "epoch": progress.epoch, **found})
     save(step, progress, finished=True)
     progress.epoch += 1
     progress.done = {}
@@ -209,10 +232,16 @@ def save(step: Any, progress: Progress, finished: bool) -> None:
         state = {"epoch": progress.epoch, "finished": finished, "steps": progress.steps, "samples": progress.samples, "world_size": step.world_size}
         (folder / "progress.json").write_text(json.dumps(state, indent=1) + "\n")
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in progress.metrics))
+    last = progress.metrics[-1] if progress.metrics else {}
     ray.train.report(
-        progress.metrics[-1] if progress.metrics else {}, checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+        {BEST_BY: -1.0, **last} if chooses_best(step.kind) else last, checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
     )
+
+
+def chooses_best(objective: str) -> bool:
+    """Whether the best epoch's checkpoint is kept beside the last one."""
+    return objective == "rater"
 
 
 def restore(step: Any) -> tuple[Progress, set[str]]:
@@ -252,26 +281,40 @@ class TrainResult:
     metrics: local JSON-lines file, one line per optimiser step (and one per evaluation).
     counts: steps, samples (over all epochs), and of the last epoch trained and quarantined rows.
     quarantine: reason by sample_id.
+    best: the checkpoint after the best epoch, of an objective that chooses one (`chooses_best`), else the last one.
+    best_metrics: what that epoch's end measured.
     """
 
     checkpoint: Any
     metrics: str
     counts: dict[str, int]
     quarantine: dict[str, str]
+    best: Any = None
+    best_metrics: dict[str, Any] | None = None
+
+
+def scaling_of(config: LoopConfig) -> ray.train.ScalingConfig:
+    """The workers a stage asks for: how many, what each reserves, on which nodes."""
+    resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, "memory": config.place.options.get("memory", 0)}
+    return ray.train.ScalingConfig(
+        num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, label_selector=config.place.selector or None,
+        resources_per_worker={name: amount for name, amount in resources.items() if amount or name == "CPU"},
+    )
 
 
 def run_training(
     stage_dir: str, train_ds: Any, eval_ds: Any, rows: int, model_dir: str, model_config: ModelConfig,
-    train_config: TrainConfig, objective: str = "sft", proxy: str | None = None,
+    train_config: LoopConfig, objective: str = "sft", proxy: str | None = None,
 ) -> TrainResult:
     """Train in Ray workers; the same call after a crash, of workers or of this process, goes on from the last checkpoint.
 
     Args:
         stage_dir: where checkpoints go: a path or URL that every node reaches (s3:// too).
-        train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder); eval_ds may be None.
+        train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder, medray.data.rater_inputs.PairEncoder); eval_ds may
+            be None.
         rows: rows of train_ds, bad ones included.
         model_dir: the model in Hugging Face format: a remote address, a hub id, or the same path on every node.
-        objective: "sft", "dpo" or "instruction_free".
+        objective: "sft", "dpo", "instruction_free" or "rater".
         proxy: address, reached from every node, of the proxy instruction that instruction-free tuning begins from
             (export_proxy's file); None: drawn from the seed.
 
@@ -293,21 +336,18 @@ def run_training(
     if train_config.epochs > 1 and rows <= train_config.shuffle_buffer:
         # What one worker's buffer holds, the object store holds too: encoded once instead of in every epoch.
         datasets = {name: dataset.materialize() for name, dataset in datasets.items()}
-    resources = {"CPU": train_config.cpus_per_worker}
-    if train_config.gpus_per_worker:
-        resources["GPU"] = train_config.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
             "model_dir": model_dir, "objective": objective, "rows": rows, "datasets": list(datasets), "proxy": proxy,
             "model_config": model_config.model_dump(), "train_config": train_config.model_dump(),
         },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=train_config.num_workers, use_gpu=train_config.gpus_per_worker > 0, resources_per_worker=resources),
+        scaling_config=scaling_of(train_config),
         run_config=ray.train.RunConfig(
             name="training", storage_path=stage_dir,
             failure_config=ray.train.FailureConfig(max_failures=train_config.max_failures, max_preemption_failures=-1),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train_config.keep_checkpoints),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=train_config.keep_checkpoints, checkpoint_score_attribute=BEST_BY if chooses_best(objective) else None),
         ),
         datasets=datasets,
         dataset_config=UnequalSplits(),
@@ -323,7 +363,12 @@ def run_training(
         metrics.write_bytes(Path(folder, "metrics.jsonl").read_bytes())
     quarantine = {sample: error for sample, error in done.items() if error is not None}
     counts = {"steps": state["steps"], "samples": state["samples"], "trained": len(done) - len(quarantine), "quarantined": len(quarantine)}
-    return TrainResult(result.checkpoint, str(metrics), counts, quarantine)
+    best, best_metrics = result.checkpoint, None
+    if chooses_best(objective):
+        kept, measured = max(result.best_checkpoints, key=lambda kept: kept[1][BEST_BY])
+        if measured[BEST_BY] >= 0:  # else nothing was held out, and the last one it is
+            best, best_metrics = kept, measured
+    return TrainResult(result.checkpoint, str(metrics), counts, quarantine, best, best_metrics)
 
 
 def _check_proxy(proxy: str, config: TrainConfig) -> None:

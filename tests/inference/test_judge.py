@@ -1,6 +1,4 @@
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
 import pytest
@@ -9,6 +7,7 @@ from medray.config import DataConfig, JudgeConfig
 from medray.inference.judge import EngineJudge, RandomJudge, cost_ledger
 from medray.inference.judge_prompt import VerdictError, judge_prompt, parse_scores
 from medray.records import JUDGED, SELF_PLAY
+from tests.inference import peer
 
 
 @pytest.mark.parametrize(("reply", "scores"), [
@@ -41,42 +40,12 @@ def table(png, *answers, count=1):
     return pa.Table.from_pylist(rows, schema=SELF_PLAY)
 
 
-class Peer(ThreadingHTTPServer):
-    """An endpoint that prefers the answer with more words; fails the first `failures` requests with `status`."""
+class Peer(peer.Peer):
+    """Prefers the answer with more words, or says what `script` says to the two answers."""
 
-    def __init__(self, failures=0, status=503, script=None):
-        super().__init__(("127.0.0.1", 0), self.Handler)
-        self.failures, self.status, self.script = failures, status, script
-        self.bodies, self.headers, self.lock = [], [], threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            with self.server.lock:
-                self.server.bodies.append(body)
-                self.server.headers.append(dict(self.headers))
-                failing = len(self.server.bodies) <= self.server.failures
-            if failing:
-                return self.reply(self.server.status, {"error": "busy"})
-            text = body["messages"][0]["content"][1]["text"]
-            first, second = text.split("Answer 1:\n")[1].split("\n\nRate")[0].split("\n\nAnswer 2:\n")
-            said = self.server.script(first, second) if self.server.script else f"{len(first.split())} {len(second.split())}\nwords"
-            return self.reply(200, {"choices": [{"message": {"content": said}}], "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
-
-        def reply(self, status, content):
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
+    def said(self, text):
+        first, second = text.split("Answer 1:\n")[1].split("\n\nRate")[0].split("\n\nAnswer 2:\n")
+        return self.script(first, second) if self.script else f"{len(first.split())} {len(second.split())}\nwords"
 
 
 @pytest.fixture

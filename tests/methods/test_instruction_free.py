@@ -9,9 +9,9 @@ import pytest
 from medray.config import InstructionFreeConfig, InstructionFreeTrainConfig, load_config
 from medray.errors import ConfigError
 from medray.evaluation.exchange import read_predictions
-from medray.methods.instruction_free import shared_stage
 from medray.methods.instruction_free_report import floors, measures, text_table
 from medray.methods.instruction_free_stages import data_inputs, split_answers
+from medray.methods.stages import shared_stage
 from medray.preflight import check_instruction_free
 from medray.records import ANSWERED
 from medray.run import Run, Stage, digest

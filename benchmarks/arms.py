@@ -1,0 +1,199 @@
+"""What the studies of a method's arms share: one job per arm and seed, continued where it was stopped, and the tables.
+
+A study says which overrides of a job's configuration its arms are and which numbers of a run's results.json it shows;
+instruction_free_arms.py and clinician_preference_arms.py are the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from self_training import T_975, interval
+
+from medray.config import Section, load_config
+from medray.evaluation import report
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = "zero-shot"  # the arm that is the base model: it is in every run and has no seed
+Measures = dict[str, float | None]
+ByArm = dict[str, dict[int, Measures]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A method's arms and what is shown of them.
+
+    Attributes:
+        job: name of the script in jobs/ and of its recipes' folder in configs/.
+        config_type: of the job's configuration.
+        title: of the page.
+        arms: overrides of the configuration, by arm.
+        against: arm -> the arm it is compared with, None for none.
+        columns: the measures in the tables, in per cent.
+        base: results.json -> measures of the base model, None where it has none.
+        tuned: results.json -> measures of the arm, by what is put after its name: "" where a run is one line of the table.
+        floors: results.json -> what can be had without a look at the image, as shares.
+    """
+
+    job: str
+    config_type: type[Section]
+    title: str
+    arms: Mapping[str, Sequence[str]]
+    against: Callable[[str], str | None]
+    columns: Sequence[str]
+    base: Callable[[dict[str, Any]], Measures | None]
+    tuned: Callable[[dict[str, Any]], dict[str, Measures]]
+    floors: Callable[[dict[str, Any]], Mapping[str, float | None]]
+
+    @property
+    def config(self) -> str:
+        return f"configs/{self.job}/tiny-cpu.yaml"
+
+
+def per_cent(values: Mapping[str, Any], columns: Sequence[str]) -> Measures:
+    """Scores ({"value", ...}) and shares as per cent; None where not measured."""
+    plain = {name: value["value"] if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: None if plain[name] is None else 100 * plain[name] for name in columns}
+
+
+def folder_of(arm: str, seed: int, options: argparse.Namespace) -> Path:
+    return Path(options.runs, f"{arm.replace(', ', '-').replace('+', '-').replace('=', '').replace(' ', '-')}-{seed}")
+
+
+def is_finished(folder: Path) -> bool:
+    """A job writes its configuration first and its results last."""
+    config, results = folder / "config.yaml", folder / "results.json"
+    return results.is_file() and results.stat().st_mtime >= config.stat().st_mtime
+
+
+def run(study: Study, arm: str, seed: int, options: argparse.Namespace) -> None:
+    """Run or continue one arm, where it is not finished with the same configuration.
+
+    Raises CalledProcessError where the job fails; its log is beside its folder.
+    """
+    folder = folder_of(arm, seed, options)
+    overrides = [*study.arms[arm], f"seed={seed}", *options.overrides]
+    source = [f"data.source={json.dumps(options.data)}"] if options.data else []
+    wanted = load_config(study.config_type, ROOT / options.config, [*source, *overrides]).model_dump(mode="json")
+    if is_finished(folder) and yaml.safe_load((folder / "config.yaml").read_text()) == wanted:
+        return
+    data = ["--data", options.data] if options.data else []
+    command = [
+        sys.executable, f"jobs/{study.job}.py", "--config", options.config, *data, "--run", str(folder.resolve()),
+        "--shared", str(Path(options.runs, "shared").resolve()), *(part for override in overrides for part in ("--set", override)),
+    ]
+    print("$ " + " ".join(["python", *(f"'{part}'" if " " in part else part for part in command[1:])]), flush=True)
+    with folder.with_suffix(".log").open("a") as log:
+        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
+
+
+def finished(options: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(arm, seed, results.json) of the runs that have come to their end."""
+    for arm in options.arms:
+        for seed in options.seeds:
+            folder = folder_of(arm, seed, options)
+            if is_finished(folder):
+                yield arm, seed, json.loads((folder / "results.json").read_text())
+
+
+def by_arm(study: Study, options: argparse.Namespace) -> ByArm:
+    """Measures by arm and seed, of finished runs."""
+    arms: ByArm = {}
+    for arm, seed, results in finished(options):
+        base = study.base(results)
+        if base is not None:
+            arms.setdefault(BASE, {0: base})
+        for suffix, measures in study.tuned(results).items():
+            arms.setdefault(arm + suffix, {})[seed] = measures
+    return arms
+
+
+def floors(study: Study, options: argparse.Namespace) -> dict[str, float]:
+    """Per cent of the held-out questions that are had without a look at the image."""
+    found = next((study.floors(results) for _, _, results in finished(options)), {})
+    return {name: 100 * value for name, value in found.items() if value is not None}
+
+
+def differences(study: Study, arms: ByArm) -> ByArm:
+    """Each arm minus the one it is compared with, on the same seeds: the spread between seeds cancels."""
+    found: ByArm = {}
+    for arm, seeds in arms.items():
+        other = None if arm == BASE else study.against(arm)
+        plain = arms.get(other, {}) if other and other != arm else {}
+        for seed in seeds.keys() & plain.keys():
+            pairs = ((name, value, plain[seed].get(name)) for name, value in seeds[seed].items())
+            found.setdefault(f"{arm} minus {other}", {})[seed] = {name: None if value is None or before is None else value - before for name, value, before in pairs}
+    return found
+
+
+def table(study: Study, head: str, arms: ByArm) -> str:
+    """Markdown: a line per arm, mean over seeds with its interval."""
+    lines = [f"| {head} | seeds | " + " | ".join(study.columns) + " |", "|---|---:|" + "---:|" * len(study.columns)]
+    for arm, seeds in arms.items():
+        cells = [[found[name] for found in seeds.values() if found.get(name) is not None] for name in study.columns]
+        lines.append(f"| {arm} | {'' if arm == BASE else len(seeds)} | " + " | ".join(interval(values) if values else "" for values in cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean over seeds with its 95 % t-interval."""
+    mean = statistics.mean(values)
+    half = T_975[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def page(study: Study, arms: ByArm, text: str) -> str:
+    """The plots of all arms, one for each measure, and the tables."""
+    plots = []
+    for name in study.columns:
+        scores = {arm: spread(values) for arm, seeds in arms.items() if (values := [found[name] for found in seeds.values() if found.get(name) is not None])}
+        plots.append(report.arms_plot(scores, f"{name}, per cent, mean and 95 % interval over seeds"))
+    return report.page(f"{study.title}: the arms", [("Arms", f'<div class="plots">{"".join(plots)}</div>'), ("Tables", f"<pre>{text}</pre>")])
+
+
+def write(study: Study, options: argparse.Namespace) -> str:
+    """table.md and report.html of what is finished; returns the tables."""
+    arms = by_arm(study, options)
+    if not arms:
+        return "no run is finished"
+    shown = "\n".join([
+        table(study, "arm", arms), "", "Floors: " + ", ".join(f"{name} {value:.1f}" for name, value in floors(study, options).items()) + ".", "",
+        table(study, "difference", differences(study, arms)),
+    ])
+    Path(options.runs, "table.md").write_text(shown + "\n", encoding="utf-8")
+    Path(options.runs, "report.html").write_text(page(study, arms, shown), encoding="utf-8")
+    return shown
+
+
+def main(study: Study, name: str, description: str | None) -> None:
+    """The command of a study. Its arguments: --data, --runs, --config, --seeds, --arms, --set, --finished.
+
+    Args:
+        name: in the JSON line, which is printed last.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="WBCAtt folder, or any source of attribute tables (default: synthetic cells)")
+    parser.add_argument("--runs", required=True, help="folder of the run directories")
+    parser.add_argument("--config", default=study.config)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(study.arms), choices=list(study.arms), metavar="ARM", help=f"of: {'; '.join(study.arms)}".replace("%", "%%"))
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="for every job")
+    parser.add_argument("--finished", action="store_true", help="run nothing, only make the tables")
+    options = parser.parse_args()
+    options.data = options.data and str(Path(options.data).resolve())
+    Path(options.runs).mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds if not options.finished else ():
+        for arm in options.arms:
+            run(study, arm, seed, options)
+            write(study, options)
+    print(write(study, options))
+    print(json.dumps({"benchmark": name, "seeds": options.seeds, "arms": by_arm(study, options), "floors": floors(study, options)}))

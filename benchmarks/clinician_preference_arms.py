@@ -1,0 +1,101 @@
+"""The arms of docs/results/clinician_preference.md: runs the jobs, prints the tables.
+
+Every arm is one `jobs/clinician_preference.py` command per seed, printed before it runs, in a run directory of its own under --runs. What
+arms have in common (data, dialogues, judgements, ratings, the rating models, the base model's answers) is made once per seed, in
+--runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done.
+
+    nohup python benchmarks/clinician_preference_arms.py --runs runs/arms-cells > runs/arms.log 2>&1 &
+    python benchmarks/clinician_preference_arms.py --data WBCATT --runs runs/arms-wbcatt --arms 'random, 40 %' 'mixture, 40 %' --seeds 0
+    python benchmarks/clinician_preference_arms.py --runs runs/arms-cells --finished     # the tables of what is finished
+
+Arms: dialogues at random, or selected by a rating model that learned from the rating VLM alone, the clinicians alone, or both (the mixture),
+at 10, 40 and 80 %; all dialogues; the grid of the weight w (rating models only, nothing is tuned); both ways without demonstrations.
+Without --data the arms are run on the synthetic cells. The clinicians are simulated from true attributes: `clinicians.error_rate` is
+the share of their ticks that are wrong.
+
+Columns: strict accuracy on held-out questions, whole and by kind; `win rate`, against the base model (with --set judge=...); `right`, the
+share of right answers in the dialogues tuned on; of the rating model `alignment` with held-out pairs of the clinicians, `pairs`, those
+of the rating VLM, and `truth`, its AUC of right against wrong answers about images it was not trained on. Writes table.md and report.html
+(plots) into --runs, prints the Markdown tables (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from arms import Measures, Study, main, per_cent
+
+from medray.config import ClinicianPreferenceConfig
+
+SHARES = (10, 40, 80)
+W_GRID = (1, 10, 100, 200, 300, 400)
+GRID = "w grid"
+BARE = "without demonstrations"
+
+
+def _arms() -> Iterator[tuple[str, list[str]]]:
+    for share in SHARES:
+        kept = [f"select.fraction={share / 100}"]
+        yield f"random, {share} %", ["evaluate.arms=[random]", *kept]
+        for learned_from in ("model", "clinician", "mixture"):
+            yield f"{learned_from}, {share} %", ["evaluate.arms=[selected]", f"rater.train_on={learned_from}", *kept]
+    yield "all", ["evaluate.arms=[all]"]
+    yield GRID, ["evaluate.arms=[]", f"weights={list(W_GRID)}"]
+    yield f"random, 40 %, {BARE}", ["evaluate.arms=[random]", "select.fraction=0.4", "with_demonstrations=false"]
+    yield f"mixture, 40 %, {BARE}", ["evaluate.arms=[selected]", "select.fraction=0.4", "with_demonstrations=false"]
+
+
+ARMS = dict(_arms())
+"""Overrides of the configuration by arm."""
+
+COLUMNS = ("all", "open", "closed", "mcq", "win rate", "right", "alignment", "pairs", "truth")
+
+
+def against(arm: str) -> str | None:
+    """Random dialogues of the same size; an arm without demonstrations, the same with them."""
+    if arm.endswith(BARE):
+        return arm.removesuffix(f", {BARE}")
+    return f"random, {arm.partition(', ')[2]}" if "%" in arm and not arm.startswith("random") else None
+
+
+def measures(results: dict[str, Any], model: str | None, rater: dict[str, Any] | None) -> Measures:
+    """The numbers of one model and one rating model of a run; of either there may be none."""
+    scores = results["scores"].get(model or "", {"overall": {}, "by_type": {}})
+    truth = results["truth"] or {"right": {}, "auc": {}}
+    found = {
+        "all": scores["overall"].get("accuracy"), **{kind: scores["by_type"].get(kind, {}).get("accuracy") for kind in ("open", "closed", "mcq")},
+        "win rate": results["win_rates"].get(f"{model} against base", {}).get("win_rate"), "right": truth["right"].get("written" if model == "all" else model or ""),
+        "alignment": None, "pairs": None, "truth": truth["auc"].get("rating model") if rater is results["rater"] else None,
+    }
+    for name, origin in (("alignment", "clinician"), ("pairs", "model")):
+        if rater and rater.get(origin):
+            found[name] = rater[origin]["pair_accuracy"]
+    return per_cent(found, COLUMNS)
+
+
+def tuned(results: dict[str, Any]) -> dict[str, Measures]:
+    """Of the arm's model; or, of the grid, of the rating model of each weight."""
+    rater = results["rater"]
+    model = next((name for name in results["scores"] if name != "base"), None)
+    if model is None:
+        return {f", w {one['weight']:g}": measures(results, None, one) for one in rater["weights"]}
+    return {"": measures(results, model, rater if model == "selected" else None)}
+
+
+def base(results: dict[str, Any]) -> Measures | None:
+    return measures(results, "base", None) if "base" in results["scores"] else None
+
+
+def floors(results: dict[str, Any]) -> dict[str, float | None]:
+    overall = results["scores"].get("base", {}).get("overall", {})
+    return {name: overall.get(name) for name in ("chance", "majority")}
+
+
+STUDY = Study(
+    job="clinician_preference", config_type=ClinicianPreferenceConfig, title="Clinician preference alignment", arms=ARMS, against=against, columns=COLUMNS,
+    base=base, tuned=tuned, floors=floors,
+)
+
+if __name__ == "__main__":
+    main(STUDY, "clinician_preference_arms", __doc__)

@@ -1,0 +1,179 @@
+"""What the rating model reads: one text template, and images as its encoder's processor cuts them. No Ray in here.
+
+The template is the same for training, clinicians' pairs and scoring. The released code (BioMed-VITAL, filter/) puts caption
+and in-text mention first and cuts at 256 tokens, so that long contexts push out the answer, and leaves the context out of
+clinicians' pairs alone; here question and answer come first and the context is what gets cut.
+
+Shapes: B pairs or exchanges, U images, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from medray.config import DataConfig
+from medray.data.images import ImageError, decode, pad_to_square
+from medray.errors import DataError
+
+# Of one pair; the rejected pixels are null where both sides show the same image.
+ENCODED_PAIR = pa.schema([
+    ("sample_id", pa.string()), ("origin", pa.string()), ("weight", pa.float32()),
+    ("chosen_ids", pa.list_(pa.int32())), ("rejected_ids", pa.list_(pa.int32())),
+    ("chosen_pixels", pa.binary()), ("rejected_pixels", pa.binary()), ("pixel_shape", pa.list_(pa.int32())),
+    ("cut", pa.list_(pa.string())), ("error", pa.string()),
+])
+
+
+class InputError(DataError):
+    """An exchange that cannot be rated; its row is set aside with this reason."""
+
+
+@dataclass(frozen=True)
+class RatingText:
+    """Token ids of an exchange, with the tokenizer's special ones, and which of "question", "answer", "context" were cut."""
+
+    ids: list[int]
+    cut: tuple[str, ...]
+
+
+def rating_text(question: str, answer: str, context: str | None, tokenizer: Any, max_length: int) -> RatingText:
+    """The exchange as the rating model reads it: question, answer, then as much of the context as there is room for.
+
+    Where question and answer alone are too long, the longer of them is cut, to no less than half of the room.
+
+    Raises InputError for an empty question or answer.
+    """
+    before, after = special_ids(tokenizer)
+    room = max_length - len(before) - len(after)
+    parts = {}
+    for name, text in (("question", question), ("answer", answer), ("context", context)):
+        words = " ".join((text or "").split())
+        if not words and name != "context":
+            raise InputError(f"empty {name}")
+        prefix = "" if name == "question" else "\n"
+        parts[name] = tokenizer(f"{prefix}{name.capitalize()}: {words}", add_special_tokens=False, verbose=False).input_ids if words else []
+    answer_room = max(room - len(parts["question"]), room // 2)
+    kept = {"answer": parts["answer"][:answer_room]}
+    kept["question"] = parts["question"][: room - len(kept["answer"])]
+    kept["context"] = parts["context"][: room - len(kept["answer"]) - len(kept["question"])]
+    cut = tuple(name for name in parts if len(kept[name]) < len(parts[name]))
+    return RatingText([*before, *kept["question"], *kept["answer"], *kept["context"], *after], cut)
+
+
+def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids a tokenizer puts before and after a text."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain):]
+    raise DataError(f"the encoder's tokenizer reads 'a' as {plain} alone and as {whole} in a text; its special tokens cannot be told")
+
+
+class RaterInputs:
+    """Exchanges to the rating model's inputs.
+
+    Args:
+        tokenizer, image_processor: the encoder's (its image_processor resizes and crops; values stay uint8).
+        max_length: tokens of a text at most.
+        square: pad images to a square first.
+        limits: of images.
+        pad_to: tokens every text is padded to; None: to the longest of a batch.
+    """
+
+    def __init__(self, tokenizer: Any, image_processor: Any, max_length: int, square: bool, limits: DataConfig, pad_to: int | None = None):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.max_length, self.square, self.limits, self.pad_to = max_length, square, limits, pad_to
+
+    def text(self, question: str, answer: str, context: str | None) -> RatingText:
+        return rating_text(question, answer, context, self.tokenizer, self.max_length)
+
+    def pixels(self, image: bytes | None) -> np.ndarray:
+        """uint8 [3, H, W] of encoded image bytes. Raises ImageError."""
+        picture = decode(image, self.limits)
+        if self.square:
+            picture = pad_to_square(picture)
+        values = self.image_processor(images=[picture], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        return np.clip(np.rint(np.asarray(values)[0]), 0, 255).astype(np.uint8)
+
+    def padded(self, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """input_ids and attention_mask, int64 [B, T], padded on the right."""
+        import torch
+
+        length = self.pad_to or max(map(len, texts))
+        ids_BT = np.full((len(texts), length), self.tokenizer.pad_token_id, np.int64)
+        mask_BT = np.zeros_like(ids_BT)
+        for row, ids in enumerate(texts):
+            ids_BT[row, : len(ids)] = ids
+            mask_BT[row, : len(ids)] = 1
+        return {"input_ids": torch.from_numpy(ids_BT), "attention_mask": torch.from_numpy(mask_BT)}
+
+    def batch(self, texts: Sequence[Sequence[int]], images: Sequence[np.ndarray], image_of: Sequence[int]) -> dict[str, Any]:
+        """Inputs of Rater.forward: texts [B], images uint8 [U] and, for each text, the place of its image."""
+        import torch
+
+        return {**self.padded(texts), "pixel_values": torch.from_numpy(np.stack(images)), "image_of": torch.tensor(image_of)}
+
+    def collate_pairs(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Encoded pairs to Rater.forward's inputs of 2B exchanges (B chosen, then B rejected) over their images, each once;
+        with `weights` float32 [B] and `clinician` bool [B]."""
+        import torch
+
+        images: list[np.ndarray] = []
+        places: dict[str, list[int]] = {"chosen": [], "rejected": []}
+        for row in rows:
+            for side, of_side in places.items():
+                if row[f"{side}_pixels"] is not None:
+                    images.append(np.frombuffer(row[f"{side}_pixels"], np.uint8).reshape(row["pixel_shape"]).copy())
+                of_side.append(len(images) - 1)
+        texts = [row[f"{side}_ids"] for side in places for row in rows]
+        return {
+            **self.batch(texts, images, places["chosen"] + places["rejected"]),
+            "weights": torch.tensor([row["weight"] for row in rows], dtype=torch.float32),
+            "clinician": torch.tensor([row["origin"] == "clinician" for row in rows]),
+        }
+
+
+class PairEncoder:
+    """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.RATING_PAIR with `weight` to ENCODED_PAIR, one for
+    one. A pair that cannot be encoded carries its reason in `error`.
+
+    Args:
+        encoder: path of the encoder or rating model, whose processor is used.
+        max_length, square: see RaterInputs.
+        data_config: as a dict.
+    """
+
+    def __init__(self, encoder: str, max_length: int, square: bool, data_config: dict[str, Any]):
+        from medray.models.rater import load_inputs
+
+        self.inputs = load_inputs(encoder, max_length, square, DataConfig.model_validate(data_config))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = []
+        for pair in table.to_pylist():
+            kept = {name: pair[name] for name in ("sample_id", "origin", "weight")}
+            try:
+                rows.append(kept | self.encode(pair))
+            except (InputError, ImageError) as error:
+                rows.append(kept | {"error": str(error)})
+        return pa.Table.from_pylist(rows, schema=ENCODED_PAIR)
+
+    def encode(self, pair: dict[str, Any]) -> dict[str, Any]:
+        """Ids, pixels and cuts ("chosen answer", ...) of one pair. Raises InputError, ImageError."""
+        texts = {side: self.inputs.text(*(pair[f"{side}_{part}"] for part in ("question", "answer", "context"))) for side in ("chosen", "rejected")}
+        chosen = self.inputs.pixels(pair["chosen_image"])
+        same = pair["chosen_image_id"] == pair["rejected_image_id"]
+        rejected = None if same else self.inputs.pixels(pair["rejected_image"])
+        if rejected is not None and rejected.shape != chosen.shape:
+            raise InputError(f"the encoder's processor gives images of different sizes ({chosen.shape}, {rejected.shape}); set rater.pad_to_square")
+        return {
+            **{f"{side}_ids": text.ids for side, text in texts.items()}, "pixel_shape": list(chosen.shape),
+            "chosen_pixels": chosen.tobytes(), "rejected_pixels": None if rejected is None else rejected.tobytes(),
+            "cut": [f"{side} {part}" for side, text in texts.items() for part in text.cut],
+        }

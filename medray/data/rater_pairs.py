@@ -1,0 +1,85 @@
+"""Rating pairs (records.RATING_PAIR) to what the rating model trains on and is measured on: split by image, weighted, mixed.
+
+The released code splits by pair, so that its test shows images, and whole exchanges, that it has trained on. Here an image
+is on one side for good, by a hash of its id, and a pair of two images on different sides is left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from medray.config import DataConfig, RaterConfig
+from medray.data.groups import unit
+from medray.errors import DataError
+
+ORIGINS = ("clinician", "model")
+
+
+def held_out(image_id: str, config: RaterConfig) -> bool:
+    """Whether the pairs of an image measure the rating model rather than train it: fixed by the id and config.split_seed."""
+    return unit("rater", config.split_seed, image_id) < config.held_out_fraction
+
+
+def side_of(chosen_image_id: str, rejected_image_id: str, config: RaterConfig) -> str | None:
+    """"train" or "held_out"; None for a pair of two images on different sides."""
+    sides = {held_out(image_id, config) for image_id in (chosen_image_id, rejected_image_id)}
+    return None if len(sides) == 2 else "held_out" if sides.pop() else "train"
+
+
+def pair_counts(uris: list[str], config: RaterConfig) -> dict[str, int]:
+    """Pairs by side and origin, such as {"train, clinician": 40, "dropped, model": 12}; all are named.
+
+    Raises DataError for a pair of another origin.
+    """
+    from medray.data.shards import tables
+
+    counts: Counter[str] = Counter({f"{side}, {origin}": 0 for side in ("train", "held_out", "dropped") for origin in ORIGINS})
+    for uri in uris:
+        for table in tables(uri, ["sample_id", "origin", "chosen_image_id", "rejected_image_id"]):
+            for sample_id, origin, *images in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                if origin not in ORIGINS:
+                    raise DataError(f"{uri}: pair {sample_id} has origin {origin!r}; it is clinician or model")
+                counts[f"{side_of(*images, config) or 'dropped'}, {origin}"] += 1
+    return dict(counts)
+
+
+def pairs_of(uris: list[str], side: str, config: RaterConfig, data_config: DataConfig, trained: bool = False) -> Any:
+    """Lazy ray.data.Dataset of one side's pairs (RATING_PAIR columns and `weight`).
+
+    Args:
+        trained: only those that config.train_on trains on, in an order that their ids fix. Clinicians' few pairs so come
+            among the models' many, whatever folders they lie in. Else: clinicians' pairs first.
+    """
+    from medray.data.shards import parquet_files, read_rows
+
+    files = [path for uri in uris for path in parquet_files(uri)]
+    rows = read_rows(files, num_cpus=data_config.read_cpus).map_batches(
+        _ordered, fn_kwargs={"side": side, "config": config.model_dump(), "trained": trained}, batch_format="pyarrow", batch_size=256, num_cpus=data_config.read_cpus)
+    return rows.sort("order").drop_columns(["order"])
+
+
+def trains_on(origin: str, config: RaterConfig) -> bool:
+    return config.train_on in ("mixture", origin)
+
+
+def on_side(table: pa.Table, side: str, config: RaterConfig | dict[str, Any]) -> pa.Table:
+    """The pairs of one side."""
+    settings = RaterConfig.model_validate(config)
+    images = zip(table["chosen_image_id"].to_pylist(), table["rejected_image_id"].to_pylist(), strict=True)
+    return table.filter(pa.array([side_of(chosen, rejected, settings) == side for chosen, rejected in images], pa.bool_()))
+
+
+def _ordered(table: pa.Table, side: str, config: dict[str, Any], trained: bool) -> pa.Table:
+    """The pairs of one side, with `weight` and `order`."""
+    settings = RaterConfig.model_validate(config)
+    table = on_side(table, side, settings)
+    origins = table["origin"].to_pylist()
+    if trained:
+        table = table.filter(pa.array([trains_on(origin, settings) for origin in origins], pa.bool_()))
+        origins = table["origin"].to_pylist()
+    weights = [settings.clinician_weight if origin == "clinician" else 1.0 for origin in origins]
+    order = [unit("pair", sample_id) + (not trained and origin != "clinician") for sample_id, origin in zip(table["sample_id"].to_pylist(), origins, strict=True)]
+    return table.append_column("weight", pa.array(weights, pa.float32())).append_column("order", pa.array(order, pa.float64()))

@@ -1,0 +1,191 @@
+"""Which dialogues the model is tuned on (BioMed-VITAL, selection): scored exchanges to the conversations that are kept.
+
+Every turn counts: a dialogue's score is the mean or the least of its turns' scores, or turns are ranked one by one and a
+dialogue keeps those that are left. What is kept depends on ids, scores and the seed, not on how the shards are cut.
+
+Rows are grouped, ranked and looked up again through temporary files (medray.data.ordering), so that memory does not grow with
+their number:
+
+    1. exchanges without their images, in order of a hash of their image: dialogues get a score, repeated ones are left out
+    2. for each modality its quota, and the key of the last one that is in it
+    3. the kept exchanges, in their places among the shards; these are read once more, with the images
+    4. conversations, in order of a hash of their ids
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from medray.config.dialogues import SelectConfig
+from medray.data.exchanges import conversation_row, normal
+from medray.data.ordering import Ordered, evenly, groups_of, hash64, hashed
+from medray.data.quotas import UNKNOWN, shares
+from medray.data.ranking import at_most, descending, thresholds
+from medray.data.shards import count_rows, empty_folder, tables, write_shard
+from medray.errors import DataError
+from medray.records import CONVERSATION
+
+_LIGHT = ("sample_id", "dialogue_id", "turn", "image_id", "modality", "question", "answer", "score")
+_HEAVY = ("dialogue_id", "turn", "image_id", "image", "question", "answer")
+# What is ranked: a dialogue, or a turn by itself.
+_UNIT = pa.schema([
+    ("unit", pa.string()), ("modality", pa.string()), ("score", pa.float64()), ("key", pa.uint64()), ("tie", pa.uint64()),
+    ("places", pa.list_(pa.int64())),  # of its exchanges among the rows of the shards
+])
+_GLOBAL = "all"
+
+
+def select(scored: str, out_uri: str, config: SelectConfig) -> dict[str, Any]:
+    """Write records.CONVERSATION of what is kept into `out_uri`, which is emptied first.
+
+    Args:
+        scored: shards of records.SCORED. A dialogue with a turn that has no score is left out and counted (with aggregate turns,
+            that turn alone); so is every exchange whose sample_id is there for a second time.
+
+    Returns {"counts": {...}, "mix": {modality: {"before", "kept", "share before", "share kept", "mean score before", "mean score kept"}}},
+    where before and kept count dialogues, or turns where they are ranked by themselves.
+
+    Raises DataError where nothing has a score.
+    """
+    counts: Counter[str] = Counter()
+    mix: dict[str, Counter[str]] = {}
+    with ExitStack() as files:
+        total = count_rows(scored)
+        by_image = files.enter_context(Ordered(_placed(scored), hashed("image_id"), total, then=["image_id", "dialogue_id", "turn", "sample_id"]))
+        units = files.enter_context(Ordered(_units(by_image, config, counts, mix), lambda table: table["tie"].to_numpy(), total, then=["unit"]))
+        if not counts["ranked"]:
+            raise DataError(f"{scored}: no dialogue to choose from ({dict(counts)}); the column score of its rows is null throughout")
+        kept = _kept(units, config, mix)
+        places = files.enter_context(Ordered(kept, evenly("place", total), total))
+        exchanges = files.enter_context(Ordered(_looked_up(scored, places), hashed("dialogue_id"), total, then=["dialogue_id", "turn"]))
+        empty_folder(out_uri)
+        write_shard(_conversations(exchanges, counts), out_uri, "part")
+    return {"counts": {"exchanges": total, **counts}, "mix": _shares_of(mix)}
+
+
+def _placed(scored: str) -> Iterator[pa.Table]:
+    """Exchanges without their image, with their place among the rows of the shards."""
+    start = 0
+    for table in tables(scored, list(_LIGHT), 2**12):
+        yield table.append_column("place", pa.array(np.arange(start, start + table.num_rows)))
+        start += table.num_rows
+
+
+def _units(by_image: Iterable[pa.Table], config: SelectConfig, counts: Counter[str], mix: dict[str, Counter[str]]) -> Iterator[pa.Table]:
+    """Tables of _UNIT: what is ranked."""
+    made = (unit for rows in groups_of(by_image, "image_id") for unit in units_of_image(rows, config, counts))
+    while part := list(itertools.islice(made, 4096)):
+        for unit in part:
+            tally = mix.setdefault(unit["modality"], Counter())
+            tally.update({"before": 1, "score before": unit["score"]})
+        counts["ranked"] += len(part)
+        scores = np.array([unit["score"] for unit in part]) if config.order == "score" else np.zeros(len(part))
+        ties = [hash64(unit["unit"], config.seed) for unit in part]
+        columns = {name: [unit[name] for unit in part] for name in ("unit", "modality", "score", "places")}
+        yield pa.table({**columns, "key": descending(scores), "tie": ties}, schema=_UNIT)
+
+
+def units_of_image(exchanges: Sequence[dict[str, Any]], config: SelectConfig, counts: Counter[str]) -> list[dict[str, Any]]:
+    """What of one image is ranked: {"unit", "modality", "score", "places"} (pure).
+
+    Args:
+        exchanges: of the image, those of a dialogue together and in order.
+        counts: what is left out is added to it, by reason.
+    """
+    best: dict[tuple[str, ...], dict[str, Any]] = {}
+    for _, dialogue in itertools.groupby(exchanges, lambda row: row["dialogue_id"]):
+        given = list(dialogue)
+        rows = list({row["sample_id"]: row for row in given}.values())
+        counts["left out: sample_id seen before"] += len(given) - len(rows)
+        for unit in [[row] for row in rows] if config.aggregate == "turns" else [rows]:
+            scores = [row["score"] for row in unit]
+            if any(score is None or math.isnan(score) for score in scores):
+                counts["left out: no score"] += 1
+                continue
+            name = unit[0]["sample_id"] if config.aggregate == "turns" else unit[0]["dialogue_id"]
+            score = min(scores) if config.aggregate == "min" else sum(scores) / len(scores)
+            made = {"unit": name, "modality": unit[0]["modality"] or UNKNOWN, "score": score, "places": [row["place"] for row in unit]}
+            said = tuple(normal(f"{row['question']} {row['answer']}") for row in unit) if config.deduplicate else (name,)
+            if said in best:
+                counts["left out: says what another says"] += 1
+            if said not in best or (config.order == "score" and score > best[said]["score"]):
+                best[said] = made
+    return list(best.values())
+
+
+def _kept(units: Ordered, config: SelectConfig, mix: dict[str, Counter[str]]) -> Iterator[pa.Table]:
+    """{"place"} of every exchange that is kept."""
+    names = sorted(mix) if config.per_modality != "global" else [_GLOBAL]
+    sizes = {name: mix[name]["before"] for name in names} if config.per_modality != "global" else {_GLOBAL: sum(one["before"] for one in mix.values())}
+    ranked = sum(sizes.values())
+    wanted = min(config.top, ranked) if config.top is not None else max(1, round(config.fraction * ranked))
+    quotas = shares(wanted, sizes, "equal" if config.per_modality == "equal" else "proportional", config.seed)
+
+    def groups_of_units(table: pa.Table) -> np.ndarray:
+        found = pc.index_in(table["modality"], value_set=pa.array(names))
+        return found.to_numpy() if config.per_modality != "global" else np.zeros(table.num_rows, np.int64)
+
+    def keys(table: pa.Table) -> np.ndarray:
+        return np.column_stack([table["key"].to_numpy(), table["tie"].to_numpy()])
+
+    limits = thresholds(
+        lambda: ((groups_of_units(table), keys(table)) for table in units), {names.index(name): quota for name, quota in quotas.items() if quota}, words=2,
+    )
+    for table in units:
+        groups, key_N = groups_of_units(table), keys(table)
+        inside = np.zeros(table.num_rows, bool)
+        for group, limit in limits.items():
+            inside |= (groups == group) & at_most(key_N, limit)
+        chosen = table.filter(pa.array(inside))
+        for modality, score in zip(chosen["modality"].to_pylist(), chosen["score"].to_pylist(), strict=True):
+            mix[modality].update({"kept": 1, "score kept": score})
+        if chosen.num_rows:
+            yield pa.table({"place": chosen["places"].combine_chunks().flatten()})
+
+
+def _looked_up(scored: str, places: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The exchanges at these places, which come in order; of the first turn of a dialogue in a row of them alone the image is kept."""
+    wanted = itertools.chain.from_iterable(table["place"].to_pylist() for table in places)
+    place = next(wanted, None)
+    start = 0
+    seen = None
+    for table in tables(scored, list(_HEAVY), 64):
+        chosen = []
+        while place is not None and place < start + table.num_rows:
+            chosen.append(place - start)
+            place = next(wanted, None)
+        start += table.num_rows
+        if chosen:
+            rows = table.take(pa.array(chosen)).to_pylist()
+            for row in rows:
+                if row["dialogue_id"] == seen:
+                    row["image"] = None
+                seen = row["dialogue_id"]
+            yield pa.Table.from_pylist(rows, schema=table.schema)
+
+
+def _conversations(exchanges: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:
+    made = (conversation_row(rows) for rows in groups_of(exchanges, "dialogue_id"))
+    while part := list(itertools.islice(made, 64)):
+        counts.update({"dialogues kept": len(part), "exchanges kept": sum(len(row["turns"]) // 2 for row in part)})
+        yield pa.Table.from_pylist(part, schema=CONVERSATION)
+
+
+def _shares_of(mix: dict[str, Counter[str]]) -> dict[str, dict[str, Any]]:
+    before, kept = (sum(tally[name] for tally in mix.values()) for name in ("before", "kept"))
+    return {
+        modality: {
+            "before": tally["before"], "kept": tally["kept"], "share before": tally["before"] / before, "share kept": tally["kept"] / max(kept, 1),
+            "mean score before": tally["score before"] / tally["before"], "mean score kept": tally["score kept"] / tally["kept"] if tally["kept"] else None,
+        }
+        for modality, tally in sorted(mix.items())
+    }

@@ -1,0 +1,19 @@
+"""Filling the templates of medray.inference.prompts (pure)."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+
+def fill(template: str, **parts: str) -> str:
+    """The template with its {names} replaced; braces inside what is filled in stay as they are."""
+    text = resources.files("medray.inference.prompts").joinpath(template).read_text(encoding="utf-8")
+    # Not str.format: captions and answers may contain braces.
+    return re.sub("|".join(rf"\{{{name}\}}" for name in parts), lambda match: parts[match[0][1:-1]], text).strip()
+
+
+def known(caption: str | None, context: str | None) -> str:
+    """The paragraph that tells what is written about the image, or nothing."""
+    said = "\n".join(text.strip() for text in (caption, context) if text and text.strip())
+    return f"What is written about the image:\n{said}\n\n" if said else ""

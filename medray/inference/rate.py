@@ -1,0 +1,138 @@
+"""Single question-answer pairs rated from 0 to 10 (BioMed-VITAL, model preference): records.EXCHANGE in, RATING out.
+
+- api, vllm with scoring "scores": the rater writes a number (medray.inference.rate_prompt);
+- vllm with scoring "likelihood" (an extension): ten times the geometric mean of the probabilities that the model gives the
+  answer's tokens, end token included, after the bare question. For models too small to write scores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig
+from medray.config.dialogues import RateConfig
+from medray.data.exchanges import kind_of_error
+from medray.data.shards import tables
+from medray.inference.endpoint import Endpoint, EndpointError, Usage, data_url
+from medray.inference.engine import seed_for
+from medray.inference.rate_prompt import HIGHEST, RatingError, parse_score, rate_prompt
+from medray.inference.worker import EngineWorker, RowWorker, client_options, map_options
+from medray.records import RATED
+
+USAGE = pa.schema([("prompt_tokens", pa.int64()), ("completion_tokens", pa.int64()), ("requests", pa.int64()), ("retries", pa.int64())])
+RATING = pa.schema([*RATED, *USAGE])
+
+
+class Rate(RowWorker):
+    """What raters share: a row gets a score, or the reason why it has none."""
+
+    schema = RATING
+    stage = "rate"
+    config: RateConfig
+
+    async def row(self, row: dict[str, Any]) -> dict[str, Any]:
+        usage = Usage()
+        score, raw, error = None, None, None
+        if not (row["question"] or "").strip() or not (row["answer"] or "").strip():
+            error = "empty question or answer"
+        else:
+            try:
+                score, raw = await self.rated(row, usage)
+                if score is None:
+                    score = parse_score(raw)
+            except (RatingError, EndpointError) as problem:
+                error = str(problem)
+        return {**row, "score": score, "raw": raw, "error": error, **vars(usage)}
+
+    async def rated(self, row: dict[str, Any], usage: Usage) -> tuple[float | None, str | None]:
+        """The score itself, or the reply to read it from."""
+        raise NotImplementedError
+
+
+class EngineRate(EngineWorker, Rate):
+    """A local VLM as rater, through its own chat template.
+
+    Args:
+        config: the section; `scoring` chooses written scores or likelihood.
+        model, model_config, data_config, engine_config: see EngineWorker. Written scores are asked without the system
+            prompt, which is about a conversation and not about rating.
+    """
+
+    def __init__(
+        self, config: RateConfig | dict, model: str, model_config: ModelConfig | dict, data_config: DataConfig | dict, engine_config: EngineConfig | dict,
+    ):
+        self.config = RateConfig.model_validate(config)
+        model_config = ModelConfig.model_validate(model_config)
+        if self.config.scoring == "scores":
+            model_config = model_config.model_copy(update={"system_prompt": ""})
+        super().__init__(model, model_config, data_config, engine_config)
+
+    async def rated(self, row, usage):
+        image, key = await self.image(row)
+        usage.requests += 1
+        if self.config.scoring == "likelihood":
+            found = await self.engine.loglikelihood([{"role": "user", "text": row["question"]}], image, row["answer"], image_id=key)
+            usage.prompt_tokens += found.prompt_tokens
+            return HIGHEST * math.exp(found.nats / found.tokens), None
+        sampling = SamplingConfig(temperature=self.config.temperature, top_k=0, top_p=1.0, max_tokens=self.config.max_tokens)
+        prompt = self.engine.chat.prompt_ids([{"role": "user", "text": rate_prompt(row["question"], row["answer"], row["context"])}])
+        output = (await self.engine.generate(prompt, image, sampling, seed_for(self.config.seed, row["sample_id"], "rate"), image_id=key))[0]
+        usage.prompt_tokens += output.prompt_tokens
+        usage.completion_tokens += len(output.token_ids)
+        return None, output.text
+
+
+class ApiRate(Rate):
+    """Written scores from an endpoint; see medray.inference.endpoint.
+
+    Raises StageError where a remote endpoint has no key in this actor's environment.
+    """
+
+    def __init__(self, config: RateConfig | dict, data_config: DataConfig | dict):
+        self.config = RateConfig.model_validate(config)
+        super().__init__(rows_in_flight=self.config.concurrency)
+        self.data_config = DataConfig.model_validate(data_config)
+        self.endpoint = Endpoint(self.config, "rate")
+
+    async def rated(self, row, usage):
+        url = await asyncio.to_thread(data_url, row["image"], self.data_config)
+        seed = seed_for(self.config.seed, row["sample_id"], "rate") >> 31  # endpoints take 32 bits at most
+        return None, (await self.endpoint.ask(rate_prompt(row["question"], row["answer"], row["context"]), url, seed, usage)).text
+
+
+def rate_map(
+    config: RateConfig, model: str | None, model_config: ModelConfig, data_config: DataConfig, engine_config: EngineConfig,
+) -> tuple[type[Rate], dict[str, Any]]:
+    """The rater as (callable class, arguments) for `map_batches`.
+
+    Args:
+        model: resolved path of the local rater; not used by kind api.
+    """
+    if config.kind == "api":
+        return ApiRate, {**client_options(engine_config), "fn_constructor_kwargs": {"config": config.model_dump(), "data_config": data_config.model_dump()}}
+    kwargs = {
+        "config": config.model_dump(), "model": model, "model_config": model_config.model_dump(),
+        "data_config": data_config.model_dump(), "engine_config": engine_config.model_dump(),
+    }
+    return EngineRate, {**map_options(engine_config), "fn_constructor_kwargs": kwargs}
+
+
+def rater_name(config: RateConfig) -> str:
+    """Who rated, for the column `judge` of pairs."""
+    return f"api:{config.model}" if config.kind == "api" else f"vllm:{config.model}:{config.scoring}"
+
+
+def rating_counts(rated: str) -> dict[str, int]:
+    """Rows by whole score ("score 8" holds 8 up to 9) and, where there is none, by reason."""
+    counts: Counter[str] = Counter()
+    for table in tables(rated, ["score", "error"]):
+        for row in table.to_pylist():
+            counts["exchanges"] += 1
+            counts[f"score {math.floor(row['score'])}" if row["score"] is not None else f"no score: {kind_of_error(row['error'])}"] += 1
+    return dict(sorted(counts.items()))
+

@@ -1,0 +1,244 @@
+"""results.json, metrics.jsonl, TensorBoard files and report.html of a clinician preference alignment."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from medray.config import ClinicianPreferenceConfig
+from medray.evaluation import report
+from medray.methods.clinicians import against_truth
+from medray.methods.summary import attributes_table, form_table, read_metrics, text_table, write_metrics
+from medray.run import Run
+
+Manifests = dict[str, dict[str, Any]]
+
+_CURVES = {
+    "loss": {"train": "loss", "held-out": "eval_loss"},
+    "pairs ordered as judged": {"train": "accuracy", "held-out, clinicians'": "eval_alignment", "held-out, the rating VLM's": "eval_accuracy"},
+    "learning rates": {part: f"lr_{part}" for part in ("llm", "projector", "vision", "encoder", "head")},
+}
+_QUALITY = ("pair_accuracy", "auc", "mean_rank", "map", "ties", "pairs")
+_READING = (
+    "Strict accuracy on held-out questions. selected: tuned on the dialogues that the rating model scores best; random: on as many dialogues drawn at random; all: on "
+    "all of them. Brackets hold 95 % bootstrap intervals over images."
+)
+_RATER_READING = (
+    "All numbers are of pairs about images that the rating model was not trained on. Alignment: share of the clinicians' pairs that it orders as they did; of the "
+    "other pairs the share ordered as the rating VLM did. A pair of equal scores counts as half."
+)
+_TRUTH_READING = (
+    "What the true attributes of the images say of the generated answers; no stage of the method reads them but simulated clinicians. AUC: chance that a right answer "
+    "scores higher than a wrong one, on images that the rating model was not trained on."
+)
+
+
+def write_report(
+    run: Run, shared: Run, config: ClinicianPreferenceConfig, made: Manifests, raters: Manifests, chosen: str, kept: Manifests, scores: Manifests,
+    win_rates: dict[str, Any],
+) -> dict[str, Any]:
+    """Gather what the stages recorded and write the run's reading matter.
+
+    Args:
+        made: manifests of the stages up to the scores, by what they made.
+        raters: of the rating models by the end of their stages' names; `chosen` went on.
+        kept: of the selection of each arm.
+        scores: of the evaluations of the base and each arm.
+        win_rates: win_rate.win_rate by "arm against other"; {} without a judge.
+
+    Returns the results, as in results.json: `accuracy` and `scores` per model, `differences` {model: {other: paired difference}}, `win_rates`,
+    `rater` (its weight and quality, and of the others in `weights`), `clinicians`, `truth`, `mix` {arm: ...}, `counts`, `ledgers`, `attempts`,
+    `seconds`, `table` (text).
+    """
+    timeline = run.timeline if shared is run else [*shared.timeline, *run.timeline]
+    by_model = {name: one["outputs"]["scores"] for name, one in scores.items()}
+    judged = made["clinicians"]["outputs"]
+    clinicians = config.clinicians
+    results = {
+        "accuracy": {name: found["overall"]["accuracy"] for name, found in by_model.items()}, "scores": by_model,
+        "differences": {name: one["outputs"]["differences"] for name, one in scores.items()},
+        "win_rates": win_rates,
+        "rater": {
+            "weight": raters[chosen]["outputs"]["weight"], **raters[chosen]["outputs"]["quality"],
+            "weights": [{"weight": one["outputs"]["weight"], **one["outputs"]["quality"]} for one in raters.values()],
+        },
+        "clinicians": {
+            "kind": clinicians.kind, "error_rate": clinicians.error_rate if clinicians.kind == "simulated" else None, **judged["counts"], "agreement": judged["agreement"],
+        },
+        "truth": against_truth(config, made, kept),
+        "mix": {arm: one["outputs"]["mix"] for arm, one in kept.items() if "mix" in one["outputs"]},
+        "counts": {stage["stage"]: stage["outputs"].get("counts", {}) for stage in timeline},
+        "ledgers": {stage["stage"]: stage["outputs"]["ledger"] for stage in timeline if "ledger" in stage["outputs"]},
+        "attempts": {stage["stage"]: stage["attempts"] for stage in timeline},
+        "seconds": {stage["stage"]: stage["seconds"] for stage in timeline},
+    }
+    results["table"] = table(results)
+    metrics = write_metrics(run, read_metrics(run) if shared is run else {**read_metrics(shared), **read_metrics(run)})
+    run.write_json(results, "results.json")
+    run.write_text(render(run, shared, config, results, made, metrics, timeline), "report.html")
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Accuracy of every model, then how the rating model does and whom it learned from."""
+    lines = [text_table(results["scores"])] if results["scores"] else []
+    said = {"clinicians'": "clinician", "the rating VLM's": "model"}
+    shown = [f"{name} {report.with_interval(results['rater'][origin]['pair_accuracy'])}" for name, origin in said.items() if results["rater"].get(origin)]
+    lines.append(f"rating model, held-out pairs ordered as judged: {', '.join(shown) or 'no pair is held out'}")
+    lines.append(_who(results["clinicians"]))
+    if results["truth"]:
+        lines.append("right answers in the dialogues: " + ", ".join(f"{arm} {share:.3f}" for arm, share in results["truth"]["right"].items()))
+    return "\n".join(lines)
+
+
+def _who(clinicians: dict[str, Any]) -> str:
+    names = clinicians["agreement"]["clinicians"]
+    kind = f"simulated clinicians, error rate {clinicians['error_rate']:g}" if clinicians["kind"] == "simulated" else "clinicians"
+    return f"{len(names)} {kind}: {clinicians['judgements']} judgements, {clinicians.get('pairs', 0)} preference pairs"
+
+
+def render(
+    run: Run, shared: Run, config: ClinicianPreferenceConfig, results: dict[str, Any], made: Manifests, metrics: dict[str, list[dict]], timeline: list[dict[str, Any]],
+) -> str:
+    """The HTML page."""
+    sections = [
+        ("Before and after", _accuracy(results)),
+        ("Clinicians", _clinicians(results["clinicians"])),
+        ("Images drawn for the clinicians", _drawn(shared, made)),
+        ("What the clinicians were shown", _judged_gallery(made)),
+        ("The rating model", _rater(results["rater"])),
+        ("Against the true attributes", _truth(results["truth"])),
+        ("Selection: modalities before and after", _mix(results["mix"])),
+        ("Best and worst of the scored answers", _scored_gallery(made)),
+        ("By attribute", attributes_table(results["scores"]) if results["scores"] else ""),
+        ("Answers: length and form", form_table(results["scores"]) if results["scores"] else ""),
+        ("Training", report.training_curves(metrics, _CURVES)),
+        ("Rows: kept, dropped, quarantined, retried", _counts(results)),
+        ("Time", report.timeline(timeline)),
+        ("Configuration", report.config_section(config.model_dump(mode="json"))),
+    ]
+    return report.page("Clinician preference alignment report", sections, f"{config.model.path} on {config.data.source}; {_who(results['clinicians'])}; run {run.uri}")
+
+
+def _accuracy(results: dict[str, Any]) -> str:
+    by_model = results["scores"]
+    if not by_model:
+        return '<p class="soft">No model was tuned (evaluate.arms is empty).</p>'
+    kinds = sorted({kind for found in by_model.values() for kind in found["by_type"]})
+    rows = [
+        [name, found["overall"]["accuracy"], *(found["by_type"].get(kind, {}).get("accuracy") for kind in kinds), found["overall"]["n"], found["overall"]["images"]]
+        for name, found in by_model.items()
+    ]
+    plot = report.arms_plot(results["accuracy"], "strict accuracy, 95 % interval over images")
+    gains = [[name, other, difference] for name, others in results["differences"].items() for other, difference in others.items()]
+    return (
+        f'<p class="soft">{_READING}</p>' + report.table(["model", "all", *kinds, "questions", "images"], rows) + f'<div class="plots">{plot}</div>'
+        + report.table(["model", "minus", "paired difference"], gains) + _win_rates(results["win_rates"])
+    )
+
+
+def _win_rates(win_rates: dict[str, Any]) -> str:
+    rows = [[name, *(found[column] for column in ("win_rate", "win", "tie", "loss", "n"))] for name, found in win_rates.items()]
+    return report.table(["open questions", "win rate", "win", "tie", "loss", "questions"], rows) if rows else ""
+
+
+def _clinicians(clinicians: dict[str, Any]) -> str:
+    note = f'<p class="soft"><b>{html.escape(_who(clinicians))}.</b></p>'
+    agreement = clinicians["agreement"]
+    people = [
+        [name, *(found[column] for column in ("judged", "skipped", "not_answerable", "edited", "seconds", "first_preferred"))]
+        for name, found in agreement["clinicians"].items()
+    ]
+    kappas = [["Fleiss, all", found["subjects"], what, found["kappa"]] for what, found in agreement["fleiss_kappa"].items()]
+    kappas += [[f"Cohen, {pair['first']} and {pair['second']}", pair["items"], what, pair[what]] for pair in agreement["cohen_kappa"] for what in ("ticks", "choices")]
+    return (
+        note + report.table(["clinician", "judged", "skipped", "not answerable", "edited", "median seconds", "chose the first shown"], people)
+        + report.table(["kappa", "judged by both", "of", "value"], kappas)
+    )
+
+
+def _drawn(shared: Run, made: Manifests) -> str:
+    return f'<div class="plots">{shared.read_text(made["drawn"]["outputs"]["picture"].removeprefix(shared.uri).lstrip("/"))}</div>'
+
+
+def _rater(rater: dict[str, Any]) -> str:
+    from medray.evaluation.rating import calibration_plot
+
+    rows = [
+        [f"{one['weight']:g}", "clinicians'" if origin == "clinician" else "the rating VLM's", *(one[origin].get(name) for name in _QUALITY)]
+        for one in rater["weights"] for origin in ("clinician", "model") if one.get(origin)
+    ]
+    calibration = {origin: rater[origin]["calibration"] for origin in ("clinician", "model") if rater.get(origin)}
+    head = ["w", "held-out pairs", "ordered as judged (alignment)", "AUC", "mean rank", "MAP", "ties", "pairs"]
+    return (
+        f'<p class="soft">{_RATER_READING} The model of w {rater["weight"]:g} went on.</p>' + report.table(head, rows)
+        + f'<div class="plots">{calibration_plot(calibration) if calibration else ""}</div>'
+    )
+
+
+def _truth(truth: dict[str, Any]) -> str:
+    if not truth:
+        return ""
+    shares = report.table(["dialogues", "right answers"], truth["right"].items())
+    return f'<p class="soft">{_TRUTH_READING}</p>' + shares + report.table(["scores of", "AUC, right against wrong"], truth["auc"].items())
+
+
+def _mix(mix: dict[str, Any]) -> str:
+    rows = [[arm, modality, *found.values()] for arm, by_modality in mix.items() for modality, found in by_modality.items()]
+    heads = next((list(found) for by_modality in mix.values() for found in by_modality.values()), [])
+    return report.table(["dialogues", "modality", *heads], rows) if rows else ""
+
+
+def _counts(results: dict[str, Any]) -> str:
+    rows = [[stage, key, value] for stage, counts in results["counts"].items() for key, value in counts.items() if not isinstance(value, dict)]
+    rows += [[stage, f"{key}: {name}", number] for stage, counts in results["counts"].items() for key, value in counts.items() if isinstance(value, dict) for name, number in value.items()]
+    rows += [[stage, key, value] for stage, ledger in results["ledgers"].items() for key, value in ledger.items()]
+    rows += [[stage, "attempts", number] for stage, number in results["attempts"].items() if number > 1]
+    return report.table(["stage", "what", "number"], rows)
+
+
+def _card(image: bytes | None, head: str, lines: list[tuple[str, str]], below: str = "") -> str:
+    """A picture with a text beside it; lines are (class, text)."""
+    texts = "".join(f'<div class="{kind}">{html.escape(text)}</div>' for kind, text in lines)
+    picture = report.image_tag(image) if image else "<div></div>"
+    return f'<div class="card">{picture}<div><b style="white-space:pre-line">{html.escape(head)}</b>{texts}<div class="tag">{html.escape(below)}</div></div></div>'
+
+
+def _judged_gallery(made: Manifests, most: int = 8) -> str:
+    """The first items and what was said of them."""
+    from medray.data.judgements import judged
+    from medray.data.shards import stored_rows
+
+    said: dict[str, list[dict[str, Any]]] = {}
+    for row in judged(stored_rows(made["clinicians"]["outputs"]["judgements"])):
+        said.setdefault(row["item_id"], []).append(row)
+    cards = []
+    for item in itertools.islice((item for item in stored_rows(made["items"]["outputs"]["items"]) if item["item_id"] in said), most):
+        lines = [_ticks(item, side, said[item["item_id"]]) for side in "ab"]
+        statuses = [f"{row['clinician']}: {row['status']}" for row in said[item["item_id"]] if row["status"] != "judged"]
+        cards.append(_card(item["image"], item["question"], lines, "; ".join([*([item["caption"]] if item["caption"] else []), *statuses])))
+    return "".join(cards)
+
+
+def _ticks(item: dict[str, Any], side: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    judged = [row for row in rows if row["status"] == "judged"]
+    if not judged:
+        return "soft", item[f"answer_{side}"]
+    good = sum(row[f"good_{side}"] for row in judged)
+    return "good" if 2 * good > len(judged) else "bad", f"{item[f'answer_{side}']}  (good: {good} of {len(judged)})"
+
+
+def _scored_gallery(made: Manifests, most: int = 5) -> str:
+    """The highest and the lowest of some scored answers; of one image one only."""
+    rows = {row["image_id"]: row for row in _first_scored(made["scored"]["outputs"]["rows"])}
+    ranked = sorted(rows.values(), key=lambda row: -row["score"])
+    shown = [(row, "good") for row in ranked[:most]] + [(row, "bad") for row in ranked[max(most, len(ranked) - most):]]
+    return "".join(_card(row["image"], row["question"], [(kind, f"{row['answer']}  ({row['score']:.2f})")], row["context"] or "") for row, kind in shown)
+
+
+def _first_scored(uri: str, rows: int = 400) -> Iterator[dict[str, Any]]:
+    from medray.data.shards import stored_rows
+
+    return (row for row in itertools.islice(stored_rows(uri), rows) if row["score"] is not None)

@@ -1,0 +1,239 @@
+"""The stages of clinician preference alignment that other methods do not have (medray.methods.stages holds what they share).
+
+They only place work. The clinicians' stage is in medray.methods.clinicians.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from medray.config import ClinicianPreferenceConfig, RaterConfig
+from medray.errors import DataError
+from medray.methods import stages
+from medray.methods.stages import Model
+from medray.run import Run, Stage
+
+# Fields of sections that say how the work is done, and not what comes out.
+_HOW_DATA = {"read_cpus", "encoders", "unlabelled_per_round"}
+_HOW_EMBED = {"batch", "actors", "cpus_per_actor", "gpus_per_actor", "place"}
+_HOW_ASK = {"concurrency", "retries", "timeout", "usd_per_million_input", "usd_per_million_output"}
+_DRAW = {"clusters", "kmeans_batch", "passes", "draw", "picture_points", "seed"}
+_HOW_SCORE = {"actors", "cpus_per_actor", "gpus_per_actor", "place", "batch", "rows_per_task"}
+ORDERS = {"selected": "score", "random": "random"}  # of an arm: select.order
+
+
+def data_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
+    """What the data stage depends on. The seed draws the images, so it counts only where some are left out."""
+    evaluate = config.evaluate
+    return {
+        "data": config.data.model_dump(exclude=_HOW_DATA), "captions": config.captions, "seed": config.generate.seed if config.data.label_fraction < 1 else None,
+        "kinds": evaluate.kinds, "eval_seed": evaluate.seed, "max_eval": evaluate.max_images, "eval_rows": config.tune.eval_rows,
+    }
+
+
+def prepare_data(stage: Stage, config: ClinicianPreferenceConfig) -> dict[str, Any]:
+    """Source -> images with captions, held-out questions, quarantine (Parquet shards)."""
+    from medray.data.captioned import PARTS, write_captioned
+
+    asked = config.evaluate
+    counts = write_captioned(
+        config.data, config.captions, stage.dir, asked.kinds, config.generate.seed, asked.seed, asked.max_images, config.tune.eval_rows)
+    if asked.arms and not counts["questions"]:
+        raise DataError(
+            f"data.source: {config.data.source} has no question in its split {config.data.eval_split!r} to evaluate with; give a source that has some "
+            "(docs/data.md), or evaluate.arms=[] to stop after the rating model")
+    return {"counts": counts, **{part: stage.path(part) for part in PARTS}}
+
+
+def embed_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
+    return config.demonstrations.model_dump(exclude=_HOW_EMBED | _DRAW)
+
+
+def embed(stage: Stage, config: ClinicianPreferenceConfig, encoder: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Image and caption of every row as one vector (records.EMBEDDED)."""
+    from medray.data.shards import write_resumable
+    from medray.inference.embed import embed_map
+
+    embedder, options = embed_map(config.demonstrations, config.data, encoder)
+    rows = write_resumable(
+        data["outputs"]["captioned"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(embedder, **options),
+        8 * config.demonstrations.batch, config.data.read_cpus,
+    )
+    return {"rows": stage.path("rows"), "counts": {"images": rows}}
+
+
+def draw_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
+    return config.demonstrations.model_dump(include=_DRAW)
+
+
+def draw(stage: Stage, config: ClinicianPreferenceConfig, data: dict[str, Any], embedded: dict[str, Any]) -> dict[str, Any]:
+    """k-means over the embeddings, and the images that clinicians will see: spread over modalities and clusters."""
+    from medray.data import clusters
+    from medray.evaluation.cluster_plot import cluster_plot
+
+    found = clusters.fit_clusters(embedded["outputs"]["rows"], config.demonstrations)
+    counts = clusters.assign(embedded["outputs"]["rows"], found, stage.path("assigned"))
+    drawn = clusters.draw(stage.path("assigned"), config.demonstrations)
+    images = clusters.take_rows(data["outputs"]["captioned"], {row["sample_id"] for row in drawn}, stage.path("drawn"))
+    picture = cluster_plot(embedded["outputs"]["rows"], found, drawn, config.demonstrations)
+    stage.run.write_text(picture, stage.folder, "clusters.svg")
+    return {"drawn": stage.path("drawn"), "picture": stage.path("clusters.svg"), "counts": {**counts, "drawn": images}}
+
+
+def generate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
+    """What dialogues depend on beside images and demonstrations."""
+    return {"config": config.generate.model_dump(exclude=_HOW_ASK | {"answers"}), "writer": model and model.hash, "model": model and config.model.model_dump(exclude={"path"})}
+
+
+def candidates(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | None, drawn: dict[str, Any]) -> dict[str, Any]:
+    """Dialogues about the drawn images, each question with two answers: what clinicians are shown (records.CLINICIAN_ITEM)."""
+    return _write_dialogues(stage, config, writer, drawn["outputs"]["drawn"], None, answers=2)
+
+
+def generate(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | None, data: dict[str, Any], demonstrations: str | None) -> dict[str, Any]:
+    """Dialogues about all images, after demonstrations where there are some."""
+    return _write_dialogues(stage, config, writer, data["outputs"]["captioned"], demonstrations, config.generate.answers)
+
+
+def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | None, images: str, demonstrations: str | None, answers: int) -> dict[str, Any]:
+    from medray.data.exchanges import demonstrations_of, unpack
+    from medray.data.shards import stored_rows, write_resumable
+    from medray.inference.dialogue_generation import generate_map
+    from medray.inference.judge import cost_ledger
+
+    settings = config.generate.model_copy(update={"answers": answers})
+    work, options = generate_map(settings, writer and writer.path, config.model, config.data, config.engine, demonstrations_of(demonstrations))
+    rows = write_resumable(
+        images, stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options), config.engine.rows_per_task, config.data.read_cpus)
+    ledger = cost_ledger(stored_rows(stage.path("rows"), ["requests", "retries", "prompt_tokens", "completion_tokens"]), config.generate)
+    for part in ("conversations", "exchanges", "items"):
+        stage.reset(part)
+    counts = unpack(stage.path("rows"), stage.dir)
+    return {**{part: stage.path(part) for part in ("conversations", "exchanges", "items")}, "ledger": ledger, "counts": {"images": rows, **counts}}
+
+
+def rate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
+    return {"config": config.rate.model_dump(exclude=_HOW_ASK), "rater": model and model.hash, "model": model and config.model.model_dump(exclude={"path"})}
+
+
+def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, written: dict[str, Any]) -> dict[str, Any]:
+    """A strong model's score from 0 to 10 for every exchange (records.RATED)."""
+    from medray.data.shards import stored_rows, write_resumable
+    from medray.inference.judge import cost_ledger
+    from medray.inference.rate import rate_map, rating_counts
+
+    work, options = rate_map(config.rate, model and model.path, config.model, config.data, config.engine)
+    rows = write_resumable(
+        written["outputs"]["exchanges"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options),
+        8 * config.engine.rows_per_task, config.data.read_cpus,
+    )
+    ledger = cost_ledger(stored_rows(stage.path("rows"), ["requests", "retries", "prompt_tokens", "completion_tokens"]), config.rate)
+    return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"exchanges": rows, **rating_counts(stage.path("rows"))}}
+
+
+def make_pairs(stage: Stage, config: ClinicianPreferenceConfig, rated: dict[str, Any]) -> dict[str, Any]:
+    """Pairs of rated exchanges of two score levels, both of training images of the rating model or both held out."""
+    from medray.data.preferences import model_pairs
+    from medray.data.rater_pairs import held_out
+    from medray.inference.rate import rater_name
+
+    counts = model_pairs(rated["outputs"]["rows"], stage.path("rows"), config.pairs, rater_name(config.rate), lambda image: held_out(image, config.rater))
+    return {"rows": stage.path("rows"), "counts": counts}
+
+
+def split_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
+    """What says which images are held out from the rating model."""
+    return config.rater.model_dump(include={"held_out_fraction", "split_seed"})
+
+
+def rater_configs(config: ClinicianPreferenceConfig) -> dict[str, RaterConfig]:
+    """The rating models to train, by the end of their stages' names: one for each weight, or just one."""
+    weights = config.weights if config.rater.train_on == "mixture" else ()
+    return {f"-w{w:g}": config.rater.model_copy(update={"clinician_weight": w}) for w in weights} or {"": config.rater}
+
+
+def rater_inputs(rater: RaterConfig) -> dict[str, Any]:
+    """What the rating model depends on beside pairs and encoder: a weight, only where both kinds of pairs are mixed."""
+    return rater.model_dump(exclude={"encoder"} if rater.train_on == "mixture" else {"encoder", "clinician_weight"})
+
+
+def train_rater(stage: Stage, config: ClinicianPreferenceConfig, rater: RaterConfig, pairs: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
+    """Train the rating model on the pairs of the rating VLM and of the clinicians; measure it on pairs of held-out images."""
+    from medray.evaluation.rating import evaluate_rater
+    from medray.train.rater import export_rater
+    from medray.train.rater import train_rater as train
+
+    both = [pairs["outputs"]["rows"], judged["outputs"]["pairs"]]
+    result = train(stage.path("train"), both, rater, config.data)
+    stage.publish("model", lambda folder: export_rater(result.best, folder, rater))
+    stages.keep_logs(stage, result)
+    quality = evaluate_rater(
+        both, stage.path("held_out"), stage.path("held_out_committed"), stage.path("model"), rater, config.score, config.data, config.evaluate.bootstrap)
+    return {
+        "model": stage.path("model"), "metrics": stage.path("metrics.jsonl"), "counts": result.counts, "weight": rater.clinician_weight,
+        "selected_by": result.selected_by, "best_epoch": result.best_epoch, "quality": quality,
+    }
+
+
+def best_rater(trained: dict[str, dict[str, Any]]) -> str:
+    """The name of the rating model best aligned with held-out clinicians' pairs, or, where none is held out, with the model's; of
+    equal ones the first."""
+    def alignment(name: str) -> float:
+        quality = trained[name]["outputs"]["quality"]
+        return next((quality[origin]["pair_accuracy"]["value"] for origin in ("clinician", "model") if quality.get(origin)), 0.0)
+
+    return max(trained, key=alignment)
+
+
+def score_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
+    return config.score.model_dump(exclude=_HOW_SCORE)
+
+
+def score(stage: Stage, config: ClinicianPreferenceConfig, rater: str, written: dict[str, Any]) -> dict[str, Any]:
+    """The rating model's score of every exchange (records.SCORED)."""
+    from medray.inference.score import score_exchanges
+
+    counts = score_exchanges(written["outputs"]["exchanges"], stage.path("rows"), stage.path("committed"), rater, config.score, config.data)
+    return {"rows": stage.path("rows"), "counts": counts}
+
+
+def select(stage: Stage, config: ClinicianPreferenceConfig, scored: dict[str, Any], order: str) -> dict[str, Any]:
+    """The dialogues to tune on (records.CONVERSATION), and the mix of modalities before and after."""
+    from medray.data.selection import select as keep
+
+    found = keep(scored["outputs"]["rows"], stage.path("rows"), config.select.model_copy(update={"order": order}))
+    return {"conversations": stage.path("rows"), **found}
+
+
+def evaluate(stage: Stage, config: ClinicianPreferenceConfig, model: Model, name: str, data: dict[str, Any], others: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Greedy answers to the held-out questions, scored, and compared with those of other models.
+
+    Args:
+        others: by name, the manifests of evaluations to compare with.
+    """
+    from medray.data.shards import write_resumable
+    from medray.evaluation.predict import Predict
+    from medray.evaluation.scores import compare
+    from medray.evaluation.scores import score as scored
+    from medray.inference.worker import map_options
+
+    arguments = {**stages.engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}
+    rows = write_resumable(
+        data["outputs"]["questions"], stage.path("rows"), stage.path("committed"),
+        lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), 8 * config.engine.rows_per_task, config.data.read_cpus,
+    )
+    scores = scored(stage.path("rows"), config.evaluate)
+    differences = {other: compare(found["outputs"]["rows"], stage.path("rows"), config.evaluate)["accuracy"] for other, found in others.items()}
+    return {"rows": stage.path("rows"), "scores": scores, "differences": differences, "counts": {"questions": rows, "without answer": scores["errors"]}}
+
+
+def win_rates(run: Run, config: ClinicianPreferenceConfig, data: dict[str, Any], scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How often a judge prefers each arm's answers to the base model's, and the selected arm's to the random one's (medray.evaluation.win_rate)."""
+    from medray.methods.judging import judge_models
+
+    if config.judge is None or not scores:
+        return {}
+    questions = {"hash": data["hash"], "outputs": {"rows": data["outputs"]["questions"]}}
+    rivals = {arm: scores[arm] for arm in ("random", "selected") if arm in scores}
+    found = [judge_models(run, config, "held-out", questions, folders)["win_rates"] for folders in (scores, rivals) if len(folders) > 1]
+    return {name: rate for rates in found for name, rate in rates.items()}

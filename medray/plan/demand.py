@@ -1,0 +1,73 @@
+"""What each stage of a job asks Ray for, read from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from medray.config import (
+    DemonstrationsConfig,
+    DpoConfig,
+    EngineConfig,
+    GenerateConfig,
+    JudgeConfig,
+    LoopConfig,
+    RateConfig,
+    ScoreConfig,
+    Section,
+)
+
+CLIENT_CPUS = 0.5  # of the actor that waits for an endpoint, as medray.inference.worker.client_options reserves
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Places of one shape, each on one node, that a stage holds at the same time.
+
+    field: the configuration's, to be changed where the places cannot be had.
+    least, most: how many; the stage begins with `least`.
+    labels: label selectors a node must match.
+    """
+
+    field: str
+    least: int
+    most: int
+    cpus: float
+    gpus: float = 0.0
+    memory_gib: float = 0.0
+    labels: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [f"{self.cpus:g} CPUs"] + [f"{self.gpus:g} GPUs"] * bool(self.gpus) + [f"{self.memory_gib:g} GiB"] * bool(self.memory_gib)
+        return f"{self.least} x ({', '.join(parts)})" + "".join(f" on {key}={value}" for key, value in self.labels.items())
+
+
+def demands(config: Section) -> dict[str, list[Demand]]:
+    """By stage, what it holds at the same time: its workers or actors, and the tasks that feed them.
+
+    Stages are the configuration's sections, "data" the reading of the source. Data's labels hold where a stage's own placement
+    does not name the same label, as in Ray Data.
+    """
+    sections = {name: getattr(config, name) for name in type(config).model_fields}
+    data, cluster = sections["data"], sections["cluster"]
+    reader = Demand("data.read_cpus", 1, data.encoders, data.read_cpus, labels=cluster.data_labels)
+    found = {"data": [reader]}
+    for name, section in sections.items():
+        if isinstance(section, LoopConfig):
+            found[name] = [_workers(name, section), reader, reader]  # one reads, one encodes
+        elif isinstance(section, EngineConfig | ScoreConfig | DemonstrationsConfig):
+            labels = cluster.data_labels | section.place.selector
+            pool = Demand(f"{name}.actors", *section.actors, section.cpus_per_actor, section.gpus_per_actor, section.place.memory_gib, labels)
+            found[name] = [pool, reader]
+        elif isinstance(section, JudgeConfig | GenerateConfig | RateConfig) and section.kind in ("api", "random"):
+            found[name] = [Demand(f"{name}.kind", 1, 1, CLIENT_CPUS, labels=cluster.data_labels), reader]  # the other kinds run in the engine's places
+        if isinstance(section, DpoConfig):
+            labels = cluster.data_labels | section.place.selector
+            actors = Demand(f"{name}.reference_workers", *section.reference_workers, section.cpus_per_worker, section.gpus_per_worker, section.place.memory_gib, labels)
+            found["reference"] = [actors, reader]
+    return found
+
+
+def _workers(name: str, section: LoopConfig) -> Demand:
+    least = section.num_workers if isinstance(section.num_workers, int) else section.num_workers[0]
+    return Demand(
+        f"{name}.num_workers", least, section.max_workers, section.cpus_per_worker, section.gpus_per_worker, section.place.memory_gib, section.place.selector)

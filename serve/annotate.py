@@ -1,0 +1,81 @@
+"""The clinician page on Ray Serve: clinicians see an image, a question and two answers, and say which are good.
+
+    python -m serve.tokens clinicians.txt dr-lin
+    serve run serve.annotate:build items=DIR database=sqlite:///judgements.db tokens=clinicians.txt
+
+docs/clinician_page.md says what is stored and how to put it on a network.
+"""
+
+# Ray Serve reads the annotation of `build` as a class: no `from __future__ import annotations` here.
+import logging
+from typing import Annotated, Any
+
+from pydantic import Field
+from ray import serve
+from ray.serve import Application
+
+from medray.config.section import PositiveInt, Section
+
+log = logging.getLogger("ray.serve")  # which `serve run` prints
+
+
+class PageConfig(Section):
+    items: str | None = Field(None, description="folder of clinician items (medray.records.CLINICIAN_ITEM), local or s3://, gs://; none: those in the database")
+    database: str = Field("sqlite:///judgements.db", description="SQLAlchemy URL. SQLite serves one machine; PostgreSQL several")
+    tokens: str | None = Field(None, description="file made by python -m serve.tokens; none: the environment variable MEDRAY_CLINICIANS")
+    judgements_per_item: PositiveInt = Field(1, description="clinicians who are given each item; 2 or more measures their agreement")
+    hold_hours: Annotated[float, Field(gt=0)] = Field(24.0, description="hours after which an item that was opened and not judged may go to someone else")
+    seed: int = Field(0, description="of the order of items and, for each clinician, of answers")
+    priority: int = Field(0, description="of these items; greater ones are shown before all others in the database")
+    title: str = Field("Which answers are good?", description="shown on the page")
+    guidance: str = Field(
+        "Good: medically correct, supported by this image, and useful as an answer to this question. Both answers may be good, or neither.",
+        description="what `good` means, shown on the page")
+    replicas: PositiveInt = Field(1, description="processes that answer; more than one needs a database that they all reach")
+    num_cpus: Annotated[float, Field(ge=0)] = Field(0.5, description="logical CPUs of each")
+
+
+@serve.deployment(name="clinician-page", max_ongoing_requests=64)
+@serve.ingress()
+class ClinicianPage:
+    """A replica. It keeps nothing: whatever was said is in the database when the clinician is told so.
+
+    Args:
+        config: PageConfig as a dict.
+        holders: hash of the token -> (name, lead).
+    """
+
+    def __init__(self, config: dict[str, Any], holders: dict[str, tuple[str, bool]]):
+        from medray.data.judgement_store import Store
+        from serve.tokens import Holder, Tokens
+
+        self.config = PageConfig.model_validate(config)
+        self.tokens = Tokens({digest: Holder(*holder) for digest, holder in holders.items()})
+        self.store = Store(self.config.database, self.config.judgements_per_item, self.config.hold_hours, self.config.seed)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from serve.page import make_app
+
+        return make_app(self.store, self.tokens, self.config.database, self.config.title, self.config.guidance)
+
+
+def build(config: PageConfig) -> Application:
+    """The application for `serve run` and Serve's config files; items are in the database when it returns.
+
+    Raises ConfigError and DataError, before anything is served.
+    """
+    from medray.data.judgement_files import import_items, progress_of
+    from medray.data.judgement_tables import absolute_url
+    from serve.tokens import read_tokens
+
+    tokens = read_tokens(config.tokens)
+    config.database = absolute_url(config.database)  # replicas work in other folders
+    if config.items is not None:
+        log.info("items: %s", import_items(config.items, config.database, config.seed, config.priority))
+    if not progress_of(config.database)["items"]:
+        from medray.errors import DataError
+
+        raise DataError(f"items: {config.items or config.database} has none that can be shown; look at the database's table clinician_item_set_aside")
+    holders = {digest: (holder.name, holder.lead) for digest, holder in tokens.holders.items()}
+    page = ClinicianPage.options(num_replicas=config.replicas, ray_actor_options={"num_cpus": config.num_cpus})
+    return page.bind(config.model_dump(), holders)

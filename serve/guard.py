@@ -1,0 +1,142 @@
+"""What stands before every endpoint: who may come in, how much they may send, which headers go out (plain ASGI, any app).
+
+    app = Guard(app, tokens.holder, open_paths={"/", "/static/"}, max_body_bytes=2**20, cookie="session")
+
+Errors have the form {"error": {"message", "type"}}, which OpenAI clients show too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Cache-Control": "no-store",
+}
+_SAFE = ("GET", "HEAD", "OPTIONS")
+
+
+class Guard:
+    """ASGI middleware. `request.state.holder` is who sent the request; requests of nobody known are answered with 401.
+
+    The body is read whole before the app sees it, so that no app can forget the limit. WebSockets are refused.
+
+    Args:
+        holder_of: who holds a token, or None.
+        open_paths: paths that anybody may ask for; one that ends in "/" and is longer stands for all below it.
+        max_body_bytes: larger bodies are answered with 413.
+        cookie: name of a cookie that may hold the token, for pages. Browsers send it along with whatever another site makes them ask for,
+            so requests that change something must then come from this site: 403 otherwise.
+        headers: beside and before SECURITY_HEADERS; a header the app sets itself stays.
+    """
+
+    def __init__(
+        self, app: Any, holder_of: Callable[[str], Any], open_paths: Collection[str] = (), max_body_bytes: int = 2**20,
+        cookie: str | None = None, headers: Mapping[str, str] | None = None,
+    ):
+        self.app, self.holder_of, self.open_paths, self.max_body_bytes, self.cookie = app, holder_of, open_paths, max_body_bytes, cookie
+        self.headers = {**SECURITY_HEADERS, **(headers or {})}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["type"] == "http":
+            await self._http(scope, receive, self._with_headers(send))
+        else:
+            await self.app(scope, receive, send)
+
+    async def _http(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = Headers(scope=scope)
+        holder = self._holder(headers)
+        if holder is None and not self._is_open(scope):
+            refusal = refused(401, "no valid token; send it as Authorization: Bearer TOKEN", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+            return await refusal(scope, receive, send)
+        if self.cookie and scope["method"] not in _SAFE and not from_this_site(headers):
+            return await refused(403, "this request comes from another site", "forbidden")(scope, receive, send)
+        body = await self._body(headers, receive)
+        if body is None:
+            return await refused(413, f"the request is larger than {self.max_body_bytes} bytes", "request_too_large")(scope, receive, send)
+        scope["state"] = {**scope.get("state", {}), "holder": holder}
+        return await self.app(scope, _again(body, receive), send)
+
+    def _is_open(self, scope: Any) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        return any(path == known or (len(known) > 1 and known.endswith("/") and path.startswith(known)) for known in self.open_paths)
+
+    def _holder(self, headers: Headers) -> Any:
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer":
+            return self.holder_of(token.strip())
+        value = cookie_of(headers, self.cookie) if self.cookie else None
+        return None if value is None else self.holder_of(value)
+
+    async def _body(self, headers: Headers, receive: Any) -> bytes | None:
+        """The request's body, None where it is too large."""
+        declared = headers.get("content-length", "0")
+        if not declared.isdecimal() or int(declared) > self.max_body_bytes:
+            return None
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            more = message.get("more_body", False)  # also False when the client has gone
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.max_body_bytes:
+                return None
+        return b"".join(parts)
+
+    def _with_headers(self, send: Any) -> Any:
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self.headers.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        return sending
+
+
+def refused(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error in the form of every error here."""
+    return JSONResponse({"error": {"message": message, "type": kind}}, status, dict(headers or {}))
+
+
+def cookie_of(headers: Headers, name: str) -> str | None:
+    try:
+        found = SimpleCookie(headers.get("cookie", "")).get(name)
+    except CookieError:
+        return None
+    return found and found.value
+
+
+def from_this_site(headers: Headers) -> bool:
+    """Whether a browser made the request for a page of this site, by what it says itself (Fetch Metadata, else Origin).
+
+    Requests without either come from no browser's page, or from one too old to be fooled past SameSite cookies.
+    """
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        return site in ("same-origin", "none")
+    return origin is None or urlsplit(origin).netloc == headers.get("host")
+
+
+def _again(body: bytes, receive: Any) -> Any:
+    """A receive channel that gives the body that was read, then whatever follows (the client's leaving)."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receiving() -> Any:
+        return waiting.pop() if waiting else await receive()
+
+    return receiving

@@ -1,0 +1,396 @@
+"""Judgements as rows, the database that holds them, and the way in and out."""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sqlalchemy import create_engine, text
+
+from medray.data.judgement_files import export_all, import_items, item_rows, progress_of
+from medray.data.judgement_store import KeyUsed, NotAssigned, Store, Word
+from medray.data.judgement_tables import absolute_url, open_database
+from medray.data.judgements import demonstration_rows, judged, preference_rows
+from medray.data.shards import stored_rows
+from medray.errors import ConfigError, DataError
+from medray.records import CLINICIAN_ITEM, EXCHANGE, JUDGEMENT, RATING_PAIR
+
+START = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def png(number=0):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.RandomState(number).randint(0, 255, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def item(number, **changes):
+    return {
+        "item_id": f"item-{number}", "image_id": f"image-{number}", "image": png(number), "modality": "smear", "caption": "A cell.", "context": None,
+        "dialogue_id": f"image-{number}/d0", "turn": 2, "question": "Which cell?", "answer_a": "A lymphocyte.", "answer_b": "A monocyte.", **changes,
+    }
+
+
+def word(item_id, clinician, good=None, status="judged", at=0, **changes):
+    good_a, good_b = good or (None, None)
+    return {
+        "item_id": item_id, "clinician": clinician, "simulated": False, "status": status, "good_a": good_a, "good_b": good_b, "edited_question": None,
+        "edited_a": None, "edited_b": None, "first_shown": "a", "judged_at": START + timedelta(seconds=at), "seconds": 4.0, **changes,
+    }
+
+
+def write_items(folder, rows):
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=CLINICIAN_ITEM), folder / "part-0.parquet", row_group_size=3)
+    return str(folder)
+
+
+def test_the_last_word_counts():
+    rows = [word("i", "x", (True, False), at=5), word("i", "x", (False, True), at=9), word("i", "y", (True, True), at=1), word("i", "x", (True, True), at=2)]
+    assert [(row["clinician"], row["good_a"], row["good_b"]) for row in judged(rows)] == [("x", False, True), ("y", True, True)]
+    assert judged([word("i", "x", (True, False)), word("i", "x", status="skipped")])[0]["status"] == "skipped"
+
+
+def test_one_tick_makes_a_pair_in_the_clinicians_words():
+    items = [item(1, context="Seen in an elderly man."), item(2), item(3)]
+    said = [
+        word("item-1", "x", (False, True), edited_b="A monocyte, large.", edited_question="Which leukocyte?"), word("item-1", "y", (True, True)),
+        word("item-2", "x", (True, False)), word("item-2", "y", status="skipped"), word("item-3", "x", (False, False)),
+        word("item-3", "y", status="not_answerable"), word("item-9", "x", (True, False)),
+    ]
+    counts = Counter()
+    first, second = preference_rows(iter(items), said, counts)
+    assert counts == {"pairs": 2, "both_good": 1, "neither_good": 1, "skipped": 1, "not_answerable": 1, "unknown_item": 1}
+    assert pa.Table.from_pylist([first, second], schema=RATING_PAIR).to_pylist() == [first, second]
+    assert (first["sample_id"], first["origin"], first["judge"]) == ("item-1/x", "clinician", "x")
+    assert (first["chosen_question"], first["chosen_answer"]) == ("Which leukocyte?", "A monocyte, large.")
+    assert (first["rejected_question"], first["rejected_answer"]) == ("Which leukocyte?", "A lymphocyte.")
+    assert first["chosen_context"] == first["rejected_context"] == "Seen in an elderly man."
+    assert (second["chosen_answer"], second["rejected_answer"], second["chosen_context"]) == ("A lymphocyte.", "A monocyte.", "A cell.")
+    assert second["chosen_image"] == second["rejected_image"] == items[1]["image"] and second["chosen_score"] is None
+
+
+def test_demonstrations_are_what_most_clinicians_accept():
+    items = [item(number) for number in range(6)]
+    said = [
+        word("item-0", "x", (True, False)), word("item-0", "y", (True, True)), word("item-0", "z", (False, True)),  # two ticks each: a
+        word("item-1", "x", (True, False)), word("item-1", "y", (False, False)),  # one of two is no majority
+        word("item-2", "x", (False, True)), word("item-2", "y", (False, True), at=5, edited_b="Later."), word("item-2", "z", (False, True), at=1, edited_b="Earlier."),
+        word("item-3", "x", (True, False)), word("item-3", "y", status="not_answerable"),  # a word against
+        word("item-4", "x", (True, False)), word("item-4", "y", status="skipped"),  # no word
+        word("item-5", "x", status="skipped"),
+    ]
+    counts = Counter()
+    rows = list(demonstration_rows(items, said, counts))
+    assert [(row["sample_id"], row["answer"]) for row in rows] == [
+        ("image-0/d0#2", "A lymphocyte."), ("image-2/d0#2", "Later."), ("image-4/d0#2", "A lymphocyte.")]
+    assert counts == {"accepted": 3, "not_accepted": 2, "not_judged": 1, "unknown_item": 0}
+    assert pa.Table.from_pylist(rows, schema=EXCHANGE).to_pylist() == rows
+
+
+def test_a_demonstration_without_a_dialogue_is_named_after_its_item():
+    (row,) = demonstration_rows([item(1, dialogue_id=None, turn=None)], [word("item-1", "x", (True, False))])
+    assert (row["sample_id"], row["dialogue_id"], row["turn"]) == ("item-1#0", "item-1", 0)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """URL of a PostgreSQL of its own, on a socket. Its server does not run as root."""
+    tools = {name: shutil.which(name) for name in ("initdb", "postgres")}
+    if None in tools.values():
+        if os.environ.get("CI"):
+            pytest.fail("CI has no PostgreSQL server: install Debian's postgresql")
+        pytest.skip("no PostgreSQL server on this machine")
+    folder = tmp_path_factory.mktemp("postgres")
+    as_user = {}
+    if os.geteuid() == 0:
+        as_user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+        for parent in (folder, folder.parent, folder.parent.parent):
+            parent.chmod(parent.stat().st_mode | 0o055)
+        shutil.chown(folder, "nobody", "nogroup")
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "HOME": str(folder)}
+    options = {"env": environment, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **as_user}
+    subprocess.run([tools["initdb"], "-D", folder / "data", "-U", "clinic", "-A", "trust", "--no-sync"], check=True, **options)
+    socket = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
+    server = subprocess.Popen([tools["postgres"], "-D", folder / "data", *socket], **options)
+    admin = create_engine(f"postgresql+psycopg://clinic@/postgres?host={folder}", isolation_level="AUTOCOMMIT")
+    for _ in range(200):
+        try:
+            with admin.connect():
+                break
+        except Exception:
+            assert server.poll() is None, "PostgreSQL did not start"
+            threading.Event().wait(0.1)
+
+    def database(name):
+        with admin.connect() as connection:
+            connection.execute(text(f"create database {name}"))
+        return f"postgresql+psycopg://clinic@/{name}?host={folder}"
+
+    yield database
+    admin.dispose()
+    server.send_signal(signal.SIGINT)  # ends at once, also where a failed test left connections
+    server.wait()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request, tmp_path):
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/judgements.db"
+    return request.getfixturevalue("postgres")(f"t{os.urandom(8).hex()}")
+
+
+def good(first, second, **changes):
+    return Word("judged", first, second, **changes)
+
+
+def test_a_judgement_goes_in_and_comes_out(url, tmp_path):
+    rows = [item(1), item(2, image=item(1)["image"])]
+    assert import_items(write_items(tmp_path / "items", rows), url) == {"imported": 2, "already": 0, "set_aside": 0}
+    store = Store(url, judgements_per_item=2)
+    shown = store.next_item("x")
+    assert store.next_item("x") == shown  # a reload shows it again
+    source = next(row for row in rows if row["item_id"] == shown.item_id)
+    assert {shown.first, shown.second} == {"A lymphocyte.", "A monocyte."} and shown.question == "Which cell?" and shown.earlier is None
+    assert store.image(shown.item_id, "x") == source["image"]
+    assert store.image(shown.item_id, "y") is None  # y was not given it
+    assert store.save("x", shown.item_id, "k1", good(True, False, edited_first="Better.", seconds=2.5))
+    other = store.next_item("x")
+    assert other.item_id != shown.item_id
+    store.save("x", other.item_id, "k2", Word("not_answerable"))
+    assert store.next_item("x") is None
+    assert store.progress("x") == {"judged": 1, "skipped": 0, "not_answerable": 1, "left": 0, "items": 2}
+    assert store.progress("y")["left"] == 2
+    store.close()
+
+    assert progress_of(url, 1) == {"items": 2, "complete": 2, "judgements": 2, "set_aside": 0}
+    assert progress_of(url, 2)["complete"] == 0
+    done = export_all(url, str(tmp_path / "out"))
+    assert done["pairs"]["pairs"] == done["demonstrations"]["accepted"] == 1
+    side = "a" if shown.first == "A lymphocyte." else "b"
+    exported = list(stored_rows(str(tmp_path / "out" / "judgements")))
+    assert pq.read_schema(next((tmp_path / "out" / "judgements").iterdir())).equals(JUDGEMENT)
+    (row,) = [row for row in exported if row["item_id"] == shown.item_id]
+    assert (row["clinician"], row["status"], row["first_shown"], row["simulated"], row["seconds"]) == ("x", "judged", side, False, 2.5)
+    assert row[f"good_{side}"] is True and row[f"edited_{side}"] == "Better." and abs(row["judged_at"] - datetime.now(UTC)) < timedelta(hours=1)
+    (pair,) = stored_rows(str(tmp_path / "out" / "pairs"))
+    assert (pair["chosen_answer"], pair["rejected_answer"]) == ("Better.", shown.second)
+    assert pair["chosen_image"] == source["image"]
+
+
+def test_the_order_of_answers_is_drawn_for_each_clinician(tmp_path):
+    url = f"sqlite:///{tmp_path}/j.db"
+    import_items(write_items(tmp_path / "items", [item(number) for number in range(60)]), url, seed=3)
+
+    def orders(seed):
+        store = Store(url, judgements_per_item=9, seed=seed)
+        seen = {}
+        for clinician in (f"x{seed}", f"y{seed}"):
+            while shown := store.next_item(clinician):
+                seen[clinician[0], shown.item_id] = shown.first
+                store.save(clinician, shown.item_id, shown.item_id, Word("skipped"))
+        return seen
+
+    first = orders(0)
+    assert 15 < sum(answer == "A lymphocyte." for (clinician, _), answer in first.items() if clinician == "x") < 45
+    assert 15 < sum(first["x", f"item-{number}"] == first["y", f"item-{number}"] for number in range(60)) < 45
+    assert orders(1) != first
+    assert list(dict.fromkeys(item_id for _, item_id in first)) != [f"item-{number}" for number in range(60)]  # nor are the items in the order given
+
+
+def test_a_skipped_item_goes_to_someone_else_and_a_judged_one_does_not(url, tmp_path):
+    import_items(write_items(tmp_path / "items", [item(1)]), url)
+    store = Store(url)
+    store.save("x", store.next_item("x").item_id, "k", Word("skipped"))
+    assert store.next_item("x") is None and store.next_item("y").item_id == "item-1"
+    assert store.next_item("z") is None  # y has it open
+    store.save("y", "item-1", "k", good(True, True))
+    assert store.next_item("z") is None
+    store.close()
+
+
+def test_an_item_left_open_goes_to_someone_else_and_a_late_word_is_kept(url, tmp_path):
+    import_items(write_items(tmp_path / "items", [item(1)]), url)
+    store = Store(url, hold_hours=0)
+    store.next_item("x")
+    assert store.next_item("y").item_id == "item-1"
+    store.save("y", "item-1", "k", good(True, False))
+    assert store.next_item("x") is None and store.progress("x")["left"] == 0
+    assert store.save("x", "item-1", "k", good(True, True))
+    assert progress_of(url)["judgements"] == 2
+    store.close()
+
+
+def test_undo_goes_back_step_by_step(url, tmp_path):
+    import_items(write_items(tmp_path / "items", [item(number) for number in range(3)]), url)
+    store = Store(url)
+    assert store.undo("x", "u0") is None
+    first = store.next_item("x")
+    store.save("x", first.item_id, "k1", good(True, False, edited_second="Edited."))
+    second = store.next_item("x")
+    store.save("x", second.item_id, "k2", Word("skipped"))
+    open_now = store.next_item("x")
+    assert store.undo("x", "u1").item_id == store.undo("x", "u1").item_id == second.item_id  # the same key takes back one word
+    back = store.undo("x", "u2")
+    assert back.item_id == first.item_id and back.earlier == good(True, False, edited_second="Edited.")
+    assert store.undo("x", "u3") is None
+    assert store.next_item("x") == back  # also after a reload
+    assert progress_of(url)["judgements"] == 0
+    store.save("x", first.item_id, "k3", good(False, True))
+    assert store.next_item("x").item_id == second.item_id
+    store.save("x", second.item_id, "k4", good(False, True))
+    assert store.next_item("x").item_id == open_now.item_id
+    assert [row["item_id"] for row in _exported(url, tmp_path)] == sorted([first.item_id, second.item_id])
+    assert {(row["good_a"] and row["first_shown"] == "b") or (row["good_b"] and row["first_shown"] == "a") for row in _exported(url, tmp_path)} == {True}
+    store.close()
+
+
+def _exported(url, tmp_path):
+    export_all(url, str(tmp_path / "out"))
+    return list(stored_rows(str(tmp_path / "out" / "judgements")))
+
+
+def test_a_key_is_stored_once(url, tmp_path):
+    import_items(write_items(tmp_path / "items", [item(1), item(2)]), url)
+    store = Store(url, judgements_per_item=2)
+    first = store.next_item("x").item_id
+    assert store.save("x", first, "k", good(True, False))
+    assert not store.save("x", first, "k", good(False, True))  # a repeated request, however late
+    other = store.next_item("x").item_id
+    with pytest.raises(KeyUsed):
+        store.save("x", other, "k", good(True, True))
+    with pytest.raises(NotAssigned, match="was not given to 'y'"):
+        store.save("y", first, "k", good(True, True))
+    store.next_item("y")
+    assert store.save("y", first, "k", good(True, True))  # keys are each clinician's own
+    assert store.save("x", first, "k2", good(True, True))  # a later word, from another window, say
+    assert [(row["clinician"], row["good_b"]) for row in _exported(url, tmp_path)] == [("x", True), ("y", True)]
+    store.close()
+
+
+def test_many_clinicians_at_once(url, tmp_path):
+    """Twelve clinicians, thirty items, two wanted for each; every request is sent twice at the same time."""
+    import_items(write_items(tmp_path / "items", [item(number) for number in range(30)]), url)
+    stores = [Store(url, judgements_per_item=2) for _ in range(3)]  # as three replicas would be
+
+    def work(number):
+        store, clinician, mine = stores[number % 3], f"c{number}", []
+        with ThreadPoolExecutor(2) as pool:
+            while shown := store.next_item(clinician):
+                mine.append(shown.item_id)
+                saves = list(pool.map(lambda _: store.save(clinician, shown.item_id, f"key-{len(mine)}", good(True, number % 2 == 0)), range(2)))
+                assert sorted(saves) == [False, True]
+        return mine
+
+    with ThreadPoolExecutor(12) as pool:
+        given = list(pool.map(work, range(12)))
+    assert Counter(item_id for mine in given for item_id in mine) == {f"item-{number}": 2 for number in range(30)}
+    assert {(row["item_id"], row["clinician"]) for row in _exported(url, tmp_path)} == {(item_id, f"c{number}") for number, mine in enumerate(given) for item_id in mine}
+    with stores[0].engine.connect() as connection:
+        assert connection.execute(text("select count(*) from judgement")).scalar() == 60
+    for store in stores:
+        store.close()
+
+
+def test_judgements_survive_kill_9(tmp_path):
+    """A process that saves as fast as it can is killed: what it was told is stored is there, and saving the rest again gives each once."""
+    url = f"sqlite:///{tmp_path}/j.db"
+    import_items(write_items(tmp_path / "items", [item(number) for number in range(40)]), url)
+    program = f"""
+from medray.data.judgement_store import Store, Word
+store = Store({url!r})
+while shown := store.next_item("x"):
+    store.save("x", shown.item_id, "key of " + shown.item_id, Word("judged", True, False))
+    print(shown.item_id, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    acknowledged = [process.stdout.readline().strip() for _ in range(10)]
+    process.kill()
+    acknowledged += process.stdout.read().split()
+    process.wait()
+    assert 10 <= len(acknowledged) < 40
+    assert set(acknowledged) <= {row["item_id"] for row in _exported(url, tmp_path)}
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+    assert [row["item_id"] for row in _exported(url, tmp_path)] == sorted(f"item-{number}" for number in range(40))
+    engine = open_database(url)
+    with engine.connect() as connection:
+        assert connection.execute(text("select count(*) from judgement")).scalar() == 40
+        assert connection.execute(text("pragma integrity_check")).scalar() == "ok"
+
+
+def test_bad_items_are_set_aside_and_named(url, tmp_path, caplog):
+    rows = [
+        item(1), item(2, image=b"no image"), item(3, question="  "), item(4, answer_b=None), item(5, caption="a\0b"), item(6, item_id=""),
+        item(7, item_id="x" * 256), item(8, image=None), item(1),
+    ]
+    source = write_items(tmp_path / "items", rows)
+    assert import_items(source, url) == {"imported": 1, "already": 1, "set_aside": 7}
+    assert import_items(source, url) == {"imported": 0, "already": 2, "set_aside": 7}
+    engine = open_database(url)
+    with engine.connect() as connection:
+        reasons = dict(connection.execute(text("select item_id, reason from clinician_item_set_aside")).tuples().all())
+    assert len(reasons) == 7 and reasons["item-3"] == "question is empty" and reasons["item-4"] == "answer_b is empty"
+    assert "NUL" in reasons["item-5"] and "cannot be decoded" in reasons["item-2"] and "0 bytes" in reasons["item-8"]
+    assert [row["item_id"] for row in item_rows(engine)] == ["item-1"]
+    assert "item-2 is set aside" in caplog.text
+    engine.dispose()
+
+
+def test_an_item_that_changed_is_refused(url, tmp_path):
+    import_items(write_items(tmp_path / "items", [item(1)]), url)
+    for change in ({"answer_a": "Another."}, {"image": png(9)}):
+        with pytest.raises(DataError, match=r"'item-1' of .* has other contents than before"):
+            import_items(write_items(tmp_path / "changed", [item(0), item(1, **change)]), url)
+    with pytest.raises(DataError, match="'item-5' of"):
+        import_items(write_items(tmp_path / "changed", [item(5), item(5, question="Another?")]), url)
+    assert progress_of(url)["items"] == 1  # nothing of the refused shard
+
+
+def test_priority_comes_first(tmp_path):
+    url = f"sqlite:///{tmp_path}/j.db"
+    import_items(write_items(tmp_path / "items", [item(number) for number in range(20)]), url)
+    import_items(write_items(tmp_path / "urgent", [item(99)]), url, priority=1)
+    assert Store(url).next_item("x").item_id == "item-99"
+
+
+def test_what_is_said_and_shown_may_be_any_text(url, tmp_path):
+    nasty = "'); DROP TABLE judgement; -- <script>alert(1)</script> \u202e ß 漢 😀"
+    import_items(write_items(tmp_path / "items", [item(1, item_id=nasty, caption=nasty, question=nasty)]), url)
+    store = Store(url)
+    shown = store.next_item(nasty)
+    assert (shown.item_id, shown.caption, shown.question) == (nasty, nasty, nasty)
+    store.save(nasty, nasty, nasty, good(True, False, edited_first=nasty, edited_question=nasty))
+    (row,) = _exported(url, tmp_path)
+    assert (row["item_id"], row["clinician"], row["edited_question"]) == (nasty, nasty, nasty) and nasty in (row["edited_a"], row["edited_b"])
+    store.close()
+
+
+def test_sources_and_databases_that_cannot_be_used(tmp_path):
+    url = f"sqlite:///{tmp_path}/j.db"
+    with pytest.raises(DataError, match="no Parquet files"):
+        import_items(str(tmp_path / "nowhere"), url)
+    pq.write_table(pa.table({"item_id": ["1"], "image": [b""]}), tmp_path / "part.parquet")
+    with pytest.raises(DataError, match="lacks the columns question, answer_a, answer_b"):
+        import_items(str(tmp_path), url)
+    for bad, reason in (("sqlite://", "kept in memory"), ("judgements.db", "SQLAlchemy URL"), ("nosuch://host/name", "SQLAlchemy URL")):
+        with pytest.raises(ConfigError, match=reason):
+            open_database(bad)
+
+
+def test_a_relative_file_is_named_by_its_full_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_url("sqlite:///j.db") == f"sqlite:///{tmp_path}/j.db"
+    assert absolute_url("sqlite:////data/j.db") == "sqlite:////data/j.db"
+    assert absolute_url("postgresql+psycopg://me:secret@host/name") == "postgresql+psycopg://me:secret@host/name"

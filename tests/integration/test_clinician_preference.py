@@ -1,0 +1,182 @@
+"""The whole job on the bundled tiny models: every stage for real, in its own process, as a user runs it, killed on the way."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.dataset
+import pytest
+import yaml
+
+from medray.data.clinicians import is_right
+from medray.models.rater import Rater
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1800)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "data.testbed_rows=60", "data.max_labelled=30", "demonstrations.clusters=4", "demonstrations.draw=16", "generate.rounds=[2, 3]", "pairs.max_pairs=60",
+    "rater.epochs=2", "rater.micro_batch=16", "rater.hidden=[16]", "rater.checkpoint_every=1", "tune.epochs=1", "tune.eval_rows=2", "evaluate.arms=[selected]",
+    "evaluate.max_images=2", "evaluate.bootstrap=50", "verify.rows=0", "engine.rows_per_task=4",
+]
+KILLED = {"05-generate": 25, "08-rater": 25}  # about how many seconds each takes: a kill falls somewhere in between
+
+
+def command(run):
+    return [sys.executable, "jobs/clinician_preference.py", "--run", str(run), *(part for override in SMALL for part in ("--set", override))]
+
+
+def environment():
+    return {**os.environ, "RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
+
+
+def kill_in(run, stage, seconds):
+    """Start the job, SIGKILL its driver `seconds` after the stage has begun (or when it is over)."""
+    log = run.parent / f"{stage}.log"
+    with log.open("w") as handle:
+        job = subprocess.Popen(command(run), cwd=ROOT, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
+    folder = run / "stages" / stage
+    while job.poll() is None and not (folder / "inputs.json").exists():
+        time.sleep(0.05)
+    until = time.monotonic() + seconds
+    while job.poll() is None and time.monotonic() < until and not (folder / "manifest.json").exists():
+        time.sleep(0.05)
+    assert job.poll() is None, log.read_text()[-6000:]
+    job.kill()
+    job.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run whose driver was killed (SIGKILL) at a random point of each stage of KILLED, then run to its end."""
+    run = tmp_path_factory.mktemp("job") / "run"
+    rng = random.Random(0)
+    for stage, seconds in KILLED.items():
+        kill_in(run, stage, rng.uniform(0, seconds))
+    last = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr[-6000:]
+    return run, last
+
+
+def outputs(run, stage):
+    return json.loads((run / "stages" / stage / "manifest.json").read_text())["outputs"]
+
+
+def rows(run, *parts, columns=None):
+    return pyarrow.dataset.dataset(str(Path(run, "stages", *parts)), format="parquet").to_table(columns=columns).to_pylist()
+
+
+def ids(run, *parts, column="sample_id"):
+    found = [row[column] for row in rows(run, *parts, columns=[column])]
+    assert len(found) == len(set(found)), Counter(found).most_common(3)
+    return set(found)
+
+
+def test_summary_line_and_resume(finished):
+    run, done = finished
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert {"run", "base", "selected", "rater", "clinicians", "truth", "seconds", "report", "model", "rating_model"} <= set(summary)
+    assert summary["run"] == str(run)
+    assert summary["clinicians"]["kind"] == "simulated"
+    assert "stage 03-candidates: done before" in done.stderr
+    assert "simulated clinicians, error rate 0.1" in done.stderr
+    continued = json.loads((run / "stages/05-generate/manifest.json").read_text())["attempts"]
+    assert continued >= 2  # killed in it, and gone on
+
+
+def test_every_image_is_written_about_once(finished):
+    run, _ = finished
+    images = ids(run, "00-data/captioned")
+    assert len(images) == 30
+    assert ids(run, "01-embed/rows") == images
+    drawn = ids(run, "02-draw/drawn")
+    assert len(drawn) == 16
+    assert ids(run, "03-candidates/rows") == drawn
+    assert ids(run, "05-generate/rows") == images
+
+
+def test_every_exchange_is_rated_and_scored_once(finished):
+    run, _ = finished
+    exchanges = ids(run, "05-generate/exchanges")
+    assert len(exchanges) >= 2 * 25  # a few images may be left without a dialogue
+    assert ids(run, "06-rate/rows") == exchanges
+    assert ids(run, "09-score/rows") == exchanges
+    assert all(0 <= row["score"] <= 10 for row in rows(run, "06-rate/rows", columns=["score"]))
+
+
+def test_clinicians_shape_the_dialogues_and_the_rating_model(finished):
+    run, _ = finished
+    asked = ids(run, "03-candidates/items", column="item_id")
+    judged = rows(run, "04-clinicians/judgements")
+    assert {row["item_id"] for row in judged} == asked
+    assert all(row["simulated"] for row in judged)
+    one_tick = {row["item_id"] for row in judged if row["status"] == "judged" and row["good_a"] != row["good_b"]}
+    pairs = rows(run, "04-clinicians/pairs", columns=["sample_id", "origin", "chosen_image_id"])
+    assert {row["sample_id"].rpartition("/")[0] for row in pairs} == one_tick
+    accepted = {row["dialogue_id"] for row in rows(run, "04-clinicians/demonstrations", columns=["dialogue_id"])}
+    shown = {name for row in rows(run, "05-generate/rows", columns=["demonstrations"]) for name in row["demonstrations"] or []}
+    assert shown
+    assert shown <= accepted
+    counts = outputs(run, "08-rater")["counts"]
+    assert counts["train, clinician"] + counts["held_out, clinician"] == len(pairs)
+
+
+def test_the_rating_model_loads_and_its_best_epoch_is_named(finished):
+    run, _ = finished
+    rater = outputs(run, "08-rater")
+    assert Rater.from_pretrained(rater["model"]).hidden == (16,)
+    assert rater["best_epoch"] in (0, 1)
+    assert rater["counts"]["samples"] == 2 * rater["counts"]["trained"]
+
+
+def test_what_is_selected_is_tuned_on_once_per_epoch(finished):
+    run, _ = finished
+    dialogues = ids(run, "05-generate/conversations")
+    kept = ids(run, "10-select-selected/rows")
+    assert kept <= dialogues
+    assert len(kept) == pytest.approx(0.4 * len(dialogues), abs=1)
+    scores = {}
+    for row in rows(run, "09-score/rows", columns=["dialogue_id", "score"]):
+        scores.setdefault(row["dialogue_id"], []).append(row["score"])
+    means = {name: sum(found) / len(found) for name, found in scores.items()}
+    assert sum(means[name] for name in kept) / len(kept) > sum(means.values()) / len(means)
+    counts = outputs(run, "11-tune-selected")["counts"]
+    assert (counts["trained"], counts["samples"], counts["quarantined"]) == (len(kept), len(kept), 0)
+
+
+def test_all_questions_were_answered_once_by_both_models(finished):
+    run, _ = finished
+    questions = ids(run, "00-data/questions")
+    for model in ("base", "selected"):
+        assert ids(run, f"90-evaluate-{model}", "rows") == questions
+
+
+def test_the_truth_is_that_of_the_cells(finished):
+    """The share of right answers, counted anew from the records the cells were drawn from."""
+    run, _ = finished
+    results = json.loads((run / "results.json").read_text())
+    records = {row["img_name"]: row for row in map(json.loads, (run / "stages/00-data/cells/records.jsonl").read_text().splitlines())}
+    exchanges = rows(run, "05-generate/exchanges", columns=["image_id", "question", "answer"])
+    checked = [is_right(row["question"], row["answer"], records[row["image_id"]]) for row in exchanges]
+    known = [right for right in checked if right is not None]
+    assert results["truth"]["right"]["written"] == pytest.approx(sum(known) / len(known))
+
+
+def test_report_opens_offline_and_shows_what_it_must(finished):
+    run, _ = finished
+    page = (run / "report.html").read_text()
+    for heading in (
+        "Before and after", "simulated clinicians, error rate 0.1", "Images drawn for the clinicians", "What the clinicians were shown", "The rating model",
+        "Against the true attributes", "Selection: modalities before and after", "Training", "Rows: kept", "Time",
+    ):
+        assert heading in page
+    assert "data:image/jpeg;base64" in page
+    assert page.count("<svg") >= 4
+    assert "<script" not in page
+    assert yaml.safe_load((run / "config.yaml").read_text())["clinicians"]["error_rate"] == 0.1
+    assert (run / "tensorboard").is_dir()

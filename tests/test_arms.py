@@ -1,0 +1,81 @@
+"""The studies' scripts: their arms are valid configurations in folders of their own, and the tables are those of the runs."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from medray.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def studies(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import clinician_preference_arms
+    import instruction_free_arms
+
+    yield {"clinician": clinician_preference_arms.STUDY, "instruction_free": instruction_free_arms.STUDY}
+    for name in ("arms", "clinician_preference_arms", "instruction_free_arms", "self_training"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["clinician", "instruction_free"])
+def test_arms_load_and_do_not_share_a_folder(studies, name):
+    import arms
+
+    study = studies[name]
+    for arm, overrides in study.arms.items():
+        load_config(study.config_type, ROOT / study.config, overrides)
+        assert study.against(arm) is None or study.against(arm) in study.arms
+    folders = {arms.folder_of(arm, seed, argparse.Namespace(runs="r")) for arm in study.arms for seed in (0, 1)}
+    assert len(folders) == 2 * len(study.arms)
+    assert not any(" " in str(folder) or "," in str(folder) for folder in folders)
+
+
+def score(value):
+    return {"value": value, "low": value, "high": value}
+
+
+def clinician_results(base, **arms):
+    """results.json of a run with these accuracies."""
+    def scores(value):
+        return {"overall": {"accuracy": score(value), "chance": 0.3, "majority": 0.6}, "by_type": {"open": {"accuracy": score(value / 2)}}}
+
+    rater = {"weight": 100.0, "clinician": {"pair_accuracy": score(0.8)}, "model": None}
+    return {
+        "scores": {"base": scores(base), **{name: scores(value) for name, value in arms.items()}} if arms else {}, "win_rates": {}, "rater": {**rater, "weights": [
+            {**rater, "weight": 1.0, "clinician": {"pair_accuracy": score(0.6)}}, rater]},
+        "truth": {"right": {"written": 0.7, "selected": 0.9}, "auc": {"rating model": 0.75}},
+    }
+
+
+def test_tables_of_finished_runs(studies, tmp_path):
+    import arms
+
+    study = studies["clinician"]
+    made = {
+        ("random, 10 %", 0): clinician_results(0.2, random=0.5), ("mixture, 10 %", 0): clinician_results(0.2, selected=0.6),
+        ("random, 10 %", 1): clinician_results(0.2, random=0.4), ("mixture, 10 %", 1): clinician_results(0.2, selected=0.6), ("w grid", 0): clinician_results(0.2),
+    }
+    options = argparse.Namespace(runs=str(tmp_path), arms=list(study.arms), seeds=[0, 1, 2])
+    for (arm, seed), results in made.items():
+        folder = arms.folder_of(arm, seed, options)
+        folder.mkdir()
+        (folder / "config.yaml").write_text("{}")
+        (folder / "results.json").write_text(json.dumps(results))
+    found = arms.by_arm(study, options)
+    assert list(found) == ["zero-shot", "random, 10 %", "mixture, 10 %", "w grid, w 1", "w grid, w 100"]
+    assert (found["mixture, 10 %"][1]["all"], found["mixture, 10 %"][1]["open"], found["mixture, 10 %"][1]["right"]) == (60, 30, 90)
+    assert (found["mixture, 10 %"][0]["alignment"], found["mixture, 10 %"][0]["truth"], found["random, 10 %"][0]["alignment"]) == (80, 75, None)
+    assert [found[f"w grid, w {w}"][0]["alignment"] for w in (1, 100)] == [60, 80]
+    differences = arms.differences(study, found)
+    assert {seed: round(values["all"], 6) for seed, values in differences["mixture, 10 % minus random, 10 %"].items()} == {0: 10, 1: 20}
+    text = arms.write(study, options)
+    assert "| mixture, 10 % | 2 | 60.0 ± 0.0 |" in text
+    assert "| zero-shot |  | 20.0 | 10.0 |" in text
+    assert "Floors: chance 30.0, majority 60.0." in text
+    assert (tmp_path / "report.html").read_text().count("<svg") >= 4
