@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from self_training import T_975, interval
 
 from medray.config import Section, load_config
 from medray.evaluation import report
+from medray.run import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "zero-shot"  # the arm that is the base model: it is in every run and has no seed
@@ -69,22 +69,16 @@ def folder_of(arm: str, seed: int, options: argparse.Namespace) -> Path:
     return Path(options.runs, f"{arm.replace(', ', '-').replace('+', '-').replace('=', '').replace(' ', '-')}-{seed}")
 
 
-def is_finished(folder: Path) -> bool:
-    """A job writes its configuration first and its results last."""
-    config, results = folder / "config.yaml", folder / "results.json"
-    return results.is_file() and results.stat().st_mtime >= config.stat().st_mtime
-
-
 def run(study: Study, arm: str, seed: int, options: argparse.Namespace) -> None:
-    """Run or continue one arm, where it is not finished with the same configuration.
+    """Run or continue one arm and add it to the record, where it is not there with the same configuration.
 
     Raises CalledProcessError where the job fails; its log is beside its folder.
     """
     folder = folder_of(arm, seed, options)
     overrides = [*study.arms[arm], f"seed={seed}", *options.overrides]
-    source = [f"data.source={json.dumps(options.data)}"] if options.data else []
-    wanted = load_config(study.config_type, ROOT / options.config, [*source, *overrides]).model_dump(mode="json")
-    if is_finished(folder) and yaml.safe_load((folder / "config.yaml").read_text()) == wanted:
+    config = load_config(study.config_type, ROOT / options.config, overrides).model_dump(mode="json")
+    wanted = digest({"config": config, "data": options.data and Path(options.data).name})
+    if any((line["arm"], line["seed"], line["config"]) == (arm, seed, wanted) for line in recorded(options)):
         return
     data = ["--data", options.data] if options.data else []
     command = [
@@ -94,32 +88,46 @@ def run(study: Study, arm: str, seed: int, options: argparse.Namespace) -> None:
     print("$ " + " ".join(["python", *(f"'{part}'" if " " in part else part for part in command[1:])]), flush=True)
     with folder.with_suffix(".log").open("a") as log:
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
+    results = json.loads((folder / "results.json").read_text())
+    line = {"arm": arm, "seed": seed, "config": wanted, "base": study.base(results), "tuned": study.tuned(results), "floors": study.floors(results)}
+    with record_of(options).open("a") as record:
+        record.write(json.dumps(line) + "\n")
+
+
+def record_of(options: argparse.Namespace) -> Path:
+    return Path(options.record or Path(options.runs, "record.jsonl"))
+
+
+def recorded(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of the record: arm, seed, a hash of the configuration, and the measures as Study has them; of a run done again the last one."""
+    path = record_of(options)
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return list({(line["arm"], line["seed"]): line for line in lines}.values())
 
 
 def finished(options: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(arm, seed, results.json) of the runs that have come to their end."""
+    """(arm, seed, line) of the record, in the order of --arms and --seeds."""
+    found = {(line["arm"], line["seed"]): line for line in recorded(options)}
     for arm in options.arms:
         for seed in options.seeds:
-            folder = folder_of(arm, seed, options)
-            if is_finished(folder):
-                yield arm, seed, json.loads((folder / "results.json").read_text())
+            if (arm, seed) in found:
+                yield arm, seed, found[arm, seed]
 
 
-def by_arm(study: Study, options: argparse.Namespace) -> ByArm:
+def by_arm(options: argparse.Namespace) -> ByArm:
     """Measures by arm and seed, of finished runs."""
     arms: ByArm = {}
-    for arm, seed, results in finished(options):
-        base = study.base(results)
-        if base is not None:
-            arms.setdefault(BASE, {0: base})
-        for suffix, measures in study.tuned(results).items():
+    for arm, seed, line in finished(options):
+        if line["base"] is not None:
+            arms.setdefault(BASE, {0: line["base"]})
+        for suffix, measures in line["tuned"].items():
             arms.setdefault(arm + suffix, {})[seed] = measures
     return arms
 
 
-def floors(study: Study, options: argparse.Namespace) -> dict[str, float]:
+def floors(options: argparse.Namespace) -> dict[str, float]:
     """Per cent of the held-out questions that are had without a look at the image."""
-    found = next((study.floors(results) for _, _, results in finished(options)), {})
+    found = next((line["floors"] for _, _, line in finished(options)), {})
     return {name: 100 * value for name, value in found.items() if value is not None}
 
 
@@ -162,11 +170,11 @@ def page(study: Study, arms: ByArm, text: str) -> str:
 
 def write(study: Study, options: argparse.Namespace) -> str:
     """table.md and report.html of what is finished; returns the tables."""
-    arms = by_arm(study, options)
+    arms = by_arm(options)
     if not arms:
         return "no run is finished"
     shown = "\n".join([
-        table(study, "arm", arms), "", "Floors: " + ", ".join(f"{name} {value:.1f}" for name, value in floors(study, options).items()) + ".", "",
+        table(study, "arm", arms), "", "Floors: " + ", ".join(f"{name} {value:.1f}" for name, value in floors(options).items()) + ".", "",
         table(study, "difference", differences(study, arms)),
     ])
     Path(options.runs, "table.md").write_text(shown + "\n", encoding="utf-8")
@@ -175,7 +183,7 @@ def write(study: Study, options: argparse.Namespace) -> str:
 
 
 def main(study: Study, name: str, description: str | None) -> None:
-    """The command of a study. Its arguments: --data, --runs, --config, --seeds, --arms, --set, --finished.
+    """The command of a study. Its arguments: --data, --runs, --record, --config, --seeds, --arms, --set, --finished.
 
     Args:
         name: in the JSON line, which is printed last.
@@ -183,6 +191,7 @@ def main(study: Study, name: str, description: str | None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="WBCAtt folder, or any source of attribute tables (default: synthetic cells)")
     parser.add_argument("--runs", required=True, help="folder of the run directories")
+    parser.add_argument("--record", help="file of one JSON line for each finished run; a run that is there is not made again, whatever --runs holds (default: record.jsonl in --runs)")
     parser.add_argument("--config", default=study.config)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(study.arms), choices=list(study.arms), metavar="ARM", help=f"of: {'; '.join(study.arms)}".replace("%", "%%"))
@@ -196,4 +205,4 @@ def main(study: Study, name: str, description: str | None) -> None:
             run(study, arm, seed, options)
             write(study, options)
     print(write(study, options))
-    print(json.dumps({"benchmark": name, "seeds": options.seeds, "arms": by_arm(study, options), "floors": floors(study, options)}))
+    print(json.dumps({"benchmark": name, "seeds": options.seeds, "arms": by_arm(options), "floors": floors(options)}))

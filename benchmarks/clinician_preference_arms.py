@@ -2,7 +2,8 @@
 
 Every arm is one `jobs/clinician_preference.py` command per seed, printed before it runs, in a run directory of its own under --runs. What
 arms have in common (data, dialogues, judgements, ratings, the rating models, the base model's answers) is made once per seed, in
---runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done.
+--runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done; what is done
+stands in a record, with which it continues on another machine too (--record).
 
     nohup python benchmarks/clinician_preference_arms.py --runs runs/arms-cells > runs/arms.log 2>&1 &
     python benchmarks/clinician_preference_arms.py --data WBCATT --runs runs/arms-wbcatt --arms 'random, 40 %' 'mixture, 40 %' --seeds 0

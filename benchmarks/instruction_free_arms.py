@@ -2,7 +2,8 @@
 
 Every arm is one `jobs/instruction_free.py` command per seed, printed before it runs, in a run directory of its own under --runs. What
 arms have in common (the data, the base model's answers, the warm-up of equal k, seed and shuffling) is made once, in
---runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done.
+--runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done; what is done
+stands in a record, with which it continues on another machine too (--record).
 
     nohup python benchmarks/instruction_free_arms.py --data WBCATT --runs runs/arms > runs/arms.log 2>&1 &
     python benchmarks/instruction_free_arms.py --data WBCATT --runs runs/arms --finished     # the tables of what is finished

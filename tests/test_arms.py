@@ -53,7 +53,7 @@ def clinician_results(base, **arms):
     }
 
 
-def test_tables_of_finished_runs(studies, tmp_path):
+def test_tables_of_recorded_runs(studies, tmp_path, monkeypatch):
     import arms
 
     study = studies["clinician"]
@@ -61,13 +61,25 @@ def test_tables_of_finished_runs(studies, tmp_path):
         ("random, 10 %", 0): clinician_results(0.2, random=0.5), ("mixture, 10 %", 0): clinician_results(0.2, selected=0.6),
         ("random, 10 %", 1): clinician_results(0.2, random=0.4), ("mixture, 10 %", 1): clinician_results(0.2, selected=0.6), ("w grid", 0): clinician_results(0.2),
     }
-    options = argparse.Namespace(runs=str(tmp_path), arms=list(study.arms), seeds=[0, 1, 2])
-    for (arm, seed), results in made.items():
-        folder = arms.folder_of(arm, seed, options)
-        folder.mkdir()
-        (folder / "config.yaml").write_text("{}")
-        (folder / "results.json").write_text(json.dumps(results))
-    found = arms.by_arm(study, options)
+    options = argparse.Namespace(
+        runs=str(tmp_path), record=None, data=None, arms=list(study.arms), seeds=[0, 1, 2], overrides=["tune.epochs=1"], config=str(ROOT / study.config))
+    jobs = []
+
+    def job(command, **_):
+        folder = Path(command[command.index("--run") + 1])
+        folder.mkdir(exist_ok=True)
+        jobs.append(folder)
+        (folder / "results.json").write_text(json.dumps(next(results for (arm, seed), results in made.items() if arms.folder_of(arm, seed, options) == folder)))
+
+    monkeypatch.setattr(arms.subprocess, "run", job)  # the job itself has a test of its own
+    for _ in range(2):  # the second time all is in the record
+        for arm, seed in made:
+            arms.run(study, arm, seed, options)
+    assert len(jobs) == len(made)
+    options.overrides = ["tune.epochs=2"]  # of another configuration it is another run
+    arms.run(study, "w grid", 0, options)
+    assert len(jobs) == len(made) + 1
+    found = arms.by_arm(options)
     assert list(found) == ["zero-shot", "random, 10 %", "mixture, 10 %", "w grid, w 1", "w grid, w 100"]
     assert (found["mixture, 10 %"][1]["all"], found["mixture, 10 %"][1]["open"], found["mixture, 10 %"][1]["right"]) == (60, 30, 90)
     assert (found["mixture, 10 %"][0]["alignment"], found["mixture, 10 %"][0]["truth"], found["random, 10 %"][0]["alignment"]) == (80, 75, None)
