@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -105,19 +107,18 @@ def test_a_demonstration_without_a_dialogue_is_named_after_its_item():
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """URL of a PostgreSQL of its own, on a socket. Its server does not run as root."""
     tools = {name: shutil.which(name) for name in ("initdb", "postgres")}
     if None in tools.values():
         if os.environ.get("CI"):
             pytest.fail("CI has no PostgreSQL server: install Debian's postgresql")
         pytest.skip("no PostgreSQL server on this machine")
-    folder = tmp_path_factory.mktemp("postgres")
+    scratch = tempfile.TemporaryDirectory(prefix="medray-postgres-")  # pytest's own folders are closed to other users
+    folder = Path(scratch.name)
     as_user = {}
     if os.geteuid() == 0:
         as_user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
-        for parent in (folder, folder.parent, folder.parent.parent):
-            parent.chmod(parent.stat().st_mode | 0o055)
         shutil.chown(folder, "nobody", "nogroup")
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "HOME": str(folder)}
     options = {"env": environment, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **as_user}
@@ -142,6 +143,7 @@ def postgres(tmp_path_factory):
     admin.dispose()
     server.send_signal(signal.SIGINT)  # ends at once, also where a failed test left connections
     server.wait()
+    scratch.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -6,7 +6,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +18,7 @@ from medray.errors import ConfigError
 from medray.inference.score import SCORED_ROW, Score, score_exchanges
 from medray.models.rater import Rater
 from medray.records import EXCHANGE, SCORED
+from tests.processes import descendants
 from tests.rating import cell, exchange, exchanges
 
 CONFIG = ScoreConfig(batch=4, rows_per_task=8)
@@ -86,7 +86,7 @@ def test_a_killed_actor_costs_no_row_and_doubles_none(ray_cluster, rater, tmp_pa
     target, committed = str(tmp_path / "rows"), str(tmp_path / "committed")
 
     def kill_one():
-        while not (victims := [p for p in psutil.Process().children(recursive=True) if "MapBatches(Score)" in " ".join(p.cmdline())]):
+        while not (victims := descendants("MapBatches(Score)")):
             time.sleep(0.05)
         os.kill(victims[0].pid, signal.SIGKILL)
         killed.append(victims[0].pid)

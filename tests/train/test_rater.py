@@ -8,7 +8,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -22,6 +21,7 @@ from medray.models.rater import Rater
 from medray.train.engine import full_state
 from medray.train.rater import RaterBatches, RaterStep, export_rater, rating_loss, train_rater
 from medray.train.worker import read_rows, run_training
+from tests.processes import descendants
 from tests.rating import pair, small, stored
 
 torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def test_it_learns_survives_a_kill_and_keeps_the_best_epoch(ray_cluster, tiny_cl
     def kill_one():
         while not list(Path(tmp_path, "stage", "training").glob("checkpoint_*/progress.json")):
             time.sleep(0.05)
-        victim = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())][-1]
+        victim = descendants("RayTrainWorker")[-1]
         killed.append(victim.pid)
         os.kill(victim.pid, signal.SIGKILL)
 

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +18,7 @@ from medray.data.collate import Encoder
 from medray.errors import ConfigError
 from medray.models.vlm import load_vlm
 from medray.train.worker import export_merged, read_rows, run_training
+from tests.processes import descendants
 
 from .conftest import DPO, MODEL, SFT, conversations, preferences
 
@@ -92,7 +92,7 @@ def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava,
         # After the first checkpoint, well before the first epoch's end (20 steps).
         while not list(Path(tmp_path, "training").glob("checkpoint_*/progress.json")):
             time.sleep(0.05)
-        victim = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())][-1]
+        victim = descendants("RayTrainWorker")[-1]
         killed.append(victim.pid)
         os.kill(victim.pid, signal.SIGKILL)
 
