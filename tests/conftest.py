@@ -20,7 +20,9 @@ def ray_cluster():
     """A local Ray with four logical CPUs, shared by every test that needs one."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level="ERROR")
+    from medray.methods.session import start_ray
+
+    start_ray(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level="ERROR")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # as medray.methods.session sets it

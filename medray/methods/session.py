@@ -14,6 +14,28 @@ from typing import Any
 
 from medray.config import ClusterConfig
 
+logger = logging.getLogger("medray")
+
+_SLOW_START = "timed out during startup"
+_STARTS = 3
+
+
+def start_ray(**arguments: Any) -> None:
+    """ray.init, once more where a local Ray was not up within the 30 seconds that Ray gives it: on a machine at work it needs longer.
+
+    Raises what ray.init raises, at the last of three attempts.
+    """
+    import ray
+
+    for attempt in range(1, _STARTS + 1):
+        try:
+            ray.init(**arguments)
+            return
+        except Exception as error:  # Ray has no type for it
+            if _SLOW_START not in str(error) or attempt == _STARTS:
+                raise
+            logger.warning("Ray did not start in time (the machine is busy); attempt %d of %d", attempt + 1, _STARTS)
+
 
 @contextlib.contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
@@ -41,7 +63,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         if local:
             runtime_env["worker_process_setup_hook"] = "medray._worker_setup.quiet"
         on_stop = signal.getsignal(signal.SIGTERM)
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env, **local)
+        start_ray(address=address, log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env, **local)
         if threading.current_thread() is threading.main_thread() and callable(on_stop):
             signal.signal(signal.SIGTERM, on_stop)  # Ray's own handler, set by init, would leave without a word
     context = ray.data.DataContext.get_current()
