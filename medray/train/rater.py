@@ -102,9 +102,10 @@ class RaterStep(TrainStep):
             right, clinician = right_order(chosen, rejected), batch["clinician"].float()
             return torch.stack([rating_loss(chosen, rejected, self.config).sum(), (right * clinician).sum(), clinician.sum(), right.sum(), torch.ones_like(right).sum()])
 
-        if not int(self.reduce(torch.tensor(len(batches)))):
+        totals = self.totals(batches, filler, sums)
+        if not totals:
             return {}
-        loss, aligned, of_clinicians, right, pairs = self.totals(batches, filler, sums)
+        loss, aligned, of_clinicians, right, pairs = totals
         found = {"eval_loss": loss / pairs, "eval_pairs": pairs, "eval_clinician_pairs": of_clinicians}
         if of_clinicians:
             found["eval_alignment"] = aligned / of_clinicians

@@ -181,7 +181,7 @@ class TrainStep:
             loss, weight, _ = self.objective(batch)
             return torch.stack([loss.double(), weight.double()])
 
-        loss, weight = self.totals(batches, filler, loss_and_weight)
+        loss, weight = self.totals(batches, filler, loss_and_weight) or (0.0, 0.0)
         return loss / weight if weight else None
 
     def measure(self, batches: Sequence[dict[str, Any]], filler: dict[str, Any]) -> dict[str, float]:
@@ -191,14 +191,17 @@ class TrainStep:
 
     @torch.no_grad()
     def totals(self, batches: Sequence[dict[str, Any]], filler: dict[str, Any], of: Callable[[dict[str, Any]], torch.Tensor]) -> list[float]:
-        """Sums of `of(batch)` over all ranks' batches, without dropout. Collective."""
+        """Sums of `of(batch)` over all ranks' batches, without dropout; [] where no rank has any. Collective."""
+        passes = int(self.reduce(torch.tensor(len(batches)), dist.ReduceOp.MAX))
+        if not passes:
+            return []
         self.engine.train(False)
-        sums: torch.Tensor | float = 0.0
-        for index in range(int(self.reduce(torch.tensor(len(batches)), dist.ReduceOp.MAX))):
+        parts = []
+        for index in range(passes):
             found = of(self.place(batches[index] if index < len(batches) else filler)).double().cpu()
-            sums = sums + found * (index < len(batches))
+            parts.append(found if index < len(batches) else torch.zeros_like(found))
         self.engine.train(True)
-        return self.reduce(torch.as_tensor(sums)).tolist()
+        return self.reduce(torch.stack(parts).sum(0)).tolist()
 
     def reduce(self, value: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """All-reduced over the workers, on the CPU."""

@@ -54,6 +54,16 @@ def test_every_open_part_gets_gradient_and_frozen_weights_stay(tiny, checkpointi
             assert torch.equal(parameter, frozen[name]), f"{name} changed"
 
 
+def test_held_out_rows_that_are_all_bad_give_no_loss_and_a_worker_without_any_adds_nothing(tiny):
+    step = step_of(tiny)
+    (one, *_), batch = pairs_of(tiny)
+    assert step.evaluate([], batch) is None
+    assert step.measure([], batch) == {}
+    rows_of_others, reduce = 2, step.reduce
+    step.reduce = lambda value, op=None: torch.tensor(rows_of_others) if value.ndim == 0 else reduce(value)
+    assert step.totals([one], batch, lambda given: torch.tensor([2.0, 3.0]) if len(given["input_ids"]) == len(one["input_ids"]) else torch.tensor([1.0, float("nan")])) == [2.0, 3.0]
+
+
 def test_parts_with_no_learning_rate_are_frozen(tiny):
     step = step_of(tiny, DPO.model_copy(update={"lr_vision": None, "lr_projector": None}))
     assert {part_of(name) for name in trainable_parameters(step.model)} == {"llm"}
