@@ -48,7 +48,7 @@ def digest(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Section):
-        return value.model_dump(mode="json", exclude={"place"})  # where a stage ran is no part of what it made
+        return value.settings()
     raise TypeError(f"{type(value).__name__} has no place in a stage's inputs")
 
 

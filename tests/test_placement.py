@@ -3,6 +3,7 @@
 import pytest
 
 from medray.config import (
+    ClinicianPreferenceConfig,
     DpoConfig,
     EngineConfig,
     InstructionFreeTrainConfig,
@@ -12,6 +13,7 @@ from medray.config import (
     load_config,
 )
 from medray.errors import ConfigError
+from medray.methods import clinician_preference_stages as steps
 from medray.run import digest
 
 PLACE = Placement(labels={"medray-group": "train"}, accelerator="in(A100,H100)", memory_gib=1.5)
@@ -56,6 +58,13 @@ def test_a_place_is_no_part_of_a_stages_inputs(cls):
     assert digest({"train": cls()}) == digest({"train": before})
     assert digest({"train": cls(place=PLACE)}) == digest({"train": before})
     assert cls(place=PLACE).model_dump()["place"]["labels"] == {"medray-group": "train"}, "the run's config.yaml has it all the same"
+
+
+def test_nor_where_a_stage_names_the_fields_it_depends_on():
+    here = ClinicianPreferenceConfig()
+    there = load_config(ClinicianPreferenceConfig, None, ["rater.place.accelerator=L4", "score.place.accelerator=L4", "demonstrations.place.accelerator=L4"])
+    for inputs in (steps.embed_inputs, steps.draw_inputs, steps.score_inputs, lambda config: steps.rater_inputs(config.rater)):
+        assert digest(inputs(here)) == digest(inputs(there))
 
 
 def test_training_workers():

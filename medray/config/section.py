@@ -16,6 +16,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
+    def settings(self, *without: str) -> dict[str, Any]:
+        """What a stage's outcome depends on, as plain data: all fields but those named, and but `place`, which says where the work runs."""
+        return self.model_dump(mode="json", exclude={"place", *without})
+
 
 def set_seed(seed: int | None, *sections: Any) -> None:
     """Give the sections that have another seed this one; None leaves them as they are."""

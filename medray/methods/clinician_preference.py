@@ -147,7 +147,7 @@ def tune_and_evaluate(
     The first arm is what the run is for: it comes last, so that it is compared with all others.
     """
     base = stages.resolve_base(config)
-    asked = {"data": data["hash"], "settings": config.model, "config": config.evaluate.model_dump(exclude={"arms"})}
+    asked = {"data": data["hash"], "settings": config.model, "config": config.evaluate.settings("arms")}
     models: dict[str, stages.Model] = {}
     scores: Manifests = {}
     if kept:

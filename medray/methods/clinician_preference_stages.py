@@ -15,10 +15,10 @@ from medray.run import Run, Stage
 
 # Fields of sections that say how the work is done, and not what comes out.
 _HOW_DATA = {"read_cpus", "encoders", "unlabelled_per_round"}
-_HOW_EMBED = {"batch", "actors", "cpus_per_actor", "gpus_per_actor", "place"}
+_HOW_EMBED = {"batch", "actors", "cpus_per_actor", "gpus_per_actor"}
 _HOW_ASK = {"concurrency", "retries", "timeout", "usd_per_million_input", "usd_per_million_output"}
 _DRAW = {"clusters", "kmeans_batch", "passes", "draw", "picture_points", "seed"}
-_HOW_SCORE = {"actors", "cpus_per_actor", "gpus_per_actor", "place", "batch", "rows_per_task"}
+_HOW_SCORE = {"actors", "cpus_per_actor", "gpus_per_actor", "batch", "rows_per_task"}
 ORDERS = {"selected": "score", "random": "random"}  # of an arm: select.order
 
 
@@ -26,7 +26,7 @@ def data_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
     """What the data stage depends on. The seed draws the images, so it counts only where some are left out."""
     evaluate = config.evaluate
     return {
-        "data": config.data.model_dump(exclude=_HOW_DATA), "captions": config.captions, "seed": config.generate.seed if config.data.label_fraction < 1 else None,
+        "data": config.data.settings(*_HOW_DATA), "captions": config.captions, "seed": config.generate.seed if config.data.label_fraction < 1 else None,
         "kinds": evaluate.kinds, "eval_seed": evaluate.seed, "max_eval": evaluate.max_images, "eval_rows": config.tune.eval_rows,
     }
 
@@ -46,7 +46,7 @@ def prepare_data(stage: Stage, config: ClinicianPreferenceConfig) -> dict[str, A
 
 
 def embed_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
-    return config.demonstrations.model_dump(exclude=_HOW_EMBED | _DRAW)
+    return config.demonstrations.settings(*_HOW_EMBED, *_DRAW)
 
 
 def embed(stage: Stage, config: ClinicianPreferenceConfig, encoder: str, data: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def draw(stage: Stage, config: ClinicianPreferenceConfig, data: dict[str, Any], 
 
 def generate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
     """What dialogues depend on beside images and demonstrations."""
-    return {"config": config.generate.model_dump(exclude=_HOW_ASK | {"answers"}), "writer": model and model.hash, "model": model and config.model.model_dump(exclude={"path"})}
+    return {"config": config.generate.settings(*_HOW_ASK, "answers"), "writer": model and model.hash, "model": model and config.model.settings("path")}
 
 
 def candidates(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | None, drawn: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Mo
 
 
 def rate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
-    return {"config": config.rate.model_dump(exclude=_HOW_ASK), "rater": model and model.hash, "model": model and config.model.model_dump(exclude={"path"})}
+    return {"config": config.rate.settings(*_HOW_ASK), "rater": model and model.hash, "model": model and config.model.settings("path")}
 
 
 def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, written: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def rater_configs(config: ClinicianPreferenceConfig) -> dict[str, RaterConfig]:
 
 def rater_inputs(rater: RaterConfig) -> dict[str, Any]:
     """What the rating model depends on beside pairs and encoder: a weight, only where both kinds of pairs are mixed."""
-    return rater.model_dump(exclude={"encoder"} if rater.train_on == "mixture" else {"encoder", "clinician_weight"})
+    return rater.settings("encoder", *(() if rater.train_on == "mixture" else ("clinician_weight",)))
 
 
 def train_rater(stage: Stage, config: ClinicianPreferenceConfig, rater: RaterConfig, pairs: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def best_rater(trained: dict[str, dict[str, Any]]) -> str:
 
 
 def score_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
-    return config.score.model_dump(exclude=_HOW_SCORE)
+    return config.score.settings(*_HOW_SCORE)
 
 
 def score(stage: Stage, config: ClinicianPreferenceConfig, rater: str, written: dict[str, Any]) -> dict[str, Any]:

@@ -36,13 +36,13 @@ class Model:
 
 def data_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
     """What the data stage depends on: execution settings such as CPUs are left out."""
-    return {"data": config.data.model_dump(exclude={"read_cpus", "encoders"}), "kinds": config.evaluate.kinds, "eval_seed": config.evaluate.seed,
+    return {"data": config.data.settings("read_cpus", "encoders"), "kinds": config.evaluate.kinds, "eval_seed": config.evaluate.seed,
             "max_eval": config.evaluate.max_images, "seed": config.sft.seed, "eval_rows": config.sft.eval_rows}
 
 
 def judge_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
     """What a verdict depends on: how requests are sent, and what is later made of the scores, are left out."""
-    return config.judge.model_dump(exclude={"concurrency", "retries", "timeout", *PAIR_RULES})
+    return config.judge.settings("concurrency", "retries", "timeout", *PAIR_RULES)
 
 
 def pair_rules(config: SelfTrainingConfig) -> dict[str, Any]:
