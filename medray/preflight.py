@@ -14,9 +14,12 @@ from medray.config import (
     DataConfig,
     EndpointConfig,
     EngineConfig,
+    GenerateConfig,
     InstructionFreeConfig,
+    JudgeConfig,
     LoopConfig,
     ModelConfig,
+    RateConfig,
     SelfTrainingConfig,
 )
 from medray.errors import ConfigError
@@ -73,10 +76,10 @@ def check_clinician_preference(config: ClinicianPreferenceConfig) -> None:
         *source_problems(config.data),
         *([] if config.demonstrations.encoder.startswith("open_clip:") else encoder_problems("demonstrations.encoder", config.demonstrations.encoder)),
         *encoder_problems("rater.encoder", config.rater.encoder),
-        *strong_model_problems("generate", config.generate, config.generate.kind),
-        *strong_model_problems("rate", config.rate, config.rate.kind),
+        *strong_model_problems("generate", config.generate),
+        *strong_model_problems("rate", config.rate),
         *clinician_problems(config.clinicians),
-        *(strong_model_problems("judge", config.judge, config.judge.kind) if config.judge is not None else []),
+        *(strong_model_problems("judge", config.judge) if config.judge is not None else []),
         *cpu_problems(config, {"rater": config.rater, "tune": config.tune}),
     ]
     if config.data.label_fraction == 0:
@@ -130,9 +133,9 @@ def rater_problems(field: str, path: str) -> list[str]:
     return [f"{field}: {path} holds no rating model; give the folder stages/08-rater/model of a run of jobs/clinician_preference.py"]
 
 
-def strong_model_problems(section: str, config: EndpointConfig, kind: str) -> list[str]:
+def strong_model_problems(section: str, config: GenerateConfig | RateConfig | JudgeConfig) -> list[str]:
     """Problems of a model that a section asks: a local one by its reference, or an endpoint's."""
-    return model_problems(f"{section}.model", config.model) if kind == "vllm" else endpoint_problems(section, config)
+    return model_problems(f"{section}.model", config.model) if config.kind == "vllm" else endpoint_problems(section, config)
 
 
 def clinician_problems(config: CliniciansConfig) -> list[str]:
@@ -185,11 +188,9 @@ def judge_problems(config: SelfTrainingConfig) -> list[str]:
     judge = config.judge
     if config.rounds == 0 or judge.kind == "random":
         return []
-    if judge.kind == "vllm":
-        return model_problems("judge.model", judge.model)
     if judge.kind == "rater":
         return rater_problems("judge.model", judge.model)
-    return endpoint_problems("judge", judge)
+    return strong_model_problems("judge", judge)
 
 
 def endpoint_problems(section: str, config: EndpointConfig) -> list[str]:

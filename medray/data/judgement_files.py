@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import logging
 from collections import Counter
@@ -37,7 +36,7 @@ from medray.data.judgement_tables import (
     writing,
 )
 from medray.data.judgements import demonstration_rows, preference_rows
-from medray.data.shards import READ_ROWS, parquet_files, tables, write_shard
+from medray.data.shards import READ_ROWS, count_rows, parquet_files, tables, tables_of, write_shard
 from medray.errors import DataError, MedrayError
 from medray.records import CLINICIAN_ITEM, EXCHANGE, JUDGEMENT, RATING_PAIR, conform
 
@@ -224,16 +223,8 @@ def _write(rows: Iterable[Row], target: str, schema: pa.Schema) -> int:
     fs.makedirs(root, exist_ok=True)
     for path in parquet_files(target):
         fs.rm(fs._strip_protocol(path))
-    counted = Counter()
-
-    def pieces() -> Iterator[pa.Table]:
-        left = iter(rows)
-        while piece := list(itertools.islice(left, READ_ROWS)):
-            counted["rows"] += len(piece)
-            yield pa.Table.from_pylist(piece, schema=schema)
-
-    write_shard(pieces(), target, "part")
-    return counted["rows"]
+    write_shard(tables_of(rows, schema, READ_ROWS), target, "part")
+    return count_rows(target)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from medray.config.dialogues import PairsConfig
 from medray.data.ordering import Ordered, evenly, groups_of, hash64, hashed
-from medray.data.shards import count_rows, empty_folder, tables, write_shard
+from medray.data.shards import count_rows, empty_folder, tables, tables_of, write_shard
 from medray.records import RATING_PAIR
 
 SIDE = ("image_id", "image", "context", "question", "answer", "score")
@@ -114,8 +114,7 @@ def _written(rated: str, pairs: list[Pair], name: str) -> Iterator[pa.Table]:
     with Ordered(sides(), evenly("place", 2 * len(pairs)), 2 * len(pairs)) as rows:
         numbered = (table.append_column("pair", pc.divide(table["place"], 2)) for table in rows)
         made = ({"sample_id": f"model/{chosen_id}|{rejected_id}", "origin": "model", "judge": name} | found for (chosen_id, rejected_id), found in _joined(numbered, pairs))
-        while part := list(itertools.islice(made, 64)):
-            yield pa.Table.from_pylist(part, schema=RATING_PAIR)
+        yield from tables_of(made, RATING_PAIR, 64)
 
 
 def _joined(numbered: Iterator[pa.Table], pairs: list[Pair]) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:

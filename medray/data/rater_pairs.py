@@ -18,6 +18,12 @@ from medray.errors import DataError
 ORIGINS = ("clinician", "model")
 
 
+def right_order(chosen_P: Any, rejected_P: Any) -> Any:
+    """1 per pair whose better exchange is rated higher, 0.5 for a tie; of numpy arrays or torch tensors. The mean is the pair accuracy, and
+    over clinicians' pairs the clinician alignment rate (the released code counts a tie as wrong)."""
+    return (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
+
+
 def held_out(image_id: str, config: RaterConfig) -> bool:
     """Whether the pairs of an image measure the rating model rather than train it: fixed by the id and config.split_seed."""
     return unit("rater", config.split_seed, image_id) < config.held_out_fraction

@@ -30,7 +30,7 @@ from medray.data.exchanges import conversation_row, normal
 from medray.data.ordering import Ordered, evenly, groups_of, hash64, hashed
 from medray.data.quotas import UNKNOWN, shares
 from medray.data.ranking import at_most, descending, thresholds
-from medray.data.shards import count_rows, empty_folder, tables, write_shard
+from medray.data.shards import count_rows, empty_folder, tables, tables_of, write_shard
 from medray.errors import DataError
 from medray.records import CONVERSATION
 
@@ -174,10 +174,9 @@ def _looked_up(scored: str, places: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _conversations(exchanges: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:
-    made = (conversation_row(rows) for rows in groups_of(exchanges, "dialogue_id"))
-    while part := list(itertools.islice(made, 64)):
-        counts.update({"dialogues kept": len(part), "exchanges kept": sum(len(row["turns"]) // 2 for row in part)})
-        yield pa.Table.from_pylist(part, schema=CONVERSATION)
+    for table in tables_of((conversation_row(rows) for rows in groups_of(exchanges, "dialogue_id")), CONVERSATION, 64):
+        counts.update({"dialogues kept": table.num_rows, "exchanges kept": pc.sum(pc.list_value_length(table["turns"])).as_py() // 2})
+        yield table
 
 
 def _shares_of(mix: dict[str, Counter[str]]) -> dict[str, dict[str, Any]]:

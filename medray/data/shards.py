@@ -238,6 +238,13 @@ def _part_of(path: str, start: int, rows: int) -> Iterator[pa.Table]:
             first += length
 
 
+def tables_of(rows: Iterable[dict[str, Any]], schema: pa.Schema, size: int) -> Iterator[pa.Table]:
+    """Rows as tables of at most `size` of them; no table where there is no row."""
+    left = iter(rows)
+    while part := list(itertools.islice(left, size)):
+        yield pa.Table.from_pylist(part, schema=schema)
+
+
 def empty_folder(uri: str) -> None:
     """Make the folder, without whatever an earlier attempt left in it."""
     fs, root = url_to_fs(uri)

@@ -13,7 +13,7 @@ from medray.config.dialogues import DemonstrationsConfig
 from medray.data.clusters import Clusters, matrix
 from medray.data.ordering import hash64
 from medray.data.shards import tables
-from medray.evaluation.report import _figure, _svg
+from medray.evaluation.report import as_svg, new_figure
 
 
 def cluster_plot(embedded: str, clusters: Clusters, drawn: Iterable[Mapping[str, Any]], config: DemonstrationsConfig) -> str:
@@ -24,12 +24,12 @@ def cluster_plot(embedded: str, clusters: Clusters, drawn: Iterable[Mapping[str,
     if not len(embeddings):
         return ""
     points = components(embeddings)
-    figure, axes = _figure(6.4, 4.2)
+    figure, axes = new_figure(6.4, 4.2)
     axes.scatter(*points.T, c=clusters.of(embeddings), cmap="turbo", s=7, linewidths=0, alpha=0.7)
     axes.scatter(*points[rings].T, s=34, facecolors="none", edgecolors="#1c2733", linewidths=0.9, label=f"drawn ({rings.sum()})")
     axes.set_title(f"{len(embeddings):,} images in {len(clusters.centres)} clusters, two principal components", fontsize=10, loc="left")
     axes.legend(fontsize=8, frameon=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def components(embeddings: np.ndarray) -> np.ndarray:

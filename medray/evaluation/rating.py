@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from medray.config import DataConfig, RaterConfig, ScoreConfig
+from medray.data.rater_pairs import on_side, right_order
 from medray.evaluation.compare import clustered_interval
 from medray.inference.score import Score, score_options
 
@@ -21,12 +22,6 @@ SCORED_PAIR = pa.schema([
     ("chosen_rating", pa.float64()), ("rejected_rating", pa.float64()), ("error", pa.string()),  # null, or why a rating is missing
 ])
 BINS = 10
-
-
-def right_order(chosen_P: np.ndarray, rejected_P: np.ndarray) -> np.ndarray:
-    """1 per pair whose better exchange is rated higher, 0.5 for a tie: their mean is the pair accuracy, and over clinicians' pairs
-    the clinician alignment rate (the released code counts a tie as wrong)."""
-    return (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
 
 
 def auc(chosen_P: np.ndarray, rejected_P: np.ndarray) -> float:
@@ -130,7 +125,6 @@ def evaluate_rater(
     Returns {"clinician": rating_metrics or None, "model": rating_metrics or None, "pairs": held out, "without rating": pairs}; each
     rating_metrics of those pairs that have both ratings.
     """
-    from medray.data.rater_pairs import on_side
     from medray.data.shards import tables, write_resumable
 
     def rated_pairs(rows: Any) -> Any:

@@ -59,7 +59,8 @@ def with_interval(score: dict[str, float]) -> str:
     return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
 
 
-def _svg(figure) -> str:
+def as_svg(figure: Any) -> str:
+    """A matplotlib figure as an <svg> element; the figure is closed."""
     from matplotlib import pyplot
 
     buffer = io.StringIO()
@@ -69,7 +70,8 @@ def _svg(figure) -> str:
     return text[text.index("<svg"):]
 
 
-def _figure(width: float = 5.2, height: float = 3.0):
+def new_figure(width: float = 5.2, height: float = 3.0) -> tuple[Any, Any]:
+    """Figure and axes in the report's style; sizes in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,7 +87,7 @@ def timeline(stages: list[dict[str, Any]]) -> str:
     """Bar per stage from the manifests' started/finished times (seconds since the epoch)."""
     if not stages:
         return ""
-    figure, axes = _figure(9, 0.32 * len(stages) + 0.8)
+    figure, axes = new_figure(9, 0.32 * len(stages) + 0.8)
     # A resumed run has pauses of hours between stages: bars follow one another by their own seconds.
     begin = 0.0
     for index, stage in enumerate(stages):
@@ -95,7 +97,7 @@ def timeline(stages: list[dict[str, Any]]) -> str:
     axes.set_yticks(range(len(stages)), [stage["stage"] for stage in stages], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("seconds of work")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def curve(points: dict[str, list[tuple[float, float]]], title: str, xlabel: str = "optimiser step") -> str:
@@ -103,7 +105,7 @@ def curve(points: dict[str, list[tuple[float, float]]], title: str, xlabel: str 
     points = {name: line for name, line in points.items() if line}
     if not points:
         return ""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for name, line in points.items():
         xs, ys = zip(*line, strict=True)
         axes.plot(xs, ys, label=name, linewidth=1.3)
@@ -111,7 +113,7 @@ def curve(points: dict[str, list[tuple[float, float]]], title: str, xlabel: str 
     axes.set_xlabel(xlabel, fontsize=9)
     if len(points) > 1:
         axes.legend(fontsize=8, frameon=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def training_curves(metrics: Mapping[str, list[dict[str, Any]]], plots: Mapping[str, Mapping[str, str]]) -> str:
@@ -127,14 +129,14 @@ def arms_plot(arms: dict[str, dict[str, float]], title: str) -> str:
     """Dot and interval per arm; each score is {"value", "low", "high"}."""
     if not arms:
         return ""
-    figure, axes = _figure(5.2, 0.42 * len(arms) + 1)
+    figure, axes = new_figure(5.2, 0.42 * len(arms) + 1)
     for index, score in enumerate(arms.values()):
         axes.plot([score["low"], score["high"]], [index, index], color="#5d6b7a")
         axes.plot(score["value"], index, "o", color="#2457a6")
     axes.set_yticks(range(len(arms)), list(arms))
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def image_tag(data: bytes, side: int = 160) -> str:

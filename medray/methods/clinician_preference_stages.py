@@ -97,17 +97,14 @@ def generate(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | No
 
 def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | None, images: str, demonstrations: str | None, answers: int) -> dict[str, Any]:
     from medray.data.exchanges import demonstrations_of, unpack
-    from medray.data.shards import stored_rows, write_resumable
+    from medray.data.shards import write_resumable
     from medray.inference.dialogue_generation import generate_map
-    from medray.inference.judge import cost_ledger
 
     settings = config.generate.model_copy(update={"answers": answers})
     work, options = generate_map(settings, writer and writer.path, config.model, config.data, config.engine, demonstrations_of(demonstrations))
     rows = write_resumable(
         images, stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options), config.engine.rows_per_task, config.data.read_cpus)
-    ledger = cost_ledger(stored_rows(stage.path("rows"), ["requests", "retries", "prompt_tokens", "completion_tokens"]), config.generate)
-    for part in ("conversations", "exchanges", "items"):
-        stage.reset(part)
+    ledger = stages.ledger_of(stage, config.generate)
     counts = unpack(stage.path("rows"), stage.dir)
     return {**{part: stage.path(part) for part in ("conversations", "exchanges", "items")}, "ledger": ledger, "counts": {"images": rows, **counts}}
 
@@ -118,8 +115,7 @@ def rate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[
 
 def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, written: dict[str, Any]) -> dict[str, Any]:
     """A strong model's score from 0 to 10 for every exchange (records.RATED)."""
-    from medray.data.shards import stored_rows, write_resumable
-    from medray.inference.judge import cost_ledger
+    from medray.data.shards import write_resumable
     from medray.inference.rate import rate_map, rating_counts
 
     work, options = rate_map(config.rate, model and model.path, config.model, config.data, config.engine)
@@ -127,7 +123,7 @@ def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, w
         written["outputs"]["exchanges"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options),
         8 * config.engine.rows_per_task, config.data.read_cpus,
     )
-    ledger = cost_ledger(stored_rows(stage.path("rows"), ["requests", "retries", "prompt_tokens", "completion_tokens"]), config.rate)
+    ledger = stages.ledger_of(stage, config.rate)
     return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"exchanges": rows, **rating_counts(stage.path("rows"))}}
 
 

@@ -95,12 +95,10 @@ def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str
 
 def _write(stage: Stage, part: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
     """Rows as shards of one folder of the stage, few in memory at a time."""
-    from medray.data.shards import write_shard
+    from medray.data.shards import tables_of, write_shard
 
     stage.run.fs.makedirs(stage.path(part), exist_ok=True)
-    left = iter(rows)
-    tables = iter(lambda: pa.Table.from_pylist(list(islice(left, ROWS)), schema=schema), pa.Table.from_pylist([], schema=schema))
-    write_shard(tables, stage.path(part), "part-000000")
+    write_shard(tables_of(rows, schema, ROWS), stage.path(part), "part-000000")
 
 
 def against_truth(config: ClinicianPreferenceConfig, made: dict[str, dict[str, Any]], kept: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from medray.config import (
     ClinicianPreferenceConfig,
+    EndpointConfig,
     EvaluateJobConfig,
     InstructionFreeConfig,
     SelfTrainingConfig,
@@ -199,8 +200,8 @@ def _played(row: dict[str, Any]) -> dict[str, int]:
 
 def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> dict[str, Any]:
     """A stronger judge rates the answers (records.JUDGED)."""
-    from medray.data.shards import stored_rows, write_resumable
-    from medray.inference.judge import cost_ledger, judge_map
+    from medray.data.shards import write_resumable
+    from medray.inference.judge import judge_map
     from medray.models.vlm import resolve_model
 
     model = resolve_model(config.judge.model) if config.judge.kind in ("vllm", "rater") else None
@@ -209,9 +210,17 @@ def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> d
         played["outputs"]["rows"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(judge_class, **options),
         config.engine.rows_per_task, config.data.read_cpus,
     )
-    ledger = cost_ledger(stored_rows(stage.path("rows"), ["requests", "retries", "prompt_tokens", "completion_tokens"]), config.judge)
+    ledger = ledger_of(stage, config.judge)
     tally = _tally(stage.path("rows"), ["sample_id", "error", "verdicts"], _verdicts)
     return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"images": rows, **tally, "retried requests": ledger["retries"]}}
+
+
+def ledger_of(stage: Stage, config: EndpointConfig) -> dict[str, Any]:
+    """What the requests behind the stage's rows took, in tokens and USD."""
+    from medray.data.shards import stored_rows
+    from medray.inference.judge import cost_ledger
+
+    return cost_ledger(stored_rows(stage.path("rows"), ["requests", "retries", "prompt_tokens", "completion_tokens"]), config)
 
 
 def _verdicts(row: dict[str, Any]) -> dict[str, int]:

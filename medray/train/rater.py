@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from medray.config import DataConfig, ModelConfig, RaterConfig
 from medray.data.rater_inputs import PairEncoder, RaterInputs
+from medray.data.rater_pairs import ORIGINS, pair_counts, pairs_of, right_order, trains_on
 from medray.errors import ConfigError, DataError
 from medray.models.rater import Rater, load_inputs
 from medray.models.vlm import resolve_model
@@ -50,11 +51,6 @@ def rating_loss(chosen: torch.Tensor, rejected: torch.Tensor, config: RaterConfi
 def pair_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the better and of the worse exchange of each pair, [B] and [B]."""
     return model(**{name: value for name, value in batch.items() if name not in _LABELS}).chunk(2)
-
-
-def right_order(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """1 per pair [B] whose better exchange has the higher logit, 0.5 where both are equal."""
-    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
 
 
 def rater_objective(model: Any, batch: dict[str, Any], config: RaterConfig) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -183,8 +179,6 @@ def train_rater(stage_dir: str, pairs: str | list[str], config: RaterConfig, dat
 
     Raises DataError where there is nothing to train on, and what run_training raises.
     """
-    from medray.data.rater_pairs import ORIGINS, pair_counts, pairs_of, trains_on
-
     uris = [pairs] if isinstance(pairs, str) else list(pairs)
     counts = pair_counts(uris, config)
     rows = sum(counts[f"train, {origin}"] for origin in ORIGINS if trains_on(origin, config))
