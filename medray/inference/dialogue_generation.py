@@ -121,10 +121,7 @@ class EngineGenerate(EngineWorker, Generate):
 
         async def write(text: str, place: str) -> Reply:
             prompt = self.engine.chat.prompt_ids([{"role": "user", "text": text}])
-            output = (await self.engine.generate(prompt, image, sampling, seed_for(self.config.seed, row["sample_id"], place), image_id=key))[0]
-            usage.requests += 1
-            usage.prompt_tokens += output.prompt_tokens
-            usage.completion_tokens += len(output.token_ids)
+            output = await self.sampled(prompt, image, key, sampling, seed_for(self.config.seed, row["sample_id"], place), usage)
             return Reply(self.engine.chat.without_special_text(output.text), output.finish_reason, len(output.token_ids))
 
         return write

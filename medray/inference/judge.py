@@ -73,11 +73,7 @@ class EngineJudge(EngineWorker, Judge):
             prompt = self.engine.chat.prompt_ids([{"role": "user", "text": judge_prompt(text, first, second)}])
             # Seeded by what is compared, so that the verdicts of one question differ from each other.
             seed = seed_for(self.config.seed, question_id, "judge", first, second)
-            output = (await self.engine.generate(prompt, image, sampling, seed, image_id=key))[0]
-            usage.requests += 1
-            usage.prompt_tokens += output.prompt_tokens
-            usage.completion_tokens += len(output.token_ids)
-            return output.text
+            return (await self.sampled(prompt, image, key, sampling, seed, usage)).text
 
         return await asyncio.gather(*(written_verdict(question, i, j, ask, self.config.both_orders) for i, j in places))
 

@@ -74,17 +74,14 @@ class EngineRate(EngineWorker, Rate):
 
     async def rated(self, row, usage):
         image, key = await self.image(row)
-        usage.requests += 1
         if self.config.scoring == "likelihood":
             found = await self.engine.loglikelihood([{"role": "user", "text": row["question"]}], image, row["answer"], image_id=key)
+            usage.requests += 1
             usage.prompt_tokens += found.prompt_tokens
             return HIGHEST * math.exp(found.nats / found.tokens), None
         sampling = SamplingConfig(temperature=self.config.temperature, top_k=0, top_p=1.0, max_tokens=self.config.max_tokens)
         prompt = self.engine.chat.prompt_ids([{"role": "user", "text": rate_prompt(row["question"], row["answer"], row["context"])}])
-        output = (await self.engine.generate(prompt, image, sampling, seed_for(self.config.seed, row["sample_id"], "rate"), image_id=key))[0]
-        usage.prompt_tokens += output.prompt_tokens
-        usage.completion_tokens += len(output.token_ids)
-        return None, output.text
+        return None, (await self.sampled(prompt, image, key, sampling, seed_for(self.config.seed, row["sample_id"], "rate"), usage)).text
 
 
 class ApiRate(Rate):

@@ -30,14 +30,14 @@ class Questioner(EngineWorker):
     async def described(self, sample_id: str, image: Any, key: str, sampling: SamplingConfig, usage: Usage) -> list[Turn]:
         """The turns that come before a question: the describe prompt and the model's description."""
         opening: list[Turn] = [{"role": "user", "text": self.config.describe_prompt}]
-        output = await self._sampled(self.engine.chat.prompt_ids(opening), image, key, sampling, self._seed(sample_id, "describe"), usage)
+        output = await self.sampled(self.engine.chat.prompt_ids(opening), image, key, sampling, self._seed(sample_id, "describe"), usage)
         return [*opening, {"role": "assistant", "text": self.engine.chat.without_special_text(output.text).strip()}]
 
     async def asked(self, sample_id: str, described: list[Turn], indices: Iterable[int], image: Any, key: str, usage: Usage) -> list[Output]:
         """One question per index, each sampled by itself."""
         asking = self.engine.chat.prompt_ids(described, role="questioner")
         return await asyncio.gather(*(
-            self._sampled(asking, image, key, self.config.ask, self._seed(sample_id, "ask", index), usage) for index in indices
+            self.sampled(asking, image, key, self.config.ask, self._seed(sample_id, "ask", index), usage) for index in indices
         ))
 
     async def answers(self, sample_id: str, question: int, text: str, image: Any, key: str, usage: Usage) -> list[dict[str, Any]]:
@@ -45,15 +45,8 @@ class Questioner(EngineWorker):
         prompt = self.engine.chat.prompt_ids([{"role": "user", "text": text}])
         seeds = [self._seed(sample_id, "answer", question, index) for index in range(self.config.answers)]
         return [self._candidate(output) for output in await asyncio.gather(*(
-            self._sampled(prompt, image, key, self.config.answer, seed, usage) for seed in seeds
+            self.sampled(prompt, image, key, self.config.answer, seed, usage) for seed in seeds
         ))]
-
-    async def _sampled(self, prompt: list[int], image: Any, key: str, sampling: SamplingConfig, seed: int, usage: Usage) -> Output:
-        output = (await self.engine.generate(prompt, image, sampling, seed, image_id=key))[0]
-        usage.requests += 1
-        usage.prompt_tokens += output.prompt_tokens
-        usage.completion_tokens += len(output.token_ids)
-        return output
 
     def _candidate(self, output: Output) -> dict[str, Any]:
         # An answer that spells a special token would become that token in training: it counts as empty.

@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from medray.config import DataConfig, EngineConfig, ModelConfig, Placement
-from medray.inference.engine import EngineLost, VLMEngine, image_key
+from medray.config import DataConfig, EngineConfig, ModelConfig, Placement, SamplingConfig
+from medray.inference.endpoint import Usage
+from medray.inference.engine import EngineLost, Output, VLMEngine, image_key
 from medray.models.cache import localize
 from medray.records import conform
 
@@ -147,6 +148,14 @@ class EngineWorker(RowWorker):
         if not data:
             raise ValueError("no image")
         return await asyncio.to_thread(self._decode, data), image_key(data, self.model_config.pad_to_square)
+
+    async def sampled(self, prompt: list[int], image: Any, key: str, sampling: SamplingConfig, seed: int, usage: Usage) -> Output:
+        """One output about an image (with its cache key); what it took is added to `usage`."""
+        output = (await self.engine.generate(prompt, image, sampling, seed, image_id=key))[0]
+        usage.requests += 1
+        usage.prompt_tokens += output.prompt_tokens
+        usage.completion_tokens += len(output.token_ids)
+        return output
 
     def _decode(self, data: bytes) -> Any:
         from medray.data.images import decode, pad_to_square

@@ -10,7 +10,16 @@ from typing import Any
 from medray.config import ClinicianPreferenceConfig
 from medray.evaluation import report
 from medray.methods.clinicians import against_truth
-from medray.methods.summary import attributes_table, form_table, read_metrics, text_table, write_metrics
+from medray.methods.summary import (
+    attributes_table,
+    counts_table,
+    form_table,
+    read_metrics,
+    recorded,
+    text_table,
+    timeline_of,
+    write_metrics,
+)
 from medray.run import Run
 
 Manifests = dict[str, dict[str, Any]]
@@ -52,7 +61,7 @@ def write_report(
     `rater` (its weight and quality, and of the others in `weights`), `clinicians`, `truth`, `mix` {arm: ...}, `counts`, `ledgers`, `attempts`,
     `seconds`, `table` (text).
     """
-    timeline = run.timeline if shared is run else [*shared.timeline, *run.timeline]
+    timeline = timeline_of(run, shared)
     by_model = {name: one["outputs"]["scores"] for name, one in scores.items()}
     judged = made["clinicians"]["outputs"]
     clinicians = config.clinicians
@@ -69,10 +78,8 @@ def write_report(
         },
         "truth": against_truth(config, made, kept),
         "mix": {arm: one["outputs"]["mix"] for arm, one in kept.items() if "mix" in one["outputs"]},
-        "counts": {stage["stage"]: stage["outputs"].get("counts", {}) for stage in timeline},
+        **recorded(timeline),
         "ledgers": {stage["stage"]: stage["outputs"]["ledger"] for stage in timeline if "ledger" in stage["outputs"]},
-        "attempts": {stage["stage"]: stage["attempts"] for stage in timeline},
-        "seconds": {stage["stage"]: stage["seconds"] for stage in timeline},
     }
     results["table"] = table(results)
     metrics = write_metrics(run, read_metrics(run) if shared is run else {**read_metrics(shared), **read_metrics(run)})
@@ -87,13 +94,14 @@ def table(results: dict[str, Any]) -> str:
     said = {"clinicians'": "clinician", "the rating VLM's": "model"}
     shown = [f"{name} {report.with_interval(results['rater'][origin]['pair_accuracy'])}" for name, origin in said.items() if results["rater"].get(origin)]
     lines.append(f"rating model, held-out pairs ordered as judged: {', '.join(shown) or 'no pair is held out'}")
-    lines.append(_who(results["clinicians"]))
+    lines.append(who(results["clinicians"]))
     if results["truth"]:
         lines.append("right answers in the dialogues: " + ", ".join(f"{arm} {share:.3f}" for arm, share in results["truth"]["right"].items()))
     return "\n".join(lines)
 
 
-def _who(clinicians: dict[str, Any]) -> str:
+def who(clinicians: dict[str, Any]) -> str:
+    """Who judged, in one line: how many, simulated or not, and what came of it."""
     names = clinicians["agreement"]["clinicians"]
     kind = f"simulated clinicians, error rate {clinicians['error_rate']:g}" if clinicians["kind"] == "simulated" else "clinicians"
     return f"{len(names)} {kind}: {clinicians['judgements']} judgements, {clinicians.get('pairs', 0)} preference pairs"
@@ -115,11 +123,11 @@ def render(
         ("By attribute", attributes_table(results["scores"]) if results["scores"] else ""),
         ("Answers: length and form", form_table(results["scores"]) if results["scores"] else ""),
         ("Training", report.training_curves(metrics, _CURVES)),
-        ("Rows: kept, dropped, quarantined, retried", _counts(results)),
+        ("Rows: kept, dropped, quarantined, retried", counts_table(results)),
         ("Time", report.timeline(timeline)),
         ("Configuration", report.config_section(config.model_dump(mode="json"))),
     ]
-    return report.page("Clinician preference alignment report", sections, f"{config.model.path} on {config.data.source}; {_who(results['clinicians'])}; run {run.uri}")
+    return report.page("Clinician preference alignment report", sections, f"{config.model.path} on {config.data.source}; {who(results['clinicians'])}; run {run.uri}")
 
 
 def _accuracy(results: dict[str, Any]) -> str:
@@ -145,7 +153,7 @@ def _win_rates(win_rates: dict[str, Any]) -> str:
 
 
 def _clinicians(clinicians: dict[str, Any]) -> str:
-    note = f'<p class="soft"><b>{html.escape(_who(clinicians))}.</b></p>'
+    note = f'<p class="soft"><b>{html.escape(who(clinicians))}.</b></p>'
     agreement = clinicians["agreement"]
     people = [
         [name, *(found[column] for column in ("judged", "skipped", "not_answerable", "edited", "seconds", "first_preferred"))]
@@ -189,14 +197,6 @@ def _mix(mix: dict[str, Any]) -> str:
     rows = [[arm, modality, *found.values()] for arm, by_modality in mix.items() for modality, found in by_modality.items()]
     heads = next((list(found) for by_modality in mix.values() for found in by_modality.values()), [])
     return report.table(["dialogues", "modality", *heads], rows) if rows else ""
-
-
-def _counts(results: dict[str, Any]) -> str:
-    rows = [[stage, key, value] for stage, counts in results["counts"].items() for key, value in counts.items() if not isinstance(value, dict)]
-    rows += [[stage, f"{key}: {name}", number] for stage, counts in results["counts"].items() for key, value in counts.items() if isinstance(value, dict) for name, number in value.items()]
-    rows += [[stage, key, value] for stage, ledger in results["ledgers"].items() for key, value in ledger.items()]
-    rows += [[stage, "attempts", number] for stage, number in results["attempts"].items() if number > 1]
-    return report.table(["stage", "what", "number"], rows)
 
 
 def _card(image: bytes | None, head: str, lines: list[tuple[str, str]], below: str = "") -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from medray.config import InstructionFreeConfig
 from medray.evaluation import report
-from medray.methods.summary import read_metrics, write_metrics
+from medray.methods.summary import counts_table, read_metrics, recorded, timeline_of, write_metrics
 from medray.run import Run
 
 _HEADLINE = ("strict", "likelihood", "format failures", "leakage", "plain", "general", "retained", "F1", "ROUGE-L")
@@ -36,15 +36,13 @@ def write_report(run: Run, shared: Run, config: InstructionFreeConfig, data: dic
     Returns the results, as in results.json: `measures` and `scores` per model ("base", "tuned"), `floors` of the multiple-choice
     questions, `differences`, `retention`, `counts`, `attempts`, `seconds`, `table` (text).
     """
-    timeline = run.timeline if shared is run else [*shared.timeline, *run.timeline]
+    timeline = timeline_of(run, shared)
     outputs = {"base": before["outputs"], "tuned": after["outputs"]}
     results = {
         "measures": {name: measures(found) for name, found in outputs.items()}, "floors": floors(before["outputs"]),
         "scores": {name: found["scores"] for name, found in outputs.items()}, "form": data["outputs"]["form"],
         "differences": after["outputs"]["differences"], "retention": after["outputs"]["retention"],
-        "counts": {stage["stage"]: stage["outputs"].get("counts", {}) for stage in timeline},
-        "attempts": {stage["stage"]: stage["attempts"] for stage in timeline},
-        "seconds": {stage["stage"]: stage["seconds"] for stage in timeline},
+        **recorded(timeline),
     }
     results["table"] = text_table(results)
     metrics = write_metrics(run, read_metrics(run) if shared is run else {**read_metrics(shared), **read_metrics(run)})
@@ -109,7 +107,7 @@ def render(
         ("Answers to plain questions", _gallery(data, outputs, "plain")),
         ("Descriptions of held-out images", _gallery(data, outputs, "described")),
         ("General questions", _gallery(data, outputs, "general")),
-        ("Rows: kept, quarantined, retried", _counts(results)),
+        ("Rows: kept, quarantined, retried", counts_table(results)),
         ("Time", report.timeline(timeline)),
         ("Configuration", report.config_section(config.model_dump(mode="json"))),
     ]
@@ -155,12 +153,6 @@ def _kept(results: dict[str, Any]) -> str:
         for model, found in results["scores"].items()
     ]
     return report.table(head, [[kept["questions"], kept["could"], *shares]]) + report.table(["model", *kinds], rows)
-
-
-def _counts(results: dict[str, Any]) -> str:
-    rows = [[stage, key, value] for stage, counts in results["counts"].items() for key, value in counts.items()]
-    rows += [[stage, "attempts", number] for stage, number in results["attempts"].items() if number > 1]
-    return report.table(["stage", "what", "number"], rows)
 
 
 def _gallery(data: dict[str, Any], outputs: dict[str, Any], one: str) -> str:

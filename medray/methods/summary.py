@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -34,9 +35,7 @@ def write_report(run: Run, config: SelfTrainingConfig, scores: dict[str, dict[st
         "accuracy": {name: score["overall"]["accuracy"] for name, score in by_model.items()},
         "scores": by_model,
         "differences": {name: manifest["outputs"].get("difference") for name, manifest in scores.items()},
-        "counts": {name: manifest["outputs"].get("counts", {}) for name, manifest in stages.items()},
-        "attempts": {name: manifest["attempts"] for name, manifest in stages.items()},
-        "seconds": {name: manifest["seconds"] for name, manifest in stages.items()},
+        **recorded(run.timeline),
         "judge": {name: manifest["outputs"]["ledger"] for name, manifest in stages.items() if "ledger" in manifest["outputs"]},
     }
     results["table"] = text_table(by_model)
@@ -55,6 +54,20 @@ def text_table(by_model: dict[str, dict[str, Any]]) -> str:
         words = score["overall"]["answer_words"]
         lines.append(f"{name:<10}" + "".join(f"{report.with_interval(c) if c else '':>24}" for c in cells) + f"{words:>8.2f}")
     return "\n".join(lines)
+
+
+def recorded(timeline: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the stages recorded of their work: `counts`, `attempts` and `seconds`, each by stage."""
+    return {
+        "counts": {stage["stage"]: stage["outputs"].get("counts", {}) for stage in timeline},
+        "attempts": {stage["stage"]: stage["attempts"] for stage in timeline},
+        "seconds": {stage["stage"]: stage["seconds"] for stage in timeline},
+    }
+
+
+def timeline_of(run: Run, shared: Run) -> list[dict[str, Any]]:
+    """The manifests of both, the shared stages first; `shared` may be the run itself."""
+    return run.timeline if shared is run else [*shared.timeline, *run.timeline]
 
 
 def read_metrics(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -96,7 +109,7 @@ def render(run: Run, config: SelfTrainingConfig, results: dict[str, Any], stages
         ("Answers: length and form", form_table(by_model)),
         ("Preference pairs", _pairs(results, stages)),
         ("Questions the model asked itself", report.gallery(_judged_sample(run, stages))),
-        ("Rows: kept, dropped, quarantined, retried", _counts(results)),
+        ("Rows: kept, dropped, quarantined, retried", counts_table(results)),
         ("Time", report.timeline(run.timeline)),
         ("Configuration", report.config_section(config.model_dump(mode="json"))),
     ]
@@ -151,8 +164,13 @@ def _pairs(results: dict[str, Any], stages: dict[str, Any]) -> str:
     return report.table(["stage", "what", "number"], rows) + (report.table(["judge", "what", "number"], ledger) if ledger else "")
 
 
-def _counts(results: dict[str, Any]) -> str:
-    rows = [[stage, key, value] for stage, counts in results["counts"].items() for key, value in counts.items()]
+def counts_table(results: dict[str, Any]) -> str:
+    """The numbers of `recorded` and of `ledgers`, where the results have them; a count by name takes a line for each name."""
+    rows: list[list[Any]] = []
+    for stage, found in itertools.chain(results["counts"].items(), results.get("ledgers", {}).items()):
+        for key, value in found.items():
+            named = {f"{key}: {name}": number for name, number in value.items()} if isinstance(value, dict) else {key: value}
+            rows += [[stage, *one] for one in named.items()]
     rows += [[stage, "attempts", number] for stage, number in results["attempts"].items() if number > 1]
     return report.table(["stage", "what", "number"], rows)
 
