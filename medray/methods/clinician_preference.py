@@ -18,7 +18,7 @@ strong model, train a rating model that selects what is tuned on. Reads top to b
       tune        supervised fine-tuning, exported
       evaluate    held-out questions, greedy; win rates where there is a judge
     verify        vLLM and transformers agree on the first arm's export
-    report        report.html, results.json, metrics.jsonl
+    report        report.html, results.json, metrics.jsonl; a model card with every export
 
 Real clinicians take their time: the run ends when their questions are ready (medray.errors.Waiting) and goes on, by the same call,
 when enough is judged. Runs that differ in some fields only can share all stages up to the scores: see `shared_uri`, and
@@ -34,7 +34,8 @@ from typing import Any
 from medray.config import ClinicianPreferenceConfig
 from medray.methods import clinician_preference_stages as steps
 from medray.methods import clinicians, stages
-from medray.methods.clinician_preference_report import write_report
+from medray.methods.clinician_preference_report import who, write_report
+from medray.methods.model_card import CLINICIAN_PREFERENCE, publish_models
 from medray.methods.session import ray_session
 from medray.preflight import check_clinician_preference
 from medray.run import Run, Stage
@@ -76,6 +77,9 @@ def clinician_preference(config: ClinicianPreferenceConfig, run_uri: str, shared
         kept = select(run, config, made)
         models, scores = tune_and_evaluate(run, config, made["data"], kept, common)
         results = write_report(run, shared, config, made, raters, chosen, kept, scores, steps.win_rates(run, config, made["data"], scores))
+        if models:
+            said = (f"The clinicians were {who(results['clinicians'])}.",)
+            publish_models(run, config, CLINICIAN_PREFERENCE, {"base": stages.resolve_base(config), **models}, config.evaluate.arms[0], results, said)
     alignment = {origin: found["pair_accuracy"] for origin in ("clinician", "model") if (found := results["rater"][origin])}
     return {
         "run": run.uri, **results["accuracy"], "rater": {"weight": results["rater"]["weight"], **alignment}, "truth": results["truth"],

@@ -10,7 +10,7 @@ inference, and the parts of a description come in a new order every epoch. Every
     verify          vLLM and transformers agree on the export
     evaluate        base and tuned model: multiple choice read strictly and by likelihood, plain questions, leaked descriptions,
                     general questions kept, descriptions
-    report          report.html, results.json, metrics.jsonl
+    report          report.html, results.json, metrics.jsonl; a model card with the export
 
 Runs that differ in some fields only can share what these do not touch (data, warm-up, the base model's evaluation): see
 `shared_uri`, and benchmarks/instruction_free_arms.py for a study made so.
@@ -25,6 +25,7 @@ from medray.config import InstructionFreeConfig
 from medray.methods import instruction_free_stages as steps
 from medray.methods import stages
 from medray.methods.instruction_free_report import write_report
+from medray.methods.model_card import INSTRUCTION_FREE, publish_models
 from medray.methods.session import ray_session
 from medray.methods.stages import shared_stage
 from medray.preflight import check_instruction_free
@@ -73,6 +74,7 @@ def instruction_free(config: InstructionFreeConfig, run_uri: str, shared_uri: st
             lambda stage: steps.evaluate(stage, config, model, "tuned", data, before),
         )
         results = write_report(run, shared, config, data, before, after)
+        publish_models(run, config, INSTRUCTION_FREE, {"base": base, "tuned": model}, "tuned", results)
     return {
         "run": run.uri, **results["measures"], "floors": results["floors"], "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),
         "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"), "model": model.path,

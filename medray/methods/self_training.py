@@ -14,7 +14,7 @@ Reads top to bottom like the paper. Stage names are its steps; every constant is
       dpo         direct preference optimisation, merged and exported
       verify
     evaluate      every model on the held-out questions, greedy
-    report        report.html, results.json, metrics.jsonl
+    report        report.html, results.json, metrics.jsonl; a model card with every export
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 from medray.config import SelfTrainingConfig
 from medray.errors import StageError
 from medray.methods import stages
+from medray.methods.model_card import SELF_TRAINING, publish_models
 from medray.methods.session import ray_session
 from medray.methods.summary import write_report
 from medray.preflight import check_self_training
@@ -97,6 +98,7 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
             for name, one in models.items() if stages.arm_of(name) in config.evaluate.arms
         }
         results = write_report(run, config, scores)
+        publish_models(run, config, SELF_TRAINING, models, list(models)[-1], results)
     return {
         "run": run.uri, "base": results["accuracy"].get("base"), "tuned": results["accuracy"][list(scores)[-1]],
         "pairs": pairs_made, "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),

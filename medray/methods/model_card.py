@@ -1,0 +1,124 @@
+"""What goes with a run's models: models.json, by which they are served, and a model card beside each export's weights."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from medray import __version__
+from medray.methods.stages import AnyMethodConfig, Model
+from medray.run import Run
+
+MODELS = "models.json"
+CARD = "README.md"
+NOT_A_DEVICE = (
+    "Not a medical device: for research. Its answers can be wrong and sound sure; nobody should be diagnosed or treated by them, and no clinician replaced."
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method.
+
+    Attributes:
+        job: script in jobs/, without .py.
+        limits: sentences that hold for every model tuned so.
+    """
+
+    name: str
+    paper: str
+    job: str
+    tags: tuple[str, ...]
+    says: str
+    limits: tuple[str, ...] = ()
+
+
+SELF_TRAINING = Method(
+    "Self-training", "2406.19973", "self_train", ("self-training", "dpo"),
+    "It was tuned to ask and to answer questions on a labelled share of the images, then by direct preference optimisation on pairs of its own answers to its own "
+    "questions about images without labels, of which a stronger judge said which is better.",
+    ("What the judge gets wrong, the model was rewarded for.",),
+)
+INSTRUCTION_FREE = Method(
+    "Instruction-free tuning", "2603.19482", "instruction_free", ("instruction-free-tuning",),
+    "It was tuned on pairs of image and description alone, without instructions; the vision tower and the projector were trained.",
+    ("No question was in its tuning data: how it follows instructions comes from its base model.",),
+)
+CLINICIAN_PREFERENCE = Method(
+    "Clinician preference alignment", "2406.13173", "clinician_preference", ("clinician-preference", "data-selection"),
+    "It was tuned on dialogues that a strong model wrote and that a rating model selected, which had learned from the choices of clinicians and of a strong model.",
+    ("The dialogues are generated: wrong statements in them were learned unless they were selected away.",),
+)
+
+
+def publish_models(run: Run, config: AnyMethodConfig, method: Method, models: Mapping[str, Model], tuned: str, results: dict[str, Any], limits: tuple[str, ...] = ()) -> None:
+    """Write models.json and the cards of the models that lie in this run.
+
+    Args:
+        models: by name; `base` is the one that was tuned, and the only one that may lie outside the run.
+        tuned: the name of the model the run is for.
+        results: as in results.json; `table` and `counts` are shown, `accuracy` or `measures` go into the card's metadata.
+        limits: sentences that hold for this run, beside the method's.
+    """
+    inside = {name: posixpath.relpath(model.path, run.uri) for name, model in models.items() if model.path.startswith(run.uri + "/")}
+    outside = config.model.path if config.model.path.startswith("testbed:") else models["base"].path
+    run.write_json({
+        "method": method.job, "tuned": tuned, "base": "base",
+        "models": {name: {"path": inside.get(name, outside), "hash": model.hash} for name, model in models.items()},
+    }, MODELS)
+    for name, place in inside.items():
+        text = card(config, method, name, results, limits)
+        if not run.exists(place, CARD) or run.read_text(place, CARD) != text:
+            run.write_text(text, place, CARD)
+
+
+def card(config: AnyMethodConfig, method: Method, name: str, results: dict[str, Any], limits: tuple[str, ...] = ()) -> str:
+    """A model card in Hugging Face's form: Markdown behind YAML metadata."""
+    from huggingface_hub import ModelCardData
+
+    base, source = _public(config.model.path), _public(config.data.source)
+    scores = _metrics(results, name)
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="image-text-to-text", tags=["medical", "medray", *method.tags], model_name=f"{base}, {method.name.lower()} ({name})",
+        base_model=config.model.path if base == config.model.path and not base.startswith("testbed:") else None, eval_results=_eval_results(scores, source),
+    )
+    counts = [f"- {stage}: " + ", ".join(f"{what} {number}" for what, number in found.items() if not isinstance(number, dict)) for stage, found in results["counts"].items() if found]
+    said = [NOT_A_DEVICE, *method.limits, *limits, f"The numbers above are of held-out images of {source} only; other devices, stains, patients and languages may give others."]
+    settings = config.model_dump(mode="json")
+    settings["model"]["path"], settings["data"]["source"] = base, source
+    return "\n".join([
+        f"---\n{metadata.to_yaml().strip()}\n---\n", f"# {base}, {method.name.lower()} ({name})\n", f"> {NOT_A_DEVICE}\n",
+        f"{base}, tuned on {source} by {method.name.lower()} ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper})) with medray {__version__}, `jobs/{method.job}.py`. {method.says}\n",
+        "## Results\n", "Of all models of the run, on held-out images; brackets hold 95 % bootstrap intervals over images.\n", f"```\n{results['table'].strip()}\n```\n",
+        "## Data\n", "Rows by stage:\n", "\n".join(counts) + "\n", "## Limits\n", "\n".join(f"- {sentence}" for sentence in said) + "\n",
+        "## Use\n", f"```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\nmodel = AutoModelForImageTextToText.from_pretrained(FOLDER)\n"
+        f"processor = AutoProcessor.from_pretrained(FOLDER)\n```\n\nImages {'are padded to a square first' if config.model.pad_to_square else 'go in as they are'}"
+        + (f"; conversations begin with the system prompt `{config.model.system_prompt}`" if config.model.system_prompt else "") + ".\n",
+        "## Configuration\n", f"```yaml\n{yaml.safe_dump(settings, sort_keys=False).strip()}\n```\n",
+    ])
+
+
+def _public(place: str) -> str:
+    """A name to publish: hub ids and bundled names stay, of folders and addresses only the end is told."""
+    return posixpath.basename(place.rstrip("/")) if "://" in place or place.startswith(("/", ".", "~")) else place
+
+
+def _metrics(results: dict[str, Any], name: str) -> dict[str, float]:
+    found = results["measures"].get(name, {}) if "measures" in results else {"accuracy": results["accuracy"].get(name)}
+    plain = {what: value["value"] if isinstance(value, dict) else value for what, value in found.items()}
+    return {what: value for what, value in plain.items() if value is not None}
+
+
+def _eval_results(scores: dict[str, float], source: str) -> list[Any] | None:
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="image-text-to-text", dataset_type=source, dataset_name=f"{source}, held-out images", metric_type=what.lower().replace(" ", "_"), metric_name=what,
+            metric_value=round(value, 4),
+        ) for what, value in scores.items()
+    ] or None
