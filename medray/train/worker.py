@@ -42,6 +42,7 @@ from medray.config import (
 from medray.data.collate import Encoder, collate_dpo, collate_sft
 from medray.errors import ConfigError, StageError
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
+from medray.train.starts import Start, redone
 
 logger = logging.getLogger("medray")
 
@@ -69,8 +70,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs.
 
     Args:
-        config: model_dir, objective, rows (of the dataset), proxy (address or None), and model_config, train_config as
-            plain dicts.
+        config: stage_dir, model_dir, objective, rows (of the dataset), proxy (address or None), and model_config, train_config
+            as plain dicts.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     # Ray writes two lines per checkpoint; the logger of one of them is named by its file (2.60).
@@ -88,8 +89,10 @@ def train_worker(config: dict[str, Any]) -> None:
     batches = make_batches(config["model_dir"], model_config, train_config, config["objective"])
     progress, done = restore(step)
     shards = {name: ray.train.get_dataset_shard(name) for name in config["datasets"]}
+    goes_on = progress.epoch < train_config.epochs  # else all is done, and this is no start
+    start = Start(config["stage_dir"], progress.steps, progress.samples, step.world_size) if goes_on and step.rank == 0 else None
     while progress.epoch < train_config.epochs:
-        train_epoch(step, batches, progress, done, shards, config["rows"])
+        train_epoch(step, batches, progress, done, shards, config["rows"], start)
         done = set()
 
 
@@ -156,8 +159,14 @@ def filler_picture() -> bytes:
     return data.getvalue()
 
 
-def train_epoch(step: Any, batches: Batches, progress: Progress, done: set[str], shards: dict[str, Any], rows_per_epoch: int) -> None:
-    """Train on what is left of an epoch, checkpoint on the way and at its end."""
+def train_epoch(
+    step: Any, batches: Batches, progress: Progress, done: set[str], shards: dict[str, Any], rows_per_epoch: int, start: Start | None = None,
+) -> None:
+    """Train on what is left of an epoch, checkpoint on the way and at its end.
+
+    Args:
+        start: rank 0's note of how far this start of the workers came.
+    """
     config = step.config
     in_order = batches.in_order(rows_of(shards["train"]), progress.epoch)
     rows = EpochRows(in_order, done, config.shuffle_buffer, seed=[config.seed, progress.epoch, step.rank])
@@ -173,7 +182,7 @@ def train_epoch(step: Any, batches: Batches, progress: Progress, done: set[str],
             progress.samples += total
             progress.done |= dict.fromkeys((row["sample_id"] for row in taken), None)
             progress.metrics.append(clock.stamp({"step": progress.steps, "epoch": progress.epoch, **metrics}))
-            clock.log(progress, rows_per_epoch * config.epochs, step.rank)
+            clock.log(progress, rows_per_epoch * config.epochs, start)
         if more and (progress.steps % config.checkpoint_every == 0 or clock.preemption_coming(step)):
             save(step, progress, finished=False)
     if "eval" in shards:
@@ -182,6 +191,8 @@ def train_epoch(step: Any, batches: Batches, progress: Progress, done: set[str],
         if found:
             progress.metrics.append({"step": progress.steps, "epoch": progress.epoch, **found})
     save(step, progress, finished=True)
+    if start is not None:
+        start.mark(progress.steps, progress.samples)
     progress.epoch += 1
     progress.done = {}
 
@@ -204,9 +215,11 @@ class Clock:
         self.last_step = now
         return metrics | {"seconds": seconds, "data_seconds": self.waited, "samples_per_second": metrics["samples"] / seconds}
 
-    def log(self, progress: Progress, all_samples: int, rank: int) -> None:
-        if rank == 0 and time.monotonic() - self.last_log >= SECONDS_BETWEEN_LOGS:
+    def log(self, progress: Progress, all_samples: int, start: Start | None) -> None:
+        """A line, and a mark of `start`, which rank 0 has."""
+        if start is not None and time.monotonic() - self.last_log >= SECONDS_BETWEEN_LOGS:
             self.last_log = time.monotonic()
+            start.mark(progress.steps, progress.samples)
             last = progress.metrics[-1]
             logger.info("step %d, epoch %d, %d of %d samples, loss %.4f, %.1f samples/s",
                         progress.steps, progress.epoch, progress.samples, all_samples, last["loss"], last["samples_per_second"])
@@ -279,7 +292,8 @@ class TrainResult:
 
     checkpoint: the last one, see the module's docstring.
     metrics: local JSON-lines file, one line per optimiser step (and one per evaluation).
-    counts: steps, samples (over all epochs), and of the last epoch trained and quarantined rows.
+    counts: steps, samples (over all epochs), and of the last epoch trained and quarantined rows; after interruptions what they cost
+        (medray.train.starts.redone).
     quarantine: reason by sample_id.
     best: the checkpoint after the best epoch, of an objective that chooses one (`chooses_best`), else the last one.
     best_metrics: what that epoch's end measured.
@@ -339,7 +353,7 @@ def run_training(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "model_dir": model_dir, "objective": objective, "rows": rows, "datasets": list(datasets), "proxy": proxy,
+            "stage_dir": stage_dir, "model_dir": model_dir, "objective": objective, "rows": rows, "datasets": list(datasets), "proxy": proxy,
             "model_config": model_config.model_dump(), "train_config": train_config.model_dump(),
         },
         scaling_config=scaling_of(train_config),
@@ -362,7 +376,7 @@ def run_training(
         metrics = Path(tempfile.mkdtemp(prefix="medray-metrics-"), "metrics.jsonl")
         metrics.write_bytes(Path(folder, "metrics.jsonl").read_bytes())
     quarantine = {sample: error for sample, error in done.items() if error is not None}
-    counts = {"steps": state["steps"], "samples": state["samples"], "trained": len(done) - len(quarantine), "quarantined": len(quarantine)}
+    counts = {"steps": state["steps"], "samples": state["samples"], "trained": len(done) - len(quarantine), "quarantined": len(quarantine), **redone(stage_dir)}
     best, best_metrics = result.checkpoint, None
     if chooses_best(objective):
         kept, measured = max(result.best_checkpoints, key=lambda kept: kept[1][BEST_BY])
