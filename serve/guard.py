@@ -2,7 +2,7 @@
 
     app = Guard(app, tokens.holder, open_paths={"/", "/static/"}, max_body_bytes=2**20, cookie="session")
 
-Errors have the form {"error": {"message", "type"}}, which OpenAI clients show too.
+Errors have the form {"error": {"message", "type", "param", "code"}}, which OpenAI clients know.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Cache-Control": "no-store",
+}
+# Of pages: scripts, styles and requests of this site only, nothing inline: text that got into the page as HTML could still do nothing.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
@@ -108,9 +113,11 @@ class Guard:
         return sending
 
 
-def refused(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error in the form of every error here."""
-    return JSONResponse({"error": {"message": message, "type": kind}}, status, dict(headers or {}))
+def refused(
+    status: int, message: str, kind: str, headers: Mapping[str, str] | None = None, param: str | None = None, code: str | None = None,
+) -> JSONResponse:
+    """An error in the form of every error here, which is OpenAI's."""
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, dict(headers or {}))
 
 
 def cookie_of(headers: Headers, name: str) -> str | None:

@@ -25,7 +25,7 @@ from medray.data.judgement_files import export_all, judgement_rows, progress_of
 from medray.data.judgement_store import KeyUsed, NotAssigned, Store, Word
 from medray.data.judgement_tables import ID_LENGTH
 from medray.evaluation.agreement import summary
-from serve.guard import Guard, refused
+from serve.guard import PAGE_HEADERS, Guard, refused
 from serve.tokens import Holder, Tokens
 
 STATIC = Path(__file__).parent / "static"
@@ -33,11 +33,6 @@ COOKIE = "medray_clinician"
 SESSION_SECONDS = 12 * 3600
 MAX_BODY_BYTES = 2**20
 MAX_TEXT = 20_000  # characters of an edited text
-# Scripts, styles and requests of this site only, nothing inline: text that got into the page as HTML could still do nothing.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 def _storable(text: str) -> str:
@@ -168,7 +163,7 @@ def make_app(store: Store, tokens: Tokens, url: str, title: str = "", guidance: 
     def state(clinician: str, shown: Any) -> dict[str, Any]:
         return {"item": shown and asdict(shown), "progress": store.progress(clinician)}
 
-    return Guard(app, tokens.holder, {"/", "/static/", "/api/sign-in", "/api/me"}, MAX_BODY_BYTES, COOKIE, {"Content-Security-Policy": POLICY})
+    return Guard(app, tokens.holder, {"/", "/static/", "/api/sign-in", "/api/me"}, MAX_BODY_BYTES, COOKIE, PAGE_HEADERS)
 
 
 def lead_only(request: Request) -> None:

@@ -2,6 +2,7 @@
 
     python -m serve.tokens clinicians.txt dr-lin          # prints dr-lin's token, adds its hash to the file
     python -m serve.tokens clinicians.txt head --lead     # a lead also sees agreement and may export
+    python -m serve.tokens keys.txt pacs-viewer           # a key of the endpoint
 
 A line is `name hash` or `name hash lead`. Take a line out to withdraw a token.
 """
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from medray.errors import ConfigError
 
-VARIABLE = "MEDRAY_CLINICIANS"  # the same lines, where there is no file; a comma may stand for the end of a line
+VARIABLE = "MEDRAY_CLINICIANS"  # of the clinician page: the same lines, where there is no file; a comma may stand for the end of a line
+KEYS_VARIABLE = "MEDRAY_KEYS"  # of the endpoint
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -51,8 +53,8 @@ def digest_of(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_tokens(file: str | None) -> Tokens:
-    """The tokens of a file, or of the environment variable MEDRAY_CLINICIANS where no file is named.
+def read_tokens(file: str | None, variable: str = VARIABLE) -> Tokens:
+    """The tokens of a file, or of an environment variable where no file is named.
 
     Raises ConfigError where there are none, or a line is not of the form.
     """
@@ -60,9 +62,9 @@ def read_tokens(file: str | None) -> Tokens:
         if not Path(file).is_file():
             raise ConfigError(f"tokens: no file {file}; make one with: python -m serve.tokens {file} NAME")
         return Tokens(_parse(Path(file).read_text(encoding="utf-8").splitlines(), file))
-    if not os.environ.get(VARIABLE):
-        raise ConfigError(f"tokens: name a file (python -m serve.tokens FILE NAME makes one) or set {VARIABLE}")
-    return Tokens(_parse(re.split(r"[\n,]", os.environ[VARIABLE]), VARIABLE))
+    if not os.environ.get(variable):
+        raise ConfigError(f"tokens: name a file (python -m serve.tokens FILE NAME makes one) or set {variable}")
+    return Tokens(_parse(re.split(r"[\n,]", os.environ[variable]), variable))
 
 
 def _parse(lines: Iterable[str], where: str) -> dict[str, Holder]:

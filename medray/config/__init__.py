@@ -37,6 +37,7 @@ from medray.config.other_jobs import EvaluateJobConfig, LeaksConfig, PrepareData
 from medray.config.rating import RaterConfig, ScoreConfig
 from medray.config.section import Section
 from medray.config.self_training import DpoConfig, SelfPlayConfig, SelfTrainingConfig, SftConfig
+from medray.config.serving import ServeConfig
 from medray.config.shared import (
     SELF_QUESTIONING_SYSTEM_PROMPT,
     TESTBED_SCENES,
@@ -63,5 +64,5 @@ __all__ = [
     "EngineConfig", "EvaluateConfig", "EvaluateJobConfig", "GenerateConfig", "InstructionFreeConfig", "InstructionFreeTrainConfig", "JudgeConfig",
     "LeaksConfig", "LoopConfig", "LoraConfig", "ModelConfig", "PairsConfig", "Placement", "PlainModelConfig", "PreferenceEvaluateConfig", "PreferenceTuneConfig",
     "PrepareDataConfig", "ProxyConfig", "RateConfig", "RaterConfig", "SamplingConfig", "ScoreConfig", "Section", "SelectConfig", "SelfPlayConfig",
-    "SelfTrainingConfig", "SftConfig", "TrainConfig", "TunedModelConfig", "VerifyConfig", "WarmUpConfig", "fields_of", "load_config",
+    "SelfTrainingConfig", "ServeConfig", "SftConfig", "TrainConfig", "TunedModelConfig", "VerifyConfig", "WarmUpConfig", "fields_of", "load_config",
 ]

@@ -181,54 +181,22 @@ class VLMEngine:
 
 def _start(model_dir: str, model: ModelConfig, config: EngineConfig, max_lora_rank: int) -> Any:
     """An AsyncLLM with medray's settings; its processes end with this one."""
-    on_cpu = config.gpus_per_actor == 0
     os.environ[OWNER_ENV] = str(os.getpid())
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING")  # on CPU it warns thirty times per start
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if on_cpu:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(config.cpus_per_actor))))
-        # vLLM's CPU build puts its worker into a third process to bind threads; without it the engine starts in two
-        # thirds of the time, and OMP_NUM_THREADS above already keeps it to its share of the cores.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if config.enforce_eager:
-            # vLLM compiles some small functions (of prompt log-probabilities) even then, which asks for a C++ compiler.
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    for name, value in vllm_environment(config).items():
+        os.environ.setdefault(name, value)
 
     from vllm import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    if on_cpu:
-        # Where a prompt is prefilled in parts, vLLM 0.29 rewinds the request's seeded generator, which CPU generators
-        # cannot ("CPU Generator does not use offset"), and the engine dies: prefill whole prompts.
-        longest = config.max_model_len or _own_length(model_dir, model.trust_remote_code)
-        limits = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, longest)}
-    else:
-        limits = {}
-    parallel = config.tensor_parallel_size > 1
     arguments = AsyncEngineArgs(
         model_dir,
-        dtype="float32" if model.precision == "fp32" else "bfloat16",
-        trust_remote_code=model.trust_remote_code,
-        max_model_len=config.max_model_len,
-        gpu_memory_utilization=config.memory_utilization,
-        kv_cache_memory_bytes=config.kv_cache_gib * _GIB if on_cpu else None,
-        enforce_eager=config.enforce_eager,
-        max_num_seqs=config.max_num_seqs,
-        tensor_parallel_size=config.tensor_parallel_size,
+        **vllm_arguments(model_dir, model.precision, model.trust_remote_code, config),
         # Inside a Ray actor vLLM would pick Ray itself; the actor already holds the GPUs.
-        distributed_executor_backend="mp" if parallel else "uni",
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        enable_prefix_caching=True,
+        distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else "uni",
         enable_lora=max_lora_rank > 0,
         max_lora_rank=max(8, max_lora_rank),
-        worker_extension_cls="medray.inference.engine_guard.EngineGuard",
         disable_log_stats=True,
-        use_tqdm_on_load=False,
-        skip_mm_profiling=on_cpu,
-        **limits,
     )
     try:
         # The batch limits of the offline class: here, too, throughput counts and nobody waits for a first token.
@@ -238,6 +206,56 @@ def _start(model_dir: str, model: ModelConfig, config: EngineConfig, max_lora_ra
             f"the vLLM engine for {model_dir} did not start: {error}. Its own log says more; on GPUs lower "
             "engine.memory_utilization or engine.max_model_len, on CPU engine.kv_cache_gib"
         ) from error
+
+
+def vllm_environment(config: EngineConfig) -> dict[str, str]:
+    """Environment variables of a process that starts an engine, to be set before vLLM is imported."""
+    on_cpu = config.gpus_per_actor == 0
+    variables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR" if on_cpu else "WARNING",  # on CPU it warns thirty times per start
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if on_cpu:
+        variables["OMP_NUM_THREADS"] = str(max(1, int(config.cpus_per_actor)))
+        # vLLM's CPU build puts its worker into a third process to bind threads; without it the engine starts in two
+        # thirds of the time, and OMP_NUM_THREADS above already keeps it to its share of the cores.
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if config.enforce_eager:
+            # vLLM compiles some small functions (of prompt log-probabilities) even then, which asks for a C++ compiler.
+            variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables
+
+
+def vllm_arguments(model_dir: str, precision: str, trust_remote_code: bool, config: EngineConfig, images: int = 1) -> dict[str, Any]:
+    """Engine arguments that every engine of ours has, in jobs and behind the endpoint.
+
+    Args:
+        images: in one request, at most.
+    """
+    on_cpu = config.gpus_per_actor == 0
+    limits: dict[str, Any] = {}
+    if on_cpu:
+        # Where a prompt is prefilled in parts, vLLM 0.29 rewinds the request's seeded generator, which CPU generators
+        # cannot ("CPU Generator does not use offset"), and the engine dies: prefill whole prompts.
+        longest = config.max_model_len or _own_length(model_dir, trust_remote_code)
+        limits = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, longest), "kv_cache_memory_bytes": config.kv_cache_gib * _GIB}
+    return {
+        "dtype": "float32" if precision == "fp32" else "bfloat16",
+        "trust_remote_code": trust_remote_code,
+        "max_model_len": config.max_model_len,
+        "gpu_memory_utilization": config.memory_utilization,
+        "enforce_eager": config.enforce_eager,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "limit_mm_per_prompt": {"image": images, "video": 0},
+        "enable_prefix_caching": True,
+        "worker_extension_cls": "medray.inference.engine_guard.EngineGuard",
+        "use_tqdm_on_load": False,
+        "skip_mm_profiling": on_cpu,
+        **limits,
+    }
 
 
 def _own_length(model_dir: str, trust_remote_code: bool) -> int:

@@ -56,7 +56,20 @@ def clinicians(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def served(ray_cluster, tmp_path_factory, write_items, clinicians):
+def serve_address(ray_cluster):
+    """Ray Serve on a free port of this machine."""
+    from ray import serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="session")
+def served(serve_address, tmp_path_factory, write_items, clinicians):
     """(address, database URL, name -> token) of the page on Ray Serve: twelve items, everybody judges all of them, first the one whose texts
     try to be more than text."""
     from ray import serve
@@ -66,13 +79,8 @@ def served(ray_cluster, tmp_path_factory, write_items, clinicians):
     folder = tmp_path_factory.mktemp("page")
     url = f"sqlite:///{folder}/judgements.db"
     import_items(write_items(folder / "nasty", 1, item_id="nasty?&#", question="What is wrong here?", caption=NASTY), url, priority=1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(PageConfig(items=write_items(folder / "items", 11), database=url, tokens=clinicians[0], judgements_per_item=99)), name="page")
-    yield f"http://127.0.0.1:{port}", url, clinicians[1]
-    serve.shutdown()
+    return serve_address, url, clinicians[1]
 
 
 @pytest.fixture

@@ -1,0 +1,138 @@
+"""A run's tuned model, and its base, behind an OpenAI-compatible endpoint on Ray Serve.
+
+    python -m serve.tokens keys.txt me                         # prints a key, keeps its hash
+    serve run serve.app:build run=runs/demo keys=keys.txt
+    curl localhost:8000/v1/models -H "Authorization: Bearer KEY"
+
+docs/serving.md says what is served, what is refused and how to roll out another run; serve/config.yaml is for `serve deploy`.
+"""
+
+# Ray Serve reads the annotation of `build` as a class: no `from __future__ import annotations` here.
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import HTTPException
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.llm import build_llm_deployment
+from ray.serve.llm.ingress import OpenAiIngress
+from ray.serve.llm.openai_api_models import ChatCompletionRequest
+from ray.util.metrics import Counter, Histogram
+from starlette.requests import Request
+from starlette.responses import Response
+
+from medray.config.serving import ServeConfig
+from serve.chat_request import ApiError
+from serve.endpoint import Endpoint, make_app
+from serve.hosted import Hosted
+from serve.model_server import ModelServer, settings
+
+log = logging.getLogger("ray.serve")
+
+
+@serve.deployment(name="ingress", max_ongoing_requests=512)
+@serve.ingress()
+class Ingress(OpenAiIngress):
+    """Takes requests, checks them, decodes their images and passes them on to the replicas of their model.
+
+    Args:
+        handles: of the models' deployments, by name.
+        config: ServeConfig as a dict.
+        models: Hosted as dicts.
+        holders: hash of a key -> (name, lead); None asks for no key.
+        examples: see serve.endpoint.
+    """
+
+    def __init__(self, handles: dict[str, Any], config: dict[str, Any], models: list[dict[str, Any]], holders: dict[str, tuple[str, bool]] | None, examples: list[dict[str, str]]):
+        from serve.tokens import Holder, Tokens
+
+        super().__init__(handles, dict.fromkeys(handles))
+        self.config = ServeConfig.model_validate(config)
+        self.tokens = None if holders is None else Tokens({digest: Holder(*holder) for digest, holder in holders.items()})
+        self.requests = Counter("medray_serve_requests", "Chat requests, by model and status.", ("model", "status"))
+        self.seconds = Histogram("medray_serve_seconds", "Seconds until a chat request was answered, or its stream began.", [0.1, 0.3, 1, 3, 10, 30, 100], ("model",))
+        self.endpoint = Endpoint(self.config, [Hosted.model_validate(model) for model in models], self.answer, self.ready, self.observe, examples)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return make_app(self.endpoint, self.tokens)
+
+    async def answer(self, body: dict[str, Any], number: str) -> Response:
+        """A checked request, as the model's replica answers it.
+
+        Raises ApiError for what the engine refuses (4xx) and where no replica can take it (503).
+        """
+        try:
+            # Nothing of the caller's headers goes further than this but the request's id.
+            scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [(b"x-request-id", number.encode())]}
+            return await self.chat(ChatCompletionRequest.model_validate(body), Request(scope))
+        except (BackPressureError, DeploymentUnavailableError):
+            raise _busy("too many requests are waiting for this model; try again") from None
+        except Exception as error:
+            raise _told(error, number) from error
+
+    async def ready(self) -> dict[str, bool]:
+        """By model, whether it can answer."""
+        application = serve.get_replica_context().app_name
+        status = await asyncio.to_thread(serve.status)
+        found = status.applications[application].deployments
+        return {
+            name: deployment.status in ("HEALTHY", "UPSCALING", "DOWNSCALING") or deployment.replica_states.get("RUNNING", 0) > 0
+            for name in self.endpoint.models if (deployment := found.get(f"ModelServer:{deployment_name(name)}"))
+        }
+
+    def observe(self, model: str, status: int, seconds: float) -> None:
+        self.requests.inc(tags={"model": model, "status": str(status)})
+        self.seconds.observe(seconds, tags={"model": model})
+
+
+def deployment_name(model: str) -> str:
+    """As ray.serve.llm makes it."""
+    return model.replace("/", "--").replace(".", "_")
+
+
+def _busy(message: str) -> ApiError:
+    error = ApiError(message, 503, None, "overloaded", "overloaded_error")
+    error.headers["Retry-After"] = "2"
+    return error
+
+
+def _told(error: Exception, number: str) -> ApiError:
+    """What the caller is told of an error behind the checks."""
+    status = getattr(error, "status_code", None)
+    message = getattr(error, "message", None) or getattr(error, "detail", None)
+    if isinstance(status, int) and 400 <= status < 500 and isinstance(message, str):
+        return ApiError(message, status, code="invalid_request" if status == 400 else "not_found" if status == 404 else "refused")
+    cause = getattr(error, "cause", error)
+    if isinstance(cause, ValueError) and not isinstance(cause, HTTPException):
+        return ApiError(f"the model's engine refuses the request: {cause}"[:1000])
+    # By type only: the text of an error may hold what was asked.
+    log.error("%s failed: %s, %s", number, type(error).__name__, type(cause).__name__)
+    if isinstance(error, RayError | RayServeException):
+        return _busy("the process that worked on this request was lost; try again")
+    return ApiError(f"the request failed; the log of the endpoint says more under {number}", 500, None, "internal_error", "server_error")
+
+
+def build(config: ServeConfig) -> Application:
+    """The application for `serve run` and Serve's config files.
+
+    Raises ConfigError before anything is served: for a run that is not finished, models and keys that are not there.
+    """
+    from serve.examples import examples_of
+    from serve.hosted import hosted
+    from serve.tokens import KEYS_VARIABLE, read_tokens
+
+    models = hosted(config)
+    tokens = None if config.open else read_tokens(config.keys, KEYS_VARIABLE)
+    holders = tokens and {digest: (holder.name, holder.lead) for digest, holder in tokens.holders.items()}
+    plain, of_replicas = config.model_dump(mode="json"), config.of_replicas
+    handles = {
+        model.name: build_llm_deployment(
+            settings(model, of_replicas, model.path), deployment_cls=ModelServer,
+            bind_kwargs={"model": model.model_dump(mode="json", exclude={"about"}), "config": of_replicas.model_dump(mode="json")})
+        for model in models
+    }
+    ingress = Ingress.options(num_replicas=config.ingress_replicas, ray_actor_options={"num_cpus": config.ingress_cpus}, graceful_shutdown_timeout_s=config.drain_seconds)
+    return ingress.bind(handles, plain, [model.model_dump(mode="json") for model in models], holders, examples_of(config))

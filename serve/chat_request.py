@@ -1,0 +1,231 @@
+"""What a chat request may say. Everything else is refused before a model sees it (pure but for the images' loader).
+
+The fields are OpenAI's, and top_k, min_p and repetition_penalty of vLLM. Fields that vLLM knows beyond these are refused: some
+run a template of the caller's, some hand options to processors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from medray.config.serving import LimitsConfig
+
+_COUNTS = {f"{end}{what}" for end in ("min", "max") for what in ("Items", "Length", "Properties", "Contains")}
+_LARGEST_COUNT = 1000  # of these in a schema: a grammar grows with them
+_DEEPEST = 16
+
+
+class ApiError(Exception):
+    """A request that is answered with an error in OpenAI's form.
+
+    Args:
+        status: 4xx.
+        param: the field at fault, such as messages.0.content.
+        code: short and stable, for programs.
+    """
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str = "invalid_request", kind: str = "invalid_request_error"):
+        super().__init__(message)
+        self.message, self.status, self.param, self.code, self.kind = message, status, param, code, kind
+        self.headers: dict[str, str] = {}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(_Part):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Part):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Part):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Message(_Part):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _one_part(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class StreamOptions(_Part):
+    include_usage: bool = False
+
+
+class JsonSchema(_Part):
+    name: str = Field(max_length=64)
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Part):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(_Part):
+    """vLLM's: one of these texts is the answer."""
+
+    choice: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(min_length=1, max_length=100)
+
+
+class ChatRequest(_Part):
+    model: str | None = None
+    messages: list[Message] = Field(min_length=1)
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # What OpenAI's service keeps; nothing is kept here.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+
+_DROPPED = {"user", "metadata", "store"}
+
+
+def parsed(body: bytes) -> ChatRequest:
+    """The request in a body. Raises ApiError (400) that names the field."""
+    try:
+        value = json.loads(body)
+        if b"\\ud" in body.lower():
+            # JSON can write half a surrogate pair, which no tokenizer can read.
+            json.dumps(value, ensure_ascii=False).encode()
+        return ChatRequest.model_validate(value)
+    except UnicodeEncodeError:
+        raise ApiError("the body has half a surrogate pair", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:  # ValidationError is a ValueError
+        if isinstance(error, ValidationError):
+            raise _named(error) from None
+        raise ApiError("the body is not JSON", code="invalid_json") from None
+
+
+def _named(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = list(first["loc"])
+    if place[2:3] == ["content"]:
+        del place[4:5]  # the part's type, which pydantic puts after its index
+    param = ".".join(map(str, place)) or None
+    if first["type"] == "extra_forbidden":
+        return ApiError(f"{param} is not supported here; leave it out", param=param, code="unsupported_parameter")
+    return ApiError(f"{param}: {first['msg']}" if param else first["msg"], param=param, code="invalid_value")
+
+
+def check(request: ChatRequest, limits: LimitsConfig) -> None:
+    """Raises ApiError (400) where a limit is passed or fields do not go together."""
+    texts = [part.text for message in request.messages for part in message.content if isinstance(part, TextPart)]
+    images = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
+    for what, found, most, param in (
+        ("messages", len(request.messages), limits.messages, "messages"), ("characters", sum(map(len, texts)), limits.text_chars, "messages"),
+        ("images", images, limits.images, "messages"), ("answers", request.n or 1, limits.samples, "n"),
+        ("tokens", request.max_completion_tokens or request.max_tokens or 1, limits.tokens, "max_completion_tokens" if request.max_completion_tokens else "max_tokens"),
+        ("stop texts", len(request.stop or ()), 16, "stop"),
+    ):
+        if found > most:
+            raise ApiError(f"{param}: {found} {what}, at most {most} are allowed", param=param, code="limit_exceeded")
+    if any(isinstance(part, ImagePart) for message in request.messages for part in message.content if message.role != "user"):
+        raise ApiError("messages: images belong into user messages", param="messages", code="invalid_value")
+    if request.messages[-1].role != "user":
+        raise ApiError("messages: the last one must be the user's", param="messages", code="invalid_value")
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+    if request.stream_options and not request.stream:
+        raise ApiError("stream_options needs stream: true", param="stream_options", code="invalid_value")
+    if (request.response_format and request.response_format.type != "text") and request.structured_outputs:
+        raise ApiError("structured_outputs and response_format exclude each other", param="structured_outputs", code="invalid_value")
+    if request.response_format:
+        _check_format(request.response_format, limits)
+
+
+def _check_format(form: ResponseFormat, limits: LimitsConfig) -> None:
+    param = "response_format.json_schema"
+    if (form.type == "json_schema") != (form.json_schema is not None):
+        raise ApiError(f"{param} belongs to type json_schema", param=param, code="invalid_value")
+    if form.json_schema is None:
+        return
+    schema = form.json_schema.schema_
+    size = len(json.dumps(schema).encode())
+    if size > limits.schema_bytes:
+        raise ApiError(f"{param}: {size} bytes, at most {limits.schema_bytes} are allowed", param=param, code="limit_exceeded")
+    _check_schema(schema, param, 0)
+
+
+def _check_schema(value: Any, param: str, depth: int) -> None:
+    """Raises ApiError for what makes a grammar much larger than its schema."""
+    if depth > _DEEPEST:
+        raise ApiError(f"{param} is nested more than {_DEEPEST} deep", param=param, code="limit_exceeded")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "patternProperties" or (key == "pattern" and isinstance(inner, str)):
+                raise ApiError(f"{param}: {key} is not supported here", param=param, code="unsupported_parameter")
+            if key in _COUNTS and isinstance(inner, int | float) and inner > _LARGEST_COUNT:
+                raise ApiError(f"{param}: {key} is {inner:g}, at most {_LARGEST_COUNT} is allowed", param=param, code="limit_exceeded")
+            _check_schema(inner, param, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_schema(inner, param, depth + 1)
+
+
+async def prepared(request: ChatRequest, limits: LimitsConfig, system_prompt: str, load: Callable[[str], Awaitable[str]]) -> dict[str, Any]:
+    """The request as a model's engine gets it: checked images, in front of the text they came with, as in tuning.
+
+    Args:
+        system_prompt: of conversations that bring none; empty for none.
+        load: URL of an image -> data URI of an image that was decoded and encoded here. Raises ApiError.
+    """
+    messages = []
+    for index, message in enumerate(request.messages):
+        pictures, texts = [], []
+        for place, part in enumerate(message.content):
+            if isinstance(part, ImagePart):
+                try:
+                    pictures.append({"type": "image_url", "image_url": {"url": await load(part.image_url.url)}})
+                except ApiError as error:
+                    error.param = f"messages.{index}.content.{place}.image_url.url"
+                    raise
+            else:
+                texts.append({"type": "text", "text": part.text})
+        role = "system" if message.role == "developer" else message.role
+        messages.append({"role": role, "content": [*pictures, *texts] if pictures else "\n".join(text["text"] for text in texts)})
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    body = request.model_dump(exclude_none=True, by_alias=True, exclude={"messages", "max_tokens", "max_completion_tokens", *_DROPPED})
+    most = request.max_completion_tokens or request.max_tokens
+    return {**body, "messages": messages, **({} if most is None else {"max_completion_tokens": most})}

@@ -1,0 +1,183 @@
+"""The endpoint as an ASGI app: OpenAI's chat API in front of whatever answers a checked request (no Ray)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from medray.config.serving import ServeConfig
+from medray.methods.model_card import NOT_A_DEVICE
+from serve.chat_request import ApiError, check, parsed, prepared
+from serve.guard import PAGE_HEADERS, Guard, refused
+from serve.hosted import Hosted
+from serve.images import ImageLoader
+from serve.rate_limit import RateLimit
+from serve.tokens import Holder, Tokens
+
+STATIC = Path(__file__).parent / "static"
+NOBODY = Holder("anyone")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+Answer = Callable[[dict[str, Any], str], Awaitable[Response]]
+logger = logging.getLogger("ray.serve")
+
+
+class Endpoint:
+    """What the routes do.
+
+    Args:
+        models: that can be asked, in the order they are listed.
+        answer: a checked request and its id -> JSON or server-sent events. Raises ApiError.
+        ready: model -> whether it can answer (a model that starts with its first request can).
+        observe: told of every chat request: model ("" where none was named rightly), status, seconds.
+        examples: {"question", "reference", "image"} to try, image as a data URI.
+    """
+
+    def __init__(
+        self, config: ServeConfig, models: Sequence[Hosted], answer: Answer, ready: Callable[[], Awaitable[dict[str, bool]]],
+        observe: Callable[[str, int, float], None] = lambda *_: None, examples: Sequence[dict[str, str]] = (),
+    ):
+        self.config, self.models, self.answer, self.ready, self.observe, self.examples = config, {model.name: model for model in models}, answer, ready, observe, examples
+        self.images = ImageLoader(config.limits)
+        self.rates = RateLimit(config.limits.requests_per_minute)
+        self.started = int(time.time())
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        began, number = time.monotonic(), _request_id(request)
+        who, asked = (request.state.holder or NOBODY).name, ""
+        try:
+            async with asyncio.timeout(self.config.limits.seconds):
+                if wait := self.rates.wait(who):
+                    raise Limited(wait)
+                body = parsed(await request.body())
+                model = self._model(body.model)
+                asked = model.name
+                check(body, self.config.limits)
+                made = await prepared(body, self.config.limits, model.system_prompt, lambda url: self.images.load(url, model.pad_to_square))
+                response = await self.answer({**made, "model": model.name}, number)
+        except ApiError as error:
+            response = error_response(error)
+        except TimeoutError:
+            response = error_response(_late(self.config.limits.seconds))
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = self._in_time(response.body_iterator, began)
+        response.headers["X-Request-ID"] = number
+        seconds = time.monotonic() - began
+        # Who, what for, how long: never what was said or shown.
+        logger.info("%s key %s model %s: %d in %.2f s%s", number, who, asked or "-", response.status_code, seconds, ", streams" if isinstance(response, StreamingResponse) else "")
+        self.observe(asked, response.status_code, seconds)
+        return response
+
+    def _model(self, name: str | None) -> Hosted:
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise ApiError(f"the model {name!r} is not served; there are {', '.join(self.models)}"[:500], 404, "model", "model_not_found")
+        return self.models[name]
+
+    async def _in_time(self, chunks: Any, began: float) -> AsyncIterator[Any]:
+        """The stream up to the request's deadline, then an error event."""
+        try:
+            async with asyncio.timeout(self.config.limits.seconds - (time.monotonic() - began)):
+                async for chunk in chunks:
+                    yield chunk
+        except TimeoutError:
+            yield f"data: {json.dumps(_error(_late(self.config.limits.seconds)))}\n\ndata: [DONE]\n\n"
+
+    async def list_models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._shown(model) for model in self.models.values()]})
+
+    async def one_model(self, request: Request) -> Response:
+        """GET /v1/models/{id}."""
+        try:
+            return JSONResponse(self._shown(self._model(request.path_params["name"])))
+        except ApiError as error:
+            return error_response(error)
+
+    def _shown(self, model: Hosted) -> dict[str, Any]:
+        return {"id": model.name, "object": "model", "created": self.started, "owned_by": "medray", "about": model.about}
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: the process answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def readiness(self, request: Request) -> Response:
+        """GET /ready: 503 until every model can answer."""
+        ready = await self.ready()
+        return JSONResponse({"ready": all(ready.values()), "models": ready}, 200 if all(ready.values()) else 503)
+
+    async def try_it(self, request: Request) -> Response:
+        """GET /try: what the page shows beside the models; behind the key, since examples are images of the run."""
+        models = [self._shown(model) for model in self.models.values()]
+        return JSONResponse({"title": self.config.title, "notice": NOT_A_DEVICE, "tokens": self.config.limits.tokens, "models": models, "examples": list(self.examples)})
+
+
+class Limited(ApiError):
+    """Too many requests of one key.
+
+    Args:
+        seconds: until the next may come.
+    """
+
+    def __init__(self, seconds: float):
+        super().__init__(f"too many requests with this key; the next may come in {seconds:.1f} seconds", 429, None, "rate_limit_exceeded", "rate_limit_error")
+        self.headers["Retry-After"] = str(max(1, round(seconds)))
+
+
+def _late(seconds: float) -> ApiError:
+    return ApiError(f"no whole answer within {seconds:g} seconds; ask for fewer tokens, or try again", 408, None, "timeout", "timeout_error")
+
+
+def _error(error: ApiError) -> dict[str, Any]:
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    return refused(error.status, error.message, error.kind, error.headers, error.param, error.code)
+
+
+def _request_id(request: Request) -> str:
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def _page(request: Request) -> Response:
+    return FileResponse(STATIC / "try.html")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return refused(error.status_code, str(error.detail), "invalid_request_error", error.headers)
+
+
+def make_app(endpoint: Endpoint, tokens: Tokens | None) -> Guard:
+    """The whole app.
+
+    Args:
+        tokens: whose keys are taken; None asks for none.
+    """
+    routes = [
+        Route("/v1/chat/completions", endpoint.chat, methods=["POST"]), Route("/v1/models", endpoint.list_models), Route("/v1/models/{name:path}", endpoint.one_model),
+        Route("/health", endpoint.health), Route("/ready", endpoint.readiness), Route("/try", endpoint.try_it), Route("/", _page),
+        Mount("/static", StaticFiles(directory=STATIC)),
+    ]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+    open_paths = {"/", "/static/", "/health", "/ready"} | ({"/v1/", "/try"} if tokens is None else set())
+    return Guard(
+        app, tokens.holder if tokens else lambda token: NOBODY, open_paths, endpoint.config.limits.body_bytes, headers=PAGE_HEADERS)

@@ -1,0 +1,153 @@
+"""What a chat request may say."""
+
+import asyncio
+import json
+
+import pytest
+
+from medray.config.serving import LimitsConfig
+from serve.chat_request import ApiError, check, parsed, prepared
+
+LIMITS = LimitsConfig(messages=4, text_chars=100, tokens=50, samples=2, schema_bytes=300)
+PICTURE = {"type": "image_url", "image_url": {"url": "data:picture"}}
+
+
+def user(*content):
+    return {"role": "user", "content": list(content) if content and not isinstance(content[0], str) else content[0]}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def body(**fields):
+    return json.dumps({"model": "tuned", "messages": [user("hi")], **fields}).encode()
+
+
+def schema(**inside):
+    return {"type": "json_schema", "json_schema": {"name": "one", "schema": inside}}
+
+
+@pytest.mark.parametrize(("fields", "param", "code"), [
+    ({"messages": []}, "messages", "invalid_value"),
+    ({"messages": "hi"}, "messages", "invalid_value"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content", "invalid_value"),
+    ({"messages": [user({"type": "audio", "audio": "x"})]}, "messages.0.content.0", "invalid_value"),
+    ({"messages": [user({"type": "text"})]}, "messages.0.content.0.text", "invalid_value"),
+    ({"messages": [user({"type": "image_url", "image_url": {"url": 5}})]}, "messages.0.content.0.image_url.url", "invalid_value"),
+    ({"temperature": -0.1}, "temperature", "invalid_value"),
+    ({"temperature": 1e999}, "temperature", "invalid_value"),
+    ({"top_p": 0}, "top_p", "invalid_value"),
+    ({"n": 0}, "n", "invalid_value"),
+    ({"seed": 2**63}, "seed", "invalid_value"),
+    ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+    ({"stop": [""]}, "stop.0", "invalid_value"),
+    ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template", "unsupported_parameter"),
+    ({"mm_processor_kwargs": {}}, "mm_processor_kwargs", "unsupported_parameter"),
+    ({"tools": []}, "tools", "unsupported_parameter"),
+    ({"priority": 1}, "priority", "unsupported_parameter"),
+    ({"store": True}, "store", "invalid_value"),
+    ({"structured_outputs": {"regex": "(a{999}){999}"}}, "structured_outputs.choice", "invalid_value"),
+    ({"response_format": {"type": "grammar"}}, "response_format.type", "invalid_value"),
+])
+def test_what_is_not_of_the_form_is_named(fields, param, code):
+    with pytest.raises(ApiError) as error:
+        parsed(body(**fields))
+    assert (error.value.status, error.value.param, error.value.code) == (400, param, code)
+    assert error.value.message.startswith(param.split(".")[0])
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"model": "\\ud800'])
+def test_what_is_no_json(data):
+    with pytest.raises(ApiError, match="not JSON") as error:
+        parsed(data)
+    assert error.value.code == "invalid_json"
+
+
+def test_half_of_a_surrogate_pair_is_no_text_and_a_whole_one_is():
+    for words in ("\ud83d", "a \udc00"):
+        with pytest.raises(ApiError, match="surrogate"):
+            parsed(body(messages=[user(words)]))
+    assert parsed(body(messages=[user("\U0001f600")])).messages[0].content[0].text == "\U0001f600"
+
+
+@pytest.mark.parametrize("data", [b"[]", b"null", b"7"])
+def test_json_that_is_no_request(data):
+    with pytest.raises(ApiError) as error:
+        parsed(data)
+    assert error.value.status == 400
+
+
+@pytest.mark.parametrize(("fields", "param"), [
+    ({"messages": [user("a")] * 5}, "messages"),
+    ({"messages": [user("a" * 101)]}, "messages"),
+    ({"messages": [user(text("a" * 60), text("b" * 60))]}, "messages"),
+    ({"messages": [user(PICTURE, PICTURE, text("x"))]}, "messages"),
+    ({"messages": [user(PICTURE), user(PICTURE)]}, "messages"),
+    ({"messages": [{"role": "system", "content": [PICTURE]}, user("x")]}, "messages"),
+    ({"messages": [user("a"), {"role": "assistant", "content": "b"}]}, "messages"),
+    ({"n": 3}, "n"),
+    ({"max_tokens": 51}, "max_tokens"),
+    ({"max_completion_tokens": 51}, "max_completion_tokens"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"top_logprobs": 1}, "top_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"response_format": {"type": "json_object"}, "structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": schema(type="object", title="x" * 300)}, "response_format.json_schema"),
+    ({"response_format": schema(type="string", pattern="(a{999}){999}")}, "response_format.json_schema"),
+    ({"response_format": schema(type="array", items={"type": "string", "maxLength": 100_000})}, "response_format.json_schema"),
+])
+def test_what_passes_a_limit_is_named(fields, param):
+    request = parsed(body(**fields))
+    with pytest.raises(ApiError) as error:
+        check(request, LIMITS)
+    assert (error.value.status, error.value.param) == (400, param)
+
+
+def test_a_schema_too_deep():
+    deep = {"type": "object"}
+    for _ in range(9):
+        deep = {"type": "object", "properties": {"x": deep}}
+    with pytest.raises(ApiError, match="nested"):
+        check(parsed(body(response_format=schema(**deep))), LimitsConfig())
+
+
+def test_all_that_is_allowed_goes_through():
+    fields = {
+        "n": 2, "seed": -5, "temperature": 0.7, "top_p": 0.9, "top_k": -1, "min_p": 0.0, "frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1,
+        "stop": ["a", "b"], "logprobs": True, "top_logprobs": 3, "stream": True, "stream_options": {"include_usage": True},
+        "response_format": schema(type="object", properties={"pattern": {"type": "string", "maxLength": 20}}),
+    }
+    request = parsed(body(**fields, max_completion_tokens=9, user="u", metadata={"a": "b"}, store=False))
+    check(request, LIMITS.model_copy(update={"schema_bytes": 10_000}))
+    made = asyncio.run(prepared(request, LIMITS, "", None))
+    assert made == {"model": "tuned", "messages": [user("hi")], "max_completion_tokens": 9, **fields}
+
+
+def test_images_are_loaded_and_stand_before_their_text_as_in_tuning():
+    async def load(url):
+        return url + "!"
+
+    request = parsed(body(messages=[user(text("What"), PICTURE, text("is it?"))], max_tokens=5))
+    made = asyncio.run(prepared(request, LIMITS, "Be brief.", load))
+    shown = {"type": "image_url", "image_url": {"url": "data:picture!"}}
+    assert made["messages"] == [{"role": "system", "content": "Be brief."}, user(shown, text("What"), text("is it?"))]
+    assert made["max_completion_tokens"] == 5 and "max_tokens" not in made
+
+
+def test_a_system_message_of_the_caller_stands_alone():
+    request = parsed(body(messages=[{"role": "developer", "content": "Mine."}, user("hi")]))
+    made = asyncio.run(prepared(request, LIMITS, "Ours.", None))
+    assert made["messages"] == [{"role": "system", "content": "Mine."}, user("hi")]
+
+
+def test_a_bad_image_is_named_by_its_place():
+    async def load(url):
+        raise ApiError("no image")
+
+    with pytest.raises(ApiError) as error:
+        asyncio.run(prepared(parsed(body(messages=[user("a"), user(text("x"), PICTURE)])), LIMITS, "", load))
+    assert error.value.param == "messages.1.content.1.image_url.url"

@@ -1,0 +1,79 @@
+"""Which models an app serves."""
+
+import json
+
+import pytest
+import yaml
+
+from medray.config import SelfTrainingConfig
+from medray.config.serving import ServeConfig
+from medray.errors import ConfigError
+from serve.hosted import hosted
+
+
+@pytest.fixture
+def run_dir(tmp_path, tiny_llava):
+    """Makes a finished run's directory; its tuned model is a folder in it."""
+    def make(name, base="testbed:base", **model):
+        folder = tmp_path / name
+        (folder / "stages/01-sq_sft").mkdir(parents=True)
+        (folder / "stages/01-sq_sft/model").symlink_to(tiny_llava)
+        config = SelfTrainingConfig(model={"path": base, "precision": "fp32", "pad_to_square": False, "system_prompt": "S", **model}, engine={"max_model_len": 99})
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        made = {"method": "self_train", "tuned": "sft", "base": "base", "models": {"base": {"path": base, "hash": "a"}, "sft": {"path": "stages/01-sq_sft/model", "hash": "b"}}}
+        (folder / "models.json").write_text(json.dumps(made))
+        return str(folder)
+
+    return make
+
+
+def test_a_run_is_served_as_it_was_tuned(run_dir, tiny_llava):
+    uri = run_dir("first")
+    tuned, base = hosted(ServeConfig(run=uri))
+    assert (tuned.name, base.name) == ("tuned", "base") and tuned.path == tiny_llava and base.path.endswith("/base")
+    for model in (tuned, base):
+        assert (model.precision, model.pad_to_square, model.system_prompt, model.engine.max_model_len, model.trust_remote_code) == ("fp32", False, "S", 99, False)
+    assert "first" in tuned.about and "self_train" in tuned.about
+    assert [model.name for model in hosted(ServeConfig(run=uri, base=False))] == ["tuned"]
+    assert hosted(ServeConfig(run=uri, engine={"max_model_len": 7}))[0].engine.max_model_len == 7
+
+
+def test_several_runs_share_the_base_they_were_tuned_from_in_the_same_way(run_dir):
+    runs = {"a": run_dir("a"), "b": run_dir("b"), "c": run_dir("c", system_prompt="other"), "d": run_dir("d", base="testbed:generalist")}
+    assert [model.name for model in hosted(ServeConfig(runs=runs))] == ["a", "b", "c", "d", "a-base", "c-base", "d-base"]
+
+
+def test_models_of_no_run(tiny_llava):
+    (model,) = hosted(ServeConfig(models=[{"name": "mine", "path": tiny_llava, "precision": "fp32"}]))
+    assert (model.name, model.path, model.system_prompt) == ("mine", tiny_llava, "")
+
+
+def test_what_is_no_finished_run(run_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"config.yaml.*no run directory"):
+        hosted(ServeConfig(run=str(tmp_path / "none")))
+    uri = run_dir("half")
+    (tmp_path / "half/models.json").unlink()
+    with pytest.raises(ConfigError, match=r"models.json.*not finished.*--run"):
+        hosted(ServeConfig(run=uri))
+    (tmp_path / "half/models.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        hosted(ServeConfig(run=uri))
+    (tmp_path / "half/models.json").write_text('{"tuned": "sft"}')
+    with pytest.raises(ConfigError, match="another version"):
+        hosted(ServeConfig(run=uri))
+
+
+def test_names_that_are_taken(run_dir, tiny_llava):
+    uri = run_dir("one")
+    mine = {"path": tiny_llava}
+    with pytest.raises(ConfigError, match="two models are named base"):
+        hosted(ServeConfig(run=uri, models=[{"name": "base", **mine}]))
+    for bad in ({"run": uri, "models": [{"name": "tuned", **mine}]}, {"runs": {"a b": uri}}, {"models": [{"name": "", **mine}]}, {}, {"run": uri, "replicas": [3, 2]},
+                {"run": uri, "limits": {"hosts": ["https://x.org/y"]}}, {"run": uri, "unknown": 1}):
+        with pytest.raises(ValueError, match="1 validation error"):
+            ServeConfig.model_validate(bad)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"model mine: .*no config.json"):
+        hosted(ServeConfig(models=[{"name": "mine", "path": str(tmp_path)}]))
