@@ -1,24 +1,18 @@
 """The whole job on the bundled tiny models: every stage for real, in its own process, as a user runs it, killed on the way."""
 
 import json
-import os
 import random
-import subprocess
-import sys
-import time
 from collections import Counter
-from pathlib import Path
 
-import pyarrow.dataset
 import pytest
 import yaml
 
 from medray.data.clinicians import is_right
 from medray.models.rater import Rater
+from tests.jobs import Job, check_ready_to_serve, manifest, rows, summary_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "data.testbed_rows=60", "data.max_labelled=30", "demonstrations.clusters=4", "demonstrations.draw=16", "generate.rounds=[2, 3]", "pairs.max_pairs=60",
     "rater.epochs=2", "rater.micro_batch=16", "rater.hidden=[16]", "rater.checkpoint_every=1", "tune.epochs=1", "tune.eval_rows=2", "evaluate.arms=[selected]",
@@ -28,28 +22,7 @@ SMALL = [
 KILLED = {"05-generate": 25, "08-rater": 25}  # about how many seconds each takes: a kill falls somewhere in between
 
 
-def command(run):
-    return [sys.executable, "jobs/clinician_preference.py", "--run", str(run), *(part for override in SMALL for part in ("--set", override))]
-
-
-def environment():
-    return {**os.environ, "RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
-
-
-def kill_in(run, stage, seconds):
-    """Start the job, SIGKILL its driver `seconds` after the stage has begun (or when it is over)."""
-    log = run.parent / f"{stage}.log"
-    with log.open("w") as handle:
-        job = subprocess.Popen(command(run), cwd=ROOT, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
-    folder = run / "stages" / stage
-    while job.poll() is None and not (folder / "inputs.json").exists():
-        time.sleep(0.05)
-    until = time.monotonic() + seconds
-    while job.poll() is None and time.monotonic() < until and not (folder / "manifest.json").exists():
-        time.sleep(0.05)
-    assert job.poll() is None, log.read_text()[-6000:]
-    job.kill()
-    job.wait()
+JOB = Job("clinician_preference", SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +31,8 @@ def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("job") / "run"
     rng = random.Random(0)
     for stage, seconds in KILLED.items():
-        kill_in(run, stage, rng.uniform(0, seconds))
-    last = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert last.returncode == 0, last.stderr[-6000:]
-    return run, last
-
-
-def outputs(run, stage):
-    return json.loads((run / "stages" / stage / "manifest.json").read_text())["outputs"]
-
-
-def rows(run, *parts, columns=None):
-    return pyarrow.dataset.dataset(str(Path(run, "stages", *parts)), format="parquet").to_table(columns=columns).to_pylist()
+        JOB.kill_in(run, stage, rng.uniform(0, seconds))
+    return run, JOB.run(run)
 
 
 def ids(run, *parts, column="sample_id"):
@@ -80,13 +43,14 @@ def ids(run, *parts, column="sample_id"):
 
 def test_summary_line_and_resume(finished):
     run, done = finished
-    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    summary = summary_of(done)
     assert {"run", "base", "selected", "rater", "clinicians", "truth", "seconds", "report", "model", "rating_model"} <= set(summary)
     assert summary["run"] == str(run)
+    check_ready_to_serve(run, summary["model"])
     assert summary["clinicians"]["kind"] == "simulated"
     assert "stage 03-candidates: done before" in done.stderr
     assert "simulated clinicians, error rate 0.1" in done.stderr
-    continued = json.loads((run / "stages/05-generate/manifest.json").read_text())["attempts"]
+    continued = manifest(run, "05-generate")["attempts"]
     assert continued >= 2  # killed in it, and gone on
 
 
@@ -123,13 +87,13 @@ def test_clinicians_shape_the_dialogues_and_the_rating_model(finished):
     shown = {name for row in rows(run, "05-generate/rows", columns=["demonstrations"]) for name in row["demonstrations"] or []}
     assert shown
     assert shown <= accepted
-    counts = outputs(run, "08-rater")["counts"]
+    counts = manifest(run, "08-rater")["outputs"]["counts"]
     assert counts["train, clinician"] + counts["held_out, clinician"] == len(pairs)
 
 
 def test_the_rating_model_loads_and_its_best_epoch_is_named(finished):
     run, _ = finished
-    rater = outputs(run, "08-rater")
+    rater = manifest(run, "08-rater")["outputs"]
     assert Rater.from_pretrained(rater["model"]).hidden == (16,)
     assert rater["best_epoch"] in (0, 1)
     assert rater["counts"]["samples"] == 2 * rater["counts"]["trained"]
@@ -146,7 +110,7 @@ def test_what_is_selected_is_tuned_on_once_per_epoch(finished):
         scores.setdefault(row["dialogue_id"], []).append(row["score"])
     means = {name: sum(found) / len(found) for name, found in scores.items()}
     assert sum(means[name] for name in kept) / len(kept) > sum(means.values()) / len(means)
-    counts = outputs(run, "11-tune-selected")["counts"]
+    counts = manifest(run, "11-tune-selected")["outputs"]["counts"]
     assert (counts["trained"], counts["samples"], counts["quarantined"]) == (len(kept), len(kept), 0)
 
 

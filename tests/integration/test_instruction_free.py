@@ -1,14 +1,10 @@
 """The whole job on the bundled tiny base model: every stage for real, in its own process, as a user runs it, killed once."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-import pyarrow.dataset
 import pytest
 import torch
 import yaml
@@ -18,78 +14,61 @@ from medray.data.descriptions import WBCATT, leaks_description
 from medray.models.proxy_instruction import PLACEHOLDER, ProxyInstruction
 from medray.models.vlm import part_of
 from medray.testbed import model_path
+from tests.jobs import Job, check_ready_to_serve, manifest, metrics, rows, summary_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "data.testbed_rows=120", "warm_up.eval_rows=4", "tune.eval_rows=4", "tune.epochs=2", "evaluate.max_images=3", "evaluate.max_general=2", "evaluate.bootstrap=100",
     "verify.rows=2", "verify.max_tokens=6", "engine.rows_per_task=8",
 ]
 
 
-def command(run):
-    return [sys.executable, "jobs/instruction_free.py", "--run", str(run), *(part for override in SMALL for part in ("--set", override))]
-
-
-def environment():
-    return {**os.environ, "RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
+JOB = Job("instruction_free", SMALL)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run whose driver was killed (SIGKILL) between the warm-up and the tuning, then run to its end."""
     run = tmp_path_factory.mktemp("job") / "run"
-    log = run.parent / "killed.log"
-    with log.open("w") as handle:
-        job = subprocess.Popen(command(run), cwd=ROOT, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
+    job = JOB.start(run, run.parent / "killed.log")
     while job.poll() is None and not (run / "stages/01-warm_up/manifest.json").exists():
         time.sleep(0.05)
-    assert job.poll() is None, log.read_text()[-6000:]
+    assert job.poll() is None, (run.parent / "killed.log").read_text()[-6000:]
     job.kill()
     job.wait()
-    last = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert last.returncode == 0, last.stderr[-6000:]
-    return run, last
-
-
-def outputs(run, stage):
-    return json.loads((run / "stages" / stage / "manifest.json").read_text())["outputs"]
-
-
-def rows(folder, columns=None):
-    return pyarrow.dataset.dataset(str(folder), format="parquet").to_table(columns=columns).to_pylist()
+    return run, JOB.run(run)
 
 
 def test_summary_line_and_resume(finished):
     run, done = finished
-    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    summary = summary_of(done)
     assert {"run", "base", "tuned", "floors", "seconds", "report", "model", "proxy"} <= set(summary)
     assert summary["tuned"]["strict"]["low"] <= summary["tuned"]["strict"]["value"] <= summary["tuned"]["strict"]["high"]
     assert summary["run"] == str(run)
+    check_ready_to_serve(run, summary["model"])
     assert "stage 01-warm_up: done before" in done.stderr
     assert "floors  chance 0." in done.stderr
 
 
 def test_each_description_was_trained_once_per_epoch(finished):
     run, _ = finished
-    ids = [row["sample_id"] for row in rows(run / "stages/00-data/descriptions", ["sample_id"])]
+    ids = [row["sample_id"] for row in rows(run, "00-data/descriptions", columns=["sample_id"])]
     assert len(ids) == len(set(ids)) == 108
     for stage, epochs in (("01-warm_up", 1), ("02-tune", 2)):
-        counts = outputs(run, stage)["counts"]
+        counts = manifest(run, stage)["outputs"]["counts"]
         assert (counts["trained"], counts["samples"], counts["quarantined"]) == (108, 108 * epochs, 0)
 
 
 def test_the_tuning_begins_at_the_warm_ups_proxy(finished):
     run, _ = finished
-    warm, tuned = (ProxyInstruction.load(outputs(run, stage)["proxy"]) for stage in ("01-warm_up", "02-tune"))
+    warm, tuned = (ProxyInstruction.load(manifest(run, stage)["outputs"]["proxy"]) for stage in ("01-warm_up", "02-tune"))
     fresh = ProxyInstruction(8, warm.vectors.shape[1])
     assert not torch.equal(warm.vectors, fresh.vectors)
     assert torch.equal(warm.start, fresh.vectors)  # seed 0
     assert torch.equal(tuned.start, warm.vectors)
     assert (warm.mode, tuned.mode) == ("free", "textbook")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    moved = [line["proxy_moved"] for line in lines if line["stage"] == "02-tune" and "proxy_moved" in line]
+    moved = [line["proxy_moved"] for line in metrics(run, "02-tune") if "proxy_moved" in line]
     assert moved[-1] == pytest.approx(float((tuned.average - tuned.start).norm()), rel=1e-4)
     assert 0 < moved[0] < moved[-1]
 

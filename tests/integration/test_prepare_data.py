@@ -18,7 +18,7 @@ from medray.methods.data_export import export_dataset
 from medray.methods.data_preparation import prepare_dataset
 from tests.data.test_images import noise, saved
 from tests.integration.conftest import BUCKET
-from tests.integration.test_self_train import ROOT
+from tests.jobs import ROOT
 
 pytestmark = pytest.mark.ray
 

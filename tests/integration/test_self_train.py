@@ -4,20 +4,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
-import pyarrow.dataset
 import pytest
 import yaml
+
+from tests.jobs import Job, check_ready_to_serve, manifest, metrics, rows, summary_of
 
 # One fixture does the work of the module: several starts of the whole job.
 pytestmark = pytest.mark.timeout(2700)
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "data.testbed_rows=240", "data.label_fraction=0.3", "data.max_unlabelled=24", "data.turns=3", "sft.epochs=1", "sft.eval_rows=8",
     "self_play.questions=2", "judge.min_margin=0", "evaluate.max_images=6", "evaluate.bootstrap=100", "verify.rows=2", "verify.max_tokens=6",
@@ -25,39 +22,12 @@ SMALL = [
 ]
 
 
-def command(run, *overrides):
-    sets = [part for override in (*SMALL, *overrides) for part in ("--set", override)]
-    return [sys.executable, "jobs/self_train.py", "--run", str(run), *sets]
-
-
-def environment():
-    return {**os.environ, "RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
-
-
-def rows(run, *parts, columns=None):
-    return pyarrow.dataset.dataset(str(Path(run, "stages", *parts)), format="parquet").to_table(columns=columns).to_pylist()
-
+JOB = Job("self_train", SMALL)
 
 # Every kind of stage, in order, each with about how many seconds it takes: a kill falls somewhere in between. A start of the
 # job takes half a minute, so only stages of which rows or steps survive are killed, and all where MEDRAY_KILL_ALL is set.
 STAGES = {"00-data": 8, "01-sq_sft": 40, "01-verify": 15, "11-self_play": 30, "12-judge": 20, "13-pairs": 0.2, "14-reference": 15, "15-dpo": 30, "90-evaluate-base": 20}
 KILLED = list(STAGES) if os.environ.get("MEDRAY_KILL_ALL") else ["01-sq_sft", "11-self_play", "12-judge", "15-dpo"]
-
-
-def kill_in(run, stage, seconds):
-    """Start the job, SIGKILL its driver `seconds` after the stage has begun (or when it is over)."""
-    log = run.parent / f"{stage}.log"
-    with log.open("w") as handle:
-        job = subprocess.Popen(command(run), cwd=ROOT, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
-    folder = run / "stages" / stage
-    while job.poll() is None and not (folder / "inputs.json").exists():
-        time.sleep(0.05)
-    until = time.monotonic() + seconds
-    while job.poll() is None and time.monotonic() < until and not (folder / "manifest.json").exists():
-        time.sleep(0.05)
-    assert job.poll() is None, log.read_text()[-4000:]
-    job.kill()
-    job.wait()
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +36,16 @@ def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("job") / "run"
     rng = random.Random(0)
     for stage in KILLED:
-        kill_in(run, stage, rng.uniform(0, STAGES[stage]))
-    last = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert last.returncode == 0, last.stderr[-6000:]
-    return run, last
+        JOB.kill_in(run, stage, rng.uniform(0, STAGES[stage]))
+    return run, JOB.run(run)
 
 
 def test_summary_line(finished):
     run, done = finished
-    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    summary = summary_of(done)
     assert {"run", "base", "tuned", "pairs", "seconds", "report", "model"} <= set(summary)
     assert summary["run"] == str(run)
+    check_ready_to_serve(run, summary["model"])
     assert summary["pairs"] == len(rows(run, "13-pairs", "rows", columns=["sample_id"])) > 0
 
 
@@ -97,7 +66,7 @@ def test_each_row_was_trained_once_per_epoch(finished):
     run, _ = finished
     config = yaml.safe_load((run / "config.yaml").read_text())
     for stage, section, source in (("01-sq_sft", "sft", ("00-data", "conversations")), ("15-dpo", "dpo", ("14-reference", "rows"))):
-        counts = json.loads((run / "stages" / stage / "manifest.json").read_text())["outputs"]["counts"]
+        counts = manifest(run, stage)["outputs"]["counts"]
         ids = len(rows(run, *source, columns=["sample_id"]))
         assert counts["trained"] == ids
         assert counts["samples"] == ids * config[section]["epochs"]
@@ -115,8 +84,7 @@ def test_reference_columns_are_log_probabilities(finished):
 def test_first_dpo_step_starts_at_the_reference(finished):
     """Before the first update the policy is the reference: rewards are zero and the loss is ln 2, up to dropout (none here)."""
     run, _ = finished
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    first = next(line for line in lines if line["stage"] == "15-dpo")
+    first = metrics(run, "15-dpo")[0]
     assert first["loss"] == pytest.approx(0.6931, abs=2e-3)
     assert first["rewards/margin"] == pytest.approx(0, abs=5e-3)
 
@@ -138,11 +106,7 @@ def test_report_opens_offline_and_shows_what_it_must(finished):
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "job stop"])
 def test_interrupted_job_says_how_to_go_on(tmp_path, end):
-    with (tmp_path / "log").open("w") as handle:
-        job = subprocess.Popen(
-            command(tmp_path / "run"), cwd=ROOT, env=environment(), stdout=handle, stderr=handle, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell makes its children deaf to it
-        )
+    job = JOB.start(tmp_path / "run", tmp_path / "log")
     while job.poll() is None and not (tmp_path / "run" / "stages" / "00-data" / "inputs.json").exists():
         time.sleep(0.05)
     job.send_signal(end)
@@ -152,6 +116,5 @@ def test_interrupted_job_says_how_to_go_on(tmp_path, end):
 
 def test_same_command_again_does_nothing(finished):
     run, _ = finished
-    again = subprocess.run(command(run), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr[-3000:]
+    again = JOB.run(run)
     assert ": begins" not in again.stderr

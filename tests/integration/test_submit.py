@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import BIN, BUCKET, free_port, wait_for
-from tests.integration.test_self_train import ROOT, SMALL
+from tests.integration.test_self_train import SMALL
+from tests.jobs import ROOT
 
 pytestmark = pytest.mark.timeout(2000)
 
