@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ErrorResponse
@@ -59,6 +60,16 @@ class ModelIsHere(CallbackBase):
         self.ctx.run_init_node = False
 
 
+class CPUEngine(VLLMEngine):
+    """ray.serve.llm starts a process for each worker of an engine on CPU; one worker can live in the engine's own, as in vLLM's server."""
+
+    def _prepare_engine_config(self, callback_ctx: Any) -> Any:
+        arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
+        if config.parallel_config.world_size == 1:
+            config.parallel_config.distributed_executor_backend = "uni"
+        return arguments, frontend, config
+
+
 class ModelServer(LLMServer):
     """Args of the deployment: the configuration of ray.serve.llm (for placement), and what to make it of on the node itself."""
 
@@ -66,7 +77,7 @@ class ModelServer(LLMServer):
         hosted = Hosted.model_validate(model)
         local = await asyncio.to_thread(_fetched, hosted.path)
         os.environ[OWNER_ENV] = str(os.getpid())
-        await super().__init__(settings(hosted, ReplicaConfig.model_validate(config), local))
+        await super().__init__(settings(hosted, ReplicaConfig.model_validate(config), local), engine_cls=None if hosted.engine.gpus_per_actor else CPUEngine)
         self._specials = await asyncio.to_thread(_specials, local, hosted.trust_remote_code)
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:

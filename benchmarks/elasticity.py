@@ -1,0 +1,151 @@
+"""The main job on a cluster that grows and shrinks, with nodes that die: what it costs, and that nothing is lost or done twice.
+
+Starts Ray's autoscaler with its fake provider on this machine (medray.testbed.fake_cluster): a head, and groups of nodes for data, training and
+generation that are empty until work asks for them. Then jobs/self_train.py runs on it, small, while this script kills
+
+    a training node in 01-sq_sft      the training shrinks, goes on from its checkpoint, grows back
+    a generation node in 11-self_play the rows it held are generated again, elsewhere
+    a generation node in 12-judge     as much for verdicts
+    the job's driver in 15-dpo        the same command continues
+
+and checks that every image, answer, pair and training row is there exactly once. Prints when nodes came and went, what each interruption cost (steps done again
+against the checkpoint interval, seconds between starts), and one JSON line last.
+
+    python benchmarks/elasticity.py [--folder DIR] [--calm]     # --calm: nothing is killed, for comparison
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset
+
+from medray.testbed.fake_cluster import FakeCluster
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT_EVERY = 5
+GROUPS = {"data": (2, 1), "train": (1, 2), "generate": (1, 2)}
+PLACES = {
+    "cluster.data_labels": "data", "sft.place.labels": "train", "dpo.place.labels": "train", "engine.place.labels": "generate",
+}
+SETTINGS = [
+    "data.testbed_rows=240", "data.label_fraction=0.3", "data.max_unlabelled=48", "data.turns=3", "data.read_cpus=0.5", "sft.epochs=2", "sft.eval_rows=4", "self_play.questions=2",
+    "judge.min_margin=0", "evaluate.max_images=4", "evaluate.bootstrap=100", "verify.rows=0", "engine.rows_per_task=4", "engine.rows_in_flight=4", "engine.actors=[1,2]",
+    "engine.cpus_per_actor=1", "sft.num_workers=[1,2]", "dpo.num_workers=[1,2]", f"sft.checkpoint_every={CHECKPOINT_EVERY}", f"dpo.checkpoint_every={CHECKPOINT_EVERY}",
+    "sft.threads=1", "dpo.threads=1",
+    *(f"{field}={{medray-group: {group}}}" for field, group in PLACES.items()),
+]
+
+
+class Watch(threading.Thread):
+    """Writes down when the number of a group's nodes changes."""
+
+    def __init__(self, cluster: FakeCluster):
+        super().__init__(daemon=True)
+        self.cluster, self.began, self.seen, self.over = cluster, time.monotonic(), [], threading.Event()
+
+    def run(self) -> None:
+        last: dict[str, int] = {}
+        while not self.over.wait(1.0):
+            now = {group: len(nodes) for group, nodes in self.cluster.nodes().items()}
+            if now != last:
+                self.seen.append({"second": round(time.monotonic() - self.began), **now})
+                print(json.dumps(self.seen[-1]), flush=True)
+                last = now
+
+
+def start_job(cluster: FakeCluster, run: Path, log: Path) -> subprocess.Popen:
+    command = [sys.executable, "jobs/self_train.py", "--run", str(run), *(part for setting in SETTINGS for part in ("--set", setting))]
+    with log.open("a") as handle:
+        return subprocess.Popen(command, cwd=ROOT, env={**cluster.environment, "PYTHONUNBUFFERED": "1"}, stdout=handle, stderr=handle, start_new_session=True)
+
+
+# What is killed, and the file of the stage that shows that it has got somewhere; None: the driver.
+PLAN = (
+    ("01-sq_sft", "train/training/checkpoint_*/progress.json", "train"), ("11-self_play", "committed/*", "generate"), ("12-judge", "committed/*", "generate"),
+    ("15-dpo", "train/training/checkpoint_*/progress.json", None),
+)
+
+
+def disturb(cluster: FakeCluster, run: Path, job: subprocess.Popen, log: Path) -> tuple[subprocess.Popen, list[dict[str, Any]]]:
+    """Kill what the docstring says, each when its stage has got somewhere; returns the job that goes on, and what was killed."""
+    killed = []
+    for stage, pattern, group in PLAN:
+        while not any((run / "stages" / stage).glob(pattern)):
+            if job.poll() is not None:
+                raise SystemExit(f"the job ended early:\n{log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        if group is None:
+            job.kill()
+            job.wait()
+            killed.append({"stage": stage, "killed": "driver"})
+            job = start_job(cluster, run, log)
+        else:
+            killed.append({"stage": stage, "killed": f"{group} node", "id": cluster.kill_node(group)[-5:]})
+        print(json.dumps(killed[-1]), flush=True)
+    return job, killed
+
+
+def ids(run: Path, *parts: str) -> Counter[str]:
+    return Counter(pyarrow.dataset.dataset(str(run.joinpath("stages", *parts)), format="parquet").to_table(columns=["sample_id"])["sample_id"].to_pylist())
+
+
+def exactly_once(run: Path) -> dict[str, int]:
+    """Rows by stage. Raises SystemExit where an id is missing or twice."""
+    images = ids(run, "00-data", "images")
+    pairs = ids(run, "13-pairs", "rows")
+    for stage, wanted in (("11-self_play", images), ("12-judge", images), ("14-reference", pairs)):
+        found = ids(run, stage, "rows")
+        if found != wanted or set(found.values()) - {1}:
+            raise SystemExit(f"{stage}: {sum(found.values())} rows of {len(found)} ids, wanted {len(wanted)} once each")
+    for stage, rows, epochs in (("01-sq_sft", ids(run, "00-data", "conversations"), 2), ("15-dpo", pairs, 1)):
+        counts = counts_of(run, stage)
+        if (counts["trained"], counts["samples"]) != (len(rows), epochs * len(rows)):
+            raise SystemExit(f"{stage}: {counts}, wanted {len(rows)} rows in {epochs} epochs")
+    return {"images": len(images), "pairs": len(pairs)}
+
+
+def counts_of(run: Path, stage: str) -> dict[str, Any]:
+    return json.loads((run / "stages" / stage / "manifest.json").read_text())["outputs"]["counts"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="of the cluster and the run (default: a temporary one)")
+    parser.add_argument("--calm", action="store_true")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder = Path(options.folder or tempfile.mkdtemp(prefix="medray-elastic-")).resolve()
+    run, log = folder / "run", folder / "job.log"
+    began, killed = time.monotonic(), []
+    with FakeCluster(folder / "cluster", GROUPS) as cluster:
+        watch = Watch(cluster)
+        watch.start()
+        job = start_job(cluster, run, log)
+        if not options.calm:
+            job, killed = disturb(cluster, run, job, log)
+        if job.wait():
+            raise SystemExit(f"the job failed:\n{log.read_text()[-4000:]}")
+        seconds = time.monotonic() - began
+        time.sleep(30)  # three times what a node may idle
+        watch.over.set()
+        left = {group: len(nodes) for group, nodes in cluster.nodes().items()}
+    cost = {stage: {name: count for name, count in counts_of(run, stage).items() if name in ("restarts", "steps", "steps done again", "seconds between starts")} for stage in ("01-sq_sft", "15-dpo")}
+    print(json.dumps({
+        "benchmark": "elasticity", "calm": options.calm, "seconds": round(seconds), "checkpoint_every": CHECKPOINT_EVERY, "killed": killed, "rows": exactly_once(run), "training": cost,
+        "nodes": watch.seen, "nodes_left": left,
+    }))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""An autoscaling cluster on one machine: Ray's own autoscaler with its fake provider, whose nodes are processes here.
+
+For tests and benchmarks/elasticity.py. What is real: the autoscaler, scheduling by labels, nodes that come when work asks for them and go when
+they are idle, and what Ray does when one dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+_HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # the provider numbers the nodes after it
+_BIN = Path(sys.executable).parent
+
+
+class FakeCluster:
+    """A head, and nodes of the given types between none and `most` of each.
+
+    Args:
+        folder: for configuration and logs.
+        groups: by name the CPUs and the greatest number of its nodes; a node's label medray-group is the name.
+        idle_seconds: a node without work goes after so long.
+
+    Use as a context manager; `address` is for RAY_ADDRESS, `environment` for processes that join.
+    """
+
+    def __init__(self, folder: Path, groups: dict[str, tuple[float, int]], head_cpus: int = 1, idle_seconds: float = 10):
+        self.folder, self.groups, self.head_cpus = folder, groups, head_cpus
+        self.port = _free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        # The provider's nodes are only found under the names it gives them.
+        self.environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address, "RAY_TRAIN_V2_ENABLED": "1"}
+        self.settings = {
+            "cluster_name": "fake", "max_workers": sum(most for _, most in groups.values()), "idle_timeout_minutes": idle_seconds / 60, "upscaling_speed": 1.0,
+            "provider": {
+                "type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
+                "launch_multiple": True, "head_node_id": _HEAD, "gcs_address": self.address,
+            },
+            "head_node_type": "ray.head.default",
+            "available_node_types": {
+                "ray.head.default": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
+                **{
+                    name: {"resources": {"CPU": cpus, "object_store_memory": 200 * 2**20}, "labels": {"medray-group": name}, "node_config": {}, "min_workers": 0, "max_workers": most}
+                    for name, (cpus, most) in groups.items()
+                },
+            },
+            **{name: {} for name in ("auth", "docker", "file_mounts")}, "file_mounts_sync_continuously": False,
+            **{name: [] for name in (
+                "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
+                "cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        }
+
+    def __enter__(self) -> FakeCluster:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = self.folder / "cluster.yaml"
+        config.write_text(yaml.safe_dump(self.settings))
+        command = [
+            _BIN / "ray", "start", "--head", "--block", f"--port={self.port}", f"--num-cpus={self.head_cpus}", f"--autoscaling-config={config}", "--include-dashboard=true",
+            f"--dashboard-port={_free_port()}", f"--dashboard-agent-listen-port={_free_port()}", f"--metrics-export-port={_free_port()}", f"--ray-client-server-port={_free_port()}",
+            f"--temp-dir={self.folder / 'ray'}", "--disable-usage-stats", f"--object-store-memory={300 * 2**20}", "--node-ip-address=127.0.0.1",
+        ]
+        environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"} | {
+            "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": _HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD,
+        }
+        self.log = (self.folder / "head.log").open("w")
+        self.head = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log, start_new_session=True)
+        until = time.monotonic() + 180
+        while "Ray runtime started" not in (self.folder / "head.log").read_text():
+            if self.head.poll() is not None or time.monotonic() > until:
+                self.__exit__()
+                raise RuntimeError(f"the fake cluster's head did not start:\n{(self.folder / 'head.log').read_text()[-3000:]}")
+            time.sleep(0.3)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for process in [*self._raylets().values(), *(one for one in _alive() if str(self.folder / "ray") in " ".join(one.info["cmdline"] or ()))]:
+            _kill(process)
+        with contextlib.suppress(psutil.Error):
+            _kill(psutil.Process(self.head.pid))
+        self.head.wait()
+        self.log.close()
+
+    def nodes(self) -> dict[str, list[str]]:
+        """Group -> ids of its living nodes, by the raylets that run."""
+        found: dict[str, list[str]] = {name: [] for name in self.groups}
+        for name, identity in self._raylets():
+            found[name].append(identity)
+        return found
+
+    def kill_node(self, group: str) -> str:
+        """SIGKILL a node, the youngest of its group, with everything it started; returns its id. Raises LookupError where there is none."""
+        raylets = self._raylets()
+        of_group = sorted(key for key in raylets if key[0] == group)
+        if not of_group:
+            raise LookupError(f"no node of group {group} is there")
+        _kill(raylets[of_group[-1]])
+        return of_group[-1][1]
+
+    def _raylets(self) -> dict[tuple[str, str], psutil.Process]:
+        """(group, node id) -> its raylet."""
+        found = {}
+        for process in _alive():
+            command = " ".join(process.info["cmdline"] or ())
+            if "/raylet/raylet" not in command or self.address not in command:
+                continue
+            with contextlib.suppress(psutil.Error):
+                variables = process.environ()
+                if variables.get("RAY_NODE_TYPE_NAME") in self.groups:
+                    found[variables["RAY_NODE_TYPE_NAME"], variables["RAY_CLOUD_INSTANCE_ID"]] = process
+        return found
+
+
+def _alive() -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["cmdline", "status"]) if process.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def _kill(process: psutil.Process) -> None:
+    """SIGKILL the process and all below it."""
+    with contextlib.suppress(psutil.Error):
+        family = [process, *process.children(recursive=True)]
+        for one in family:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
