@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset
+import yaml
 
 from medray.testbed.fake_cluster import FakeCluster
 
@@ -108,8 +109,9 @@ def exactly_once(run: Path) -> dict[str, int]:
         found = ids(run, stage, "rows")
         if found != wanted or set(found.values()) - {1}:
             raise SystemExit(f"{stage}: {sum(found.values())} rows of {len(found)} ids, wanted {len(wanted)} once each")
-    for stage, rows, epochs in (("01-sq_sft", ids(run, "00-data", "conversations"), 2), ("15-dpo", pairs, 1)):
-        counts = counts_of(run, stage)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for stage, section, rows in (("01-sq_sft", "sft", ids(run, "00-data", "conversations")), ("15-dpo", "dpo", pairs)):
+        counts, epochs = counts_of(run, stage), config[section]["epochs"]
         if (counts["trained"], counts["samples"]) != (len(rows), epochs * len(rows)):
             raise SystemExit(f"{stage}: {counts}, wanted {len(rows)} rows in {epochs} epochs")
     return {"images": len(images), "pairs": len(pairs)}

@@ -18,6 +18,8 @@ logger = logging.getLogger("medray")
 
 _SLOW_START = "timed out during startup"
 _STARTS = 3
+_LOST_ACTOR = ("ActorDiedError", "ActorUnavailableError")
+_RETRIES = 10  # with growing pauses, longer than Ray takes to find a node dead (half a minute)
 
 
 def start_ray(**arguments: Any) -> None:
@@ -73,6 +75,10 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     # Stages are reproducible only where blocks keep their order.
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = config.data_labels or None
+    # Ray Data reads Parquet footers in actors that it spreads over all nodes and does not restart (2.60). One that lands on a node that died
+    # a moment ago, before Ray has noticed, would end the job. Listing is in order, so it can begin again.
+    context.retried_map_errors = list(_LOST_ACTOR)
+    context.max_map_retries = _RETRIES
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if terminal else logging.WARNING)
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)

@@ -42,7 +42,7 @@ class FakeCluster:
         self.settings = {
             "cluster_name": "fake", "max_workers": sum(most for _, most in groups.values()), "idle_timeout_minutes": idle_seconds / 60, "upscaling_speed": 1.0,
             "provider": {
-                "type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
+                "type": "external", "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider", "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
                 "launch_multiple": True, "head_node_id": _HEAD, "gcs_address": self.address,
             },
             "head_node_type": "ray.head.default",
