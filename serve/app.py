@@ -130,7 +130,7 @@ def build(config: ServeConfig) -> Application:
     plain, of_replicas = config.model_dump(mode="json"), config.of_replicas
     handles = {
         model.name: build_llm_deployment(
-            settings(model, of_replicas, model.path), deployment_cls=ModelServer,
+            settings(model, of_replicas), deployment_cls=ModelServer,
             bind_kwargs={"model": model.model_dump(mode="json", exclude={"about"}), "config": of_replicas.model_dump(mode="json")})
         for model in models
     }

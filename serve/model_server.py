@@ -19,11 +19,11 @@ from medray.inference.engine_guard import OWNER_ENV
 from serve.hosted import Hosted
 
 
-def settings(model: Hosted, config: ReplicaConfig, local: str) -> LLMConfig:
+def settings(model: Hosted, config: ReplicaConfig, local: str | None = None) -> LLMConfig:
     """What ray.serve.llm is told.
 
     Args:
-        local: folder of the model on this node, or a hub id.
+        local: folder of the model on this node, or a hub id; None where only placement is asked for, and the model may be elsewhere.
     """
     engine, place, (low, high) = model.engine, config.place, config.replicas
     bundle: dict[str, float] = {"CPU": engine.cpus_per_actor}
@@ -40,14 +40,16 @@ def settings(model: Hosted, config: ReplicaConfig, local: str) -> LLMConfig:
             "upscale_delay_s": config.upscale_delay_s, "downscale_delay_s": config.downscale_delay_s,
         },
     }
-    return LLMConfig(
-        model_loading_config={"model_id": model.name, "model_source": local},
-        engine_kwargs={
+    arguments: dict[str, Any] = {"tensor_parallel_size": engine.tensor_parallel_size}
+    if local is not None:
+        arguments = {
             **vllm_arguments(local, model.precision, model.trust_remote_code, engine, config.limits.images),
             "override_generation_config": {"max_new_tokens": config.limits.tokens},
             # A schema allows blanks between its parts without end, and a small model can lose itself in them.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        },
+        }
+    return LLMConfig(
+        model_loading_config={"model_id": model.name, "model_source": local or model.path}, engine_kwargs=arguments,
         placement_group_config={"bundle_per_worker": bundle}, deployment_config=deployment, runtime_env={"env_vars": vllm_environment(engine)},
         callback_config={"callback_class": ModelIsHere}, experimental_configs={"stream_batching_interval_ms": config.stream_milliseconds},
     )

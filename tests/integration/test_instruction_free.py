@@ -91,10 +91,9 @@ def test_all_sets_of_questions_were_answered_once(finished):
     run, _ = finished
     for model in ("base", "tuned"):
         for one in ("choices", "plain", "described", "general"):
-            folder = run / "stages" / f"90-evaluate-{model}" / "sets" / one
-            asked = run / "stages/00-data" / (one if one != "general" else "general/questions")
-            answered = rows(folder)
-            assert Counter(row["sample_id"] for row in answered) == Counter(row["sample_id"] for row in rows(asked, ["sample_id"]))
+            asked = rows(run, "00-data", one if one != "general" else "general/questions", columns=["sample_id"])
+            answered = rows(run, f"90-evaluate-{model}", "sets", one)
+            assert Counter(row["sample_id"] for row in answered) == Counter(row["sample_id"] for row in asked)
             assert {row["model"] for row in answered} == {model}
             assert all(row["error"] is None for row in answered)
             assert all(PLACEHOLDER not in row["question"] for row in answered)
@@ -108,10 +107,10 @@ def test_all_sets_of_questions_were_answered_once(finished):
 def test_results_are_those_of_the_answers(finished):
     run, _ = finished
     results = json.loads((run / "results.json").read_text())
-    answered, plain = (rows(run / "stages/90-evaluate-tuned/sets" / one) for one in ("choices", "plain"))
+    answered, plain = (rows(run, "90-evaluate-tuned/sets", one) for one in ("choices", "plain"))
     leaked = [leaks_description(row["answer"], WBCATT) for row in (*answered, *plain)]
     assert results["measures"]["tuned"]["leakage"]["value"] == pytest.approx(sum(leaked) / len(leaked))
-    assert results["retention"]["questions"] == len(rows(run / "stages/00-data/general/questions", ["sample_id"])) == 54
+    assert results["retention"]["questions"] == len(rows(run, "00-data/general/questions", columns=["sample_id"])) == 54
     chances = [1 / len(row["choices"]) for row in answered]
     assert results["floors"]["chance"] == pytest.approx(sum(chances) / len(chances))
     assert results["form"] == "wbcatt"

@@ -7,6 +7,7 @@ import re
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -217,6 +218,22 @@ def _replica_pids():
     found = subprocess.run(["pgrep", "-f", "ServeReplica:vlm:ModelServer"], capture_output=True, text=True).stdout.split()
     assert len(found) == 2
     return set(found)
+
+
+def test_logs_tell_who_asked_and_nothing_of_what(endpoint, ray_cluster):
+    """In all files that Ray, Serve and vLLM write."""
+    address, key, _ = endpoint
+    secret, image = "a man of 54 called Zanzibar Doe", cell((37, 41))
+    headers = {"Authorization": f"Bearer {key}", "X-Request-ID": "told-in-the-log"}
+    for words, status in ((secret, 200), (f"{secret} <|end|>", 400), (f"{secret} " * 200, 400)):
+        body = {"model": "tuned", "messages": message(words, image), "max_tokens": 4}
+        assert httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=120).status_code == status
+    data = uri_of(image).partition(",")[2]
+    logs = Path(ray_cluster._private.worker.global_worker.node.get_logs_dir_path())
+    time.sleep(1)
+    texts = [file.read_text(errors="replace") for file in logs.rglob("*") if file.is_file()]
+    assert any("told-in-the-log key tests model tuned: 400" in text for text in texts)
+    assert not [text for text in texts if "Zanzibar" in text or data[:200] in text or key in text]
 
 
 def test_the_page_asks_both_models(endpoint, browser):

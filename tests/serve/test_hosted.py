@@ -5,10 +5,10 @@ import json
 import pytest
 import yaml
 
-from medray.config import SelfTrainingConfig
-from medray.config.serving import ServeConfig
+from medray.config import EngineConfig, SelfTrainingConfig
+from medray.config.serving import ReplicaConfig, ServeConfig
 from medray.errors import ConfigError
-from serve.hosted import hosted
+from serve.hosted import Hosted, hosted
 
 
 @pytest.fixture
@@ -72,6 +72,21 @@ def test_names_that_are_taken(run_dir, tiny_llava):
                 {"run": uri, "limits": {"hosts": ["https://x.org/y"]}}, {"run": uri, "unknown": 1}):
         with pytest.raises(ValueError, match="1 validation error"):
             ServeConfig.model_validate(bad)
+
+
+def test_placement_is_known_without_the_model():
+    """A model at an address is fetched by its replica, not by the process that deploys it."""
+    from serve.model_server import settings
+
+    model = Hosted(name="far", path="s3://bucket/model", engine=EngineConfig(cpus_per_actor=3))
+    config = ReplicaConfig(replicas=(0, 5), place={"memory_gib": 2})
+    found = settings(model, config)
+    assert found.placement_group_config["bundle_per_worker"] == {"CPU": 3, "memory": 2 * 2**30}
+    assert {"min_replicas": 0, "max_replicas": 5, "initial_replicas": 0}.items() <= found.deployment_config["autoscaling_config"].items()
+    on_gpus = Hosted(name="far", path="s3://bucket/model", engine=EngineConfig(cpus_per_actor=8, gpus_per_actor=4, tensor_parallel_size=4))
+    found = settings(on_gpus, ReplicaConfig(replicas=(1, 2)))
+    assert found.placement_group_config["bundle_per_worker"] == {"CPU": 2, "GPU": 1}
+    assert found.engine_kwargs["tensor_parallel_size"] == 4
 
 
 def test_a_model_that_is_not_there(tmp_path):
