@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import io
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -37,16 +34,12 @@ from PIL import Image
 
 from medray.config import EngineConfig
 from medray.config.serving import ServeConfig
+from medray.data.images import png_url
 from medray.inference.engine import vllm_arguments, vllm_environment
 from medray.models.vlm import resolve_model
+from medray.testbed.fake_cluster import free_port
 
 NAME = "model"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def bodies(number: int, tokens: int, stream: bool, seed: int = 0) -> list[bytes]:
@@ -54,9 +47,7 @@ def bodies(number: int, tokens: int, stream: bool, seed: int = 0) -> list[bytes]
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(number):
-        out = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(out, "PNG")
-        uri = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+        uri = png_url(Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)))
         content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "List the attributes."}]
         made.append(json.dumps({"model": NAME, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": tokens, "stream": stream}).encode())
     return made

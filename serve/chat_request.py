@@ -26,12 +26,16 @@ class ApiError(Exception):
         status: 4xx.
         param: the field at fault, such as messages.0.content.
         code: short and stable, for programs.
+        retry_after: seconds after which the request may come again.
     """
 
-    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str = "invalid_request", kind: str = "invalid_request_error"):
+    def __init__(
+        self, message: str, status: int = 400, param: str | None = None, code: str = "invalid_request", kind: str = "invalid_request_error",
+        retry_after: float | None = None,
+    ):
         super().__init__(message)
         self.message, self.status, self.param, self.code, self.kind = message, status, param, code, kind
-        self.headers: dict[str, str] = {}
+        self.headers = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
 
 
 class _Part(BaseModel):

@@ -63,7 +63,7 @@ class Endpoint:
         try:
             async with asyncio.timeout(self.config.limits.seconds):
                 if wait := self.rates.wait(who):
-                    raise Limited(wait)
+                    raise _limited(wait)
                 body = parsed(await request.body())
                 model = self._model(body.model)
                 asked = model.name
@@ -128,16 +128,9 @@ class Endpoint:
         return JSONResponse({"title": self.config.title, "notice": NOT_A_DEVICE, "tokens": self.config.limits.tokens, "models": models, "examples": list(self.examples)})
 
 
-class Limited(ApiError):
-    """Too many requests of one key.
-
-    Args:
-        seconds: until the next may come.
-    """
-
-    def __init__(self, seconds: float):
-        super().__init__(f"too many requests with this key; the next may come in {seconds:.1f} seconds", 429, None, "rate_limit_exceeded", "rate_limit_error")
-        self.headers["Retry-After"] = str(max(1, round(seconds)))
+def _limited(seconds: float) -> ApiError:
+    message = f"too many requests with this key; the next may come in {seconds:.1f} seconds"
+    return ApiError(message, 429, None, "rate_limit_exceeded", "rate_limit_error", seconds)
 
 
 def _late(seconds: float) -> ApiError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from typing import Any
@@ -45,9 +44,9 @@ def _first(uri: str, most: int) -> list[dict[str, Any]]:
 def _shown(row: dict[str, Any]) -> dict[str, str]:
     from PIL import Image
 
+    from medray.data.images import png_url
+
     with Image.open(io.BytesIO(row["image"])) as image:
         small = image.convert("RGB")  # drops whatever the file tells beside its pixels
         small.thumbnail((_SIDE, _SIDE))
-        buffer = io.BytesIO()
-        small.save(buffer, "PNG")
-    return {"question": row["question"], "reference": row["reference"] or "", "image": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+    return {"question": row["question"], "reference": row["reference"] or "", "image": png_url(small)}

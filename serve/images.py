@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import io
 import ipaddress
 import re
 import socket
@@ -131,13 +130,11 @@ class ImageLoader:
         return host, port
 
     def _encoded(self, data: bytes, square: bool) -> str:
-        from medray.data.images import ImageError, decode, pad_to_square
+        from medray.data.images import ImageError, decode, pad_to_square, png_url
 
         try:
             image = decode(data, self.decoding)
         except ImageError as error:
             message = str(error).replace("data.max_image_bytes ", "").replace("data.max_image_pixels ", "")
             raise ApiError(message, code="invalid_image") from None
-        out = io.BytesIO()
-        (pad_to_square(image) if square else image).save(out, "PNG", compress_level=1)
-        return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+        return png_url(pad_to_square(image) if square else image, compress_level=1)

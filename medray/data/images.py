@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import warnings
@@ -84,6 +85,17 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int] = PAD_COLOUR) -
     square = Image.new("RGB", (side, side), fill)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def png_url(image: Image.Image, compress_level: int = 6) -> str:
+    """A data: URL of the image as PNG.
+
+    Args:
+        compress_level: zlib's, from 0 (large, at once) to 9.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=compress_level)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def image_format(data: bytes) -> str:

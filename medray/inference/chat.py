@@ -11,6 +11,16 @@ Turn = dict[str, str]  # {"role": system | user | assistant | questioner, "text"
 _MARK = "QXQ"
 
 
+def special_texts(processor: Any) -> tuple[str, ...]:
+    """The spellings of a model's special tokens, its image token among them."""
+    return tuple(token for token in {*processor.tokenizer.all_special_tokens, processor.image_token} if token)
+
+
+def spells_special(text: str, specials: tuple[str, ...]) -> bool:
+    """Whether a text holds one of the spellings, and a template would make the token of it."""
+    return any(token in text for token in specials)
+
+
 class Chat:
     """A model's template and tokenizer. The first user turn of a dialogue carries the image.
 
@@ -28,7 +38,7 @@ class Chat:
         processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=config.trust_remote_code)
         self.dialogues = Dialogues(processor, config)
         self.tokenizer: Any = processor.tokenizer
-        self.specials = tuple(token for token in {*self.tokenizer.all_special_tokens, processor.image_token} if token)
+        self.specials = special_texts(processor)
 
     def prompt_ids(self, turns: list[Turn], role: str = "assistant") -> list[int]:
         """Ids up to where `role` (assistant or questioner) begins to write; one image token, not expanded."""
@@ -62,7 +72,7 @@ class Chat:
 
     def has_special_text(self, text: str) -> bool:
         """Whether a text spells out a special token, and would become one when rendered into a prompt."""
-        return any(token in text for token in self.specials)
+        return spells_special(text, self.specials)
 
     def without_special_text(self, text: str) -> str:
         # Removing one token may join the halves of another.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import os
 import random
 from dataclasses import dataclass
@@ -128,12 +127,10 @@ def data_url(data: bytes | None, limits: DataConfig) -> str:
 
     Raises medray.errors.DataError for an image outside the limits.
     """
-    from medray.data.images import decode, image_format
+    from medray.data.images import decode, image_format, png_url
 
     image = decode(data, limits)
     mime = _SENT_AS_THEY_ARE.get(image_format(data))
     if mime is None:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        data, mime = buffer.getvalue(), "image/png"
+        return png_url(image)
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"

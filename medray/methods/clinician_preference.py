@@ -79,7 +79,7 @@ def clinician_preference(config: ClinicianPreferenceConfig, run_uri: str, shared
         results = write_report(run, shared, config, made, raters, chosen, kept, scores, steps.win_rates(run, config, made["data"], scores))
         if models:
             said = (f"The clinicians were {who(results['clinicians'])}.",)
-            publish_models(run, config, CLINICIAN_PREFERENCE, {"base": stages.resolve_base(config), **models}, config.evaluate.arms[0], results, said)
+            publish_models(run, config, CLINICIAN_PREFERENCE, models, config.evaluate.arms[0], results, said)
     alignment = {origin: found["pair_accuracy"] for origin in ("clinician", "model") if (found := results["rater"][origin])}
     return {
         "run": run.uri, **results["accuracy"], "rater": {"weight": results["rater"]["weight"], **alignment}, "truth": results["truth"],
@@ -146,13 +146,13 @@ def select(run: Run, config: ClinicianPreferenceConfig, made: Manifests) -> Mani
 def tune_and_evaluate(
     run: Run, config: ClinicianPreferenceConfig, data: dict[str, Any], kept: Manifests, common: Common,
 ) -> tuple[dict[str, stages.Model], Manifests]:
-    """Stages 11, 12 and 90: each arm's model, and the evaluations of the base and all arms; none where there is no arm.
+    """Stages 11, 12 and 90: the base and each arm's model, and their evaluations; none where there is no arm.
 
     The first arm is what the run is for: it comes last, so that it is compared with all others.
     """
     base = stages.resolve_base(config)
     asked = {"data": data["hash"], "settings": config.model, "config": config.evaluate.settings("arms")}
-    models: dict[str, stages.Model] = {}
+    models = {"base": base} if kept else {}
     scores: Manifests = {}
     if kept:
         scores["base"] = common("90-evaluate-base", {**asked, "model": base.hash}, lambda stage: steps.evaluate(stage, config, base, "base", data, {}))

@@ -14,7 +14,7 @@ from medray.methods.summary import (
     attributes_table,
     counts_table,
     form_table,
-    read_metrics,
+    metrics_of,
     recorded,
     text_table,
     timeline_of,
@@ -82,7 +82,7 @@ def write_report(
         "ledgers": {stage["stage"]: stage["outputs"]["ledger"] for stage in timeline if "ledger" in stage["outputs"]},
     }
     results["table"] = table(results)
-    metrics = write_metrics(run, read_metrics(run) if shared is run else {**read_metrics(shared), **read_metrics(run)})
+    metrics = write_metrics(run, metrics_of(run, shared))
     run.write_json(results, "results.json")
     run.write_text(render(run, shared, config, results, made, metrics, timeline), "report.html")
     return results

@@ -8,7 +8,7 @@ from typing import Any
 
 from medray.config import InstructionFreeConfig
 from medray.evaluation import report
-from medray.methods.summary import counts_table, read_metrics, recorded, timeline_of, write_metrics
+from medray.methods.summary import counts_table, metrics_of, recorded, timeline_of, write_metrics
 from medray.run import Run
 
 _HEADLINE = ("strict", "likelihood", "format failures", "leakage", "plain", "general", "retained", "F1", "ROUGE-L")
@@ -45,7 +45,7 @@ def write_report(run: Run, shared: Run, config: InstructionFreeConfig, data: dic
         **recorded(timeline),
     }
     results["table"] = text_table(results)
-    metrics = write_metrics(run, read_metrics(run) if shared is run else {**read_metrics(shared), **read_metrics(run)})
+    metrics = write_metrics(run, metrics_of(run, shared))
     run.write_json(results, "results.json")
     run.write_text(render(run, config, results, data, outputs, metrics, timeline), "report.html")
     return results

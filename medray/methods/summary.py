@@ -70,6 +70,11 @@ def timeline_of(run: Run, shared: Run) -> list[dict[str, Any]]:
     return run.timeline if shared is run else [*shared.timeline, *run.timeline]
 
 
+def metrics_of(run: Run, shared: Run) -> dict[str, list[dict[str, Any]]]:
+    """The training metrics of both, by stage; `shared` may be the run itself."""
+    return read_metrics(run) if shared is run else {**read_metrics(shared), **read_metrics(run)}
+
+
 def read_metrics(run: Run) -> dict[str, list[dict[str, Any]]]:
     """The training metrics of the run's stages so far, by stage."""
     return {manifest["stage"]: list(_lines(run, manifest["stage"])) for manifest in run.timeline if "metrics" in manifest["outputs"]}

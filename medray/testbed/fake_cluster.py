@@ -29,20 +29,23 @@ class FakeCluster:
         folder: for configuration and logs.
         groups: by name the CPUs and the greatest number of its nodes; a node's label medray-group is the name.
         idle_seconds: a node without work goes after so long.
+        environment: variables of its processes, besides this process's own; RAY_AUTH_MODE=token asks for the token under its HOME.
 
-    Use as a context manager; `address` is for RAY_ADDRESS, `environment` for processes that join.
+    Use as a context manager; `address` is for RAY_ADDRESS, `environment` for processes that join, `dashboard` for `ray job --address`.
     """
 
-    def __init__(self, folder: Path, groups: dict[str, tuple[float, int]], head_cpus: int = 1, idle_seconds: float = 10):
+    def __init__(self, folder: Path, groups: dict[str, tuple[float, int]], head_cpus: int = 1, idle_seconds: float = 10, environment: dict[str, str] | None = None):
         self.folder, self.groups, self.head_cpus = folder, groups, head_cpus
-        self.port = _free_port()
+        self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
-        # The provider's nodes are only found under the names it gives them.
-        self.environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address, "RAY_TRAIN_V2_ENABLED": "1"}
+        self.dashboard_port = free_port()
+        self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
+        self.environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address, "RAY_TRAIN_V2_ENABLED": "1", **(environment or {})}
         self.settings = {
             "cluster_name": "fake", "max_workers": sum(most for _, most in groups.values()), "idle_timeout_minutes": idle_seconds / 60, "upscaling_speed": 1.0,
             "provider": {
-                "type": "external", "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider", "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
+                "type": "external", "module": "medray.testbed.fake_provider.Provider",
+                "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
                 "launch_multiple": True, "head_node_id": _HEAD, "gcs_address": self.address,
             },
             "head_node_type": "ray.head.default",
@@ -65,7 +68,7 @@ class FakeCluster:
         config.write_text(yaml.safe_dump(self.settings))
         command = [
             _BIN / "ray", "start", "--head", "--block", f"--port={self.port}", f"--num-cpus={self.head_cpus}", f"--autoscaling-config={config}", "--include-dashboard=true",
-            f"--dashboard-port={_free_port()}", f"--dashboard-agent-listen-port={_free_port()}", f"--metrics-export-port={_free_port()}", f"--ray-client-server-port={_free_port()}",
+            f"--dashboard-port={self.dashboard_port}", f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}", f"--ray-client-server-port={free_port()}",
             f"--temp-dir={self.folder / 'ray'}", "--disable-usage-stats", f"--object-store-memory={300 * 2**20}", "--node-ip-address=127.0.0.1",
         ]
         environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"} | {
@@ -97,13 +100,13 @@ class FakeCluster:
         return found
 
     def kill_node(self, group: str) -> str:
-        """SIGKILL a node, the youngest of its group, with everything it started; returns its id. Raises LookupError where there is none."""
+        """SIGKILL a node, the oldest of its group, with everything it started; returns its id. Raises LookupError where there is none."""
         raylets = self._raylets()
         of_group = sorted(key for key in raylets if key[0] == group)
         if not of_group:
             raise LookupError(f"no node of group {group} is there")
-        _kill(raylets[of_group[-1]])
-        return of_group[-1][1]
+        _kill(raylets[of_group[0]])
+        return of_group[0][1]
 
     def _raylets(self) -> dict[tuple[str, str], psutil.Process]:
         """(group, node id) -> its raylet."""
@@ -132,7 +135,8 @@ def _kill(process: psutil.Process) -> None:
                 one.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,7 +1,6 @@
 """The api judge against vLLM's own OpenAI server, with a model that cannot write scores."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +11,14 @@ import pytest
 
 from medray.config import DataConfig, JudgeConfig
 from medray.records import SELF_PLAY
+from medray.testbed.fake_cluster import free_port
 
 pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")
 def server(talker, tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log_path = tmp_path_factory.mktemp("server") / "log"
     log = log_path.open("w")
     process = subprocess.Popen(

@@ -1,6 +1,5 @@
 """A local S3-compatible server, and waiting for things."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -8,14 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from medray.testbed.fake_cluster import free_port
+
 BIN = Path(sys.executable).parent
 BUCKET = "medray-tests"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(ready, what, seconds=180, pause=0.3):

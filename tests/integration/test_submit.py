@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import BIN, BUCKET, free_port, wait_for
+from medray.testbed.fake_cluster import free_port
+from tests.integration.conftest import BIN, BUCKET, wait_for
 from tests.integration.test_self_train import SMALL
 from tests.jobs import ROOT
 

@@ -3,7 +3,6 @@
 import io
 import os
 import shutil
-import socket
 
 import httpx
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 
 from medray.data.judgement_files import import_items
 from medray.records import CLINICIAN_ITEM
+from medray.testbed.fake_cluster import free_port
 from serve.tokens import add_holder
 
 NASTY = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> '); DROP TABLE judgement; --"
@@ -60,9 +60,7 @@ def serve_address(ray_cluster):
     """Ray Serve on a free port of this machine."""
     from ray import serve
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
