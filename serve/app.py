@@ -12,7 +12,6 @@ import asyncio
 import logging
 from typing import Any
 
-from fastapi import HTTPException
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
@@ -50,6 +49,7 @@ class Ingress(OpenAiIngress):
         from serve.tokens import Holder, Tokens
 
         super().__init__(handles, dict.fromkeys(handles))
+        self.handles = handles
         self.config = ServeConfig.model_validate(config)
         self.tokens = None if holders is None else Tokens({digest: Holder(*holder) for digest, holder in holders.items()})
         self.requests = Counter("medray_serve_requests", "Chat requests, by model and status.", ("model", "status"))
@@ -80,7 +80,7 @@ class Ingress(OpenAiIngress):
         found = status.applications[application].deployments
         return {
             name: deployment.status in ("HEALTHY", "UPSCALING", "DOWNSCALING") or deployment.replica_states.get("RUNNING", 0) > 0
-            for name in self.endpoint.models if (deployment := found.get(f"ModelServer:{deployment_name(name)}"))
+            for name, handle in self.handles.items() if (deployment := found.get(handle.deployment_name))
         }
 
     def observe(self, model: str, status: int, seconds: float) -> None:
@@ -88,15 +88,8 @@ class Ingress(OpenAiIngress):
         self.seconds.observe(seconds, tags={"model": model})
 
 
-def deployment_name(model: str) -> str:
-    """As ray.serve.llm makes it."""
-    return model.replace("/", "--").replace(".", "_")
-
-
 def _busy(message: str) -> ApiError:
-    error = ApiError(message, 503, None, "overloaded", "overloaded_error")
-    error.headers["Retry-After"] = "2"
-    return error
+    return ApiError(message, 503, None, "overloaded", "overloaded_error", 2)
 
 
 def _told(error: Exception, number: str) -> ApiError:
@@ -106,7 +99,7 @@ def _told(error: Exception, number: str) -> ApiError:
     if isinstance(status, int) and 400 <= status < 500 and isinstance(message, str):
         return ApiError(message, status, code="invalid_request" if status == 400 else "not_found" if status == 404 else "refused")
     cause = getattr(error, "cause", error)
-    if isinstance(cause, ValueError) and not isinstance(cause, HTTPException):
+    if isinstance(cause, ValueError):
         return ApiError(f"the model's engine refuses the request: {cause}"[:1000])
     # By type only: the text of an error may hold what was asked.
     log.error("%s failed: %s, %s", number, type(error).__name__, type(cause).__name__)
@@ -128,9 +121,10 @@ def build(config: ServeConfig) -> Application:
     tokens = None if config.open else read_tokens(config.keys, KEYS_VARIABLE)
     holders = tokens and {digest: (holder.name, holder.lead) for digest, holder in tokens.holders.items()}
     plain, of_replicas = config.model_dump(mode="json"), config.of_replicas
+    placed = {"placement_group_bundle_label_selector": [selector]} if (selector := config.place.selector) else {}  # ray.serve.llm's own settings know no labels
     handles = {
         model.name: build_llm_deployment(
-            settings(model, of_replicas), deployment_cls=ModelServer,
+            settings(model, of_replicas), deployment_cls=ModelServer, override_serve_options=placed,
             bind_kwargs={"model": model.model_dump(mode="json", exclude={"about"}), "config": of_replicas.model_dump(mode="json")})
         for model in models
     }

@@ -14,8 +14,11 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ErrorResponse
 
 from medray.config.serving import ReplicaConfig
+from medray.inference.chat import special_texts, spells_special
 from medray.inference.engine import vllm_arguments, vllm_environment
 from medray.inference.engine_guard import OWNER_ENV
+from medray.models.cache import localize
+from medray.models.vlm import load_processor
 from serve.hosted import Hosted
 
 
@@ -26,11 +29,8 @@ def settings(model: Hosted, config: ReplicaConfig, local: str | None = None) -> 
         local: folder of the model on this node, or a hub id; None where only placement is asked for, and the model may be elsewhere.
     """
     engine, place, (low, high) = model.engine, config.place, config.replicas
-    bundle: dict[str, float] = {"CPU": engine.cpus_per_actor}
-    if engine.gpus_per_actor:
-        bundle = {"CPU": engine.cpus_per_actor / engine.tensor_parallel_size, "GPU": engine.gpus_per_actor / engine.tensor_parallel_size}
-    if place.memory_gib:
-        bundle["memory"] = int(place.memory_gib * 2**30)
+    _, cpus, gpus = config.bundle(engine)
+    bundle: dict[str, float] = {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **({"memory": int(place.memory_gib * 2**30)} if place.memory_gib else {})}
     deployment: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0},  # the engine's bundle counts its CPUs
         "max_ongoing_requests": max(2 * int(config.target_ongoing_requests), engine.max_num_seqs), "max_queued_requests": config.queued,
@@ -77,33 +77,20 @@ class ModelServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, *, model: dict[str, Any], config: dict[str, Any]):
         hosted = Hosted.model_validate(model)
-        local = await asyncio.to_thread(_fetched, hosted.path)
+        local = await asyncio.to_thread(localize, hosted.path)
         os.environ[OWNER_ENV] = str(os.getpid())
         await super().__init__(settings(hosted, ReplicaConfig.model_validate(config), local), engine_cls=None if hosted.engine.gpus_per_actor else CPUEngine)
-        self._specials = await asyncio.to_thread(_specials, local, hosted.trust_remote_code)
+        self._specials = special_texts(await asyncio.to_thread(load_processor, local, hosted.trust_remote_code))
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
         """As LLMServer's; texts that spell a special token are refused, since the template would make the token of them."""
         for message in request.messages:
             content = message["content"]
             texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-            if any(token in text for text in texts for token in self._specials):
+            if any(spells_special(text, self._specials) for text in texts):
                 return _refusal("messages: a text spells a special token of the model; leave it out")
         return await super().chat(request, raw_request_info)
 
 
 async def _refusal(message: str) -> AsyncIterator[ErrorResponse]:
     yield ErrorResponse.model_validate({"error": {"message": message, "type": "invalid_request_error", "code": 400}})
-
-
-def _fetched(path: str) -> str:
-    from medray.models.cache import localize
-
-    return localize(path)
-
-
-def _specials(path: str, trust_remote_code: bool) -> tuple[str, ...]:
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return tuple(token for token in {*processor.tokenizer.all_special_tokens, processor.image_token} if token)

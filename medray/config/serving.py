@@ -66,6 +66,13 @@ class ReplicaConfig(Section):
     place: Placement = Field(default_factory=Placement, description="Where replicas run.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
 
+    def bundle(self, engine: EngineConfig) -> tuple[int, float, float]:
+        """What one replica asks for: so many places, of so many CPUs and GPUs each."""
+        if not engine.gpus_per_actor:
+            return 1, engine.cpus_per_actor, 0.0
+        places = engine.tensor_parallel_size
+        return places, engine.cpus_per_actor / places, engine.gpus_per_actor / places
+
     @property
     def of_replicas(self) -> ReplicaConfig:
         """What a replica depends on: one whose settings here are the same is not replaced."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from medray.config import SelfTrainingConfig, load_config
 from medray.errors import ConfigError, MedrayError
 from medray.plan import memory
-from medray.plan.demand import demands
+from medray.plan.demand import demands, served_demands
 from medray.plan.devices import DEVICES, Gains, device_of
 from medray.plan.estimate import Plan, Stage, listed_ids_gib, self_training
-from medray.plan.groups import misfits, read_groups
+from medray.plan.groups import misfits, read_groups, read_served
 from medray.plan.shapes import Shape, shape_of
 from medray.plan.work import Lengths, pair_tokens
 
@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   python -m medray.plan --config configs/self_train/qwen2.5-vl-7b.yaml --scale internet --device h100-80gb --gpus 512 --cpus 4096 \\
       --set sft.num_workers=512 --set dpo.num_workers=512 --set dpo.reference_workers='[1, 512]' --set engine.actors='[1, 512]'
   python -m medray.plan --config configs/self_train/llava-1.5-7b.yaml --fits cluster/aws.yaml
+  python -m medray.plan --config configs/self_train/llava-1.5-7b.yaml --fits cluster/kuberay/rayservice.yaml --serve cluster/kuberay/rayservice.yaml
 
 Every number rests on assumptions that are printed; --gain NAME=VALUE and --length NAME=VALUE replace them by what you measured."""
 
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--job", help="the recipe's job, where its folder has another name")
     arguments.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
     arguments.add_argument("--fits", metavar="YAML", help="only say whether every stage can begin on the nodes of this cluster file")
+    arguments.add_argument("--serve", metavar="YAML", help="with --fits: whether the endpoint of this Serve config (or RayService) can begin there with runs of the recipe, rather than the job")
     arguments.add_argument("--device", default="a100-80gb", help=f"accelerator: {', '.join(DEVICES)} (default: a100-80gb)")
     arguments.add_argument("--gpus", type=int, default=4, help="accelerators there are (default: 4); stages use what the recipe's limits allow")
     arguments.add_argument("--cpus", type=int, default=32, help="CPUs of the data nodes (default: 32)")
@@ -69,12 +71,13 @@ def say_fits(options: argparse.Namespace) -> int:
     job = options.job or Path(options.config).resolve().parent.name
     if job not in JOBS:
         raise ConfigError(f"--job: {job} is none of {', '.join(JOBS)}")
-    stages = demands(load_config(JOBS[job], options.config, options.overrides))
+    config = load_config(JOBS[job], options.config, options.overrides)
+    stages = served_demands(*read_served(options.serve, config.engine)) if options.serve else demands(config)
     found = misfits(stages, read_groups(options.fits))
     for line in found:
         print(line)
     if not found:
-        print(f"{options.config} fits {options.fits}")
+        print(f"{options.serve or options.config} fits {options.fits}")
         for stage, wanted in stages.items():
             print(f"  {stage:12} {' + '.join(map(str, wanted))}")
     return 1 if found else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from medray.config import (
@@ -15,6 +16,7 @@ from medray.config import (
     ScoreConfig,
     Section,
 )
+from medray.config.serving import ServeConfig
 
 CLIENT_CPUS = 0.5  # of the actor that waits for an endpoint, as medray.inference.worker.client_options reserves
 
@@ -65,6 +67,15 @@ def demands(config: Section) -> dict[str, list[Demand]]:
             actors = Demand(f"{name}.reference_workers", *section.reference_workers, section.cpus_per_worker, section.gpus_per_worker, section.place.memory_gib, labels)
             found["reference"] = [actors, reader]
     return found
+
+
+def served_demands(config: ServeConfig, engines: Mapping[str, EngineConfig]) -> dict[str, list[Demand]]:
+    """What the endpoint holds at the same time: its ingress, and the replicas of every model with the engine it is served by."""
+    models = []
+    for engine in engines.values():
+        places, cpus, gpus = config.bundle(engine)
+        models.append(Demand("replicas", config.replicas[0] * places, config.replicas[1] * places, cpus, gpus, config.place.memory_gib, config.place.selector))
+    return {"endpoint": [*models, Demand("ingress_replicas", config.ingress_replicas, config.ingress_replicas, config.ingress_cpus)]}
 
 
 def _workers(name: str, section: LoopConfig) -> Demand:

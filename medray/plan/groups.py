@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from medray.config import EngineConfig
+from medray.config.serving import ServeConfig
 from medray.errors import ConfigError
 from medray.plan.demand import Demand
 
@@ -55,11 +58,7 @@ def read_groups(path: str | Path) -> list[Group]:
 
     Raises ConfigError for a file of another kind, or one that does not say what its nodes have.
     """
-    try:
-        documents = [document for document in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if document]
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    for document in documents:
+    for document in _documents(path):
         if "provider" in document:
             return _on_premise(path, document) if document["provider"].get("type") == "local" else _launcher(document)
         spec = document.get("spec", {})
@@ -68,6 +67,36 @@ def read_groups(path: str | Path) -> list[Group]:
             return [_pod_group("head", cluster["headGroupSpec"], 1)] + [
                 _pod_group(group["groupName"], group, group["maxReplicas"]) for group in cluster["workerGroupSpecs"]]
     raise ConfigError(f"{path}: neither a file of `ray up` (provider) nor a RayCluster, RayJob or RayService")
+
+
+def _documents(path: str | Path) -> list[dict[str, Any]]:
+    try:
+        return [document for document in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if document]
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+
+
+def read_served(path: str | Path, engine: EngineConfig) -> tuple[ServeConfig, dict[str, EngineConfig]]:
+    """The endpoint of a Serve config file or RayService, and the engine of each model it serves.
+
+    Args:
+        engine: of runs, where the file does not say another. Which runs share their base stands in the runs alone: one base is counted.
+
+    Raises ConfigError for a file without the endpoint, or with settings it does not know.
+    """
+    for document in _documents(path):
+        config = yaml.safe_load(document["spec"].get("serveConfigV2", "")) or {} if document.get("kind") == "RayService" else document
+        for application in config.get("applications", []):
+            if application.get("import_path") == "serve.app:build":
+                try:
+                    served = ServeConfig.model_validate(application.get("args", {}))
+                except ValidationError as error:
+                    raise ConfigError(f"{path}: args of {application.get('name')}: {error}") from error
+                runs = [*(["tuned"] if served.run else []), *served.runs]
+                bases = ["base"] if runs and served.base else []
+                named = {model.name: served.engine or EngineConfig() for model in served.models}
+                return served, dict.fromkeys((*runs, *bases), served.engine or engine) | named
+    raise ConfigError(f"{path}: no application with the import_path serve.app:build")
 
 
 def _launcher(config: dict[str, Any]) -> list[Group]:

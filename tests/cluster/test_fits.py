@@ -15,9 +15,10 @@ from medray.config import (
     SelfTrainingConfig,
     load_config,
 )
+from medray.config.serving import ServeConfig
 from medray.errors import ConfigError
-from medray.plan.demand import Demand, demands
-from medray.plan.groups import Group, matches, misfits, quantity, read_groups
+from medray.plan.demand import Demand, demands, served_demands
+from medray.plan.groups import Group, matches, misfits, quantity, read_groups, read_served
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [
@@ -76,6 +77,31 @@ def test_clinician_preferences_stages():
     assert set(found) == {"data", "demonstrations", "generate", "rate", "rater", "score", "tune", "engine"}
     assert found["score"][0] == Demand("score.actors", 1, 8, 1, 1, 0, {"zone": "a"})
     assert found["generate"][0] == Demand("generate.kind", 1, 1, 0.5), "an endpoint writes"
+
+
+@pytest.mark.parametrize(("name", "cls"), RECIPES)
+def test_the_endpoint_of_every_gpu_recipe_fits_the_kubernetes_service(name, cls):
+    path = ROOT / "cluster/kuberay/rayservice.yaml"
+    served, engines = read_served(path, recipe(name, cls).engine)
+    assert set(engines) == {"tuned", "base"}
+    assert misfits(served_demands(served, engines), read_groups(path)) == []
+
+
+def test_what_the_endpoint_asks_for(tmp_path):
+    engine = EngineConfig(cpus_per_actor=8, gpus_per_actor=4, tensor_parallel_size=4)
+    served = ServeConfig(run="r", replicas=(1, 2), place={"labels": {"zone": "a"}, "memory_gib": 9}, ingress_replicas=3)
+    replica, cpu = Demand("replicas", 4, 8, 2, 1, 9, {"zone": "a"}), Demand("replicas", 1, 2, 3, 0, 9, {"zone": "a"})
+    assert served_demands(served, {"tuned": engine, "base": EngineConfig(cpus_per_actor=3)}) == {"endpoint": [replica, cpu, Demand("ingress_replicas", 3, 3, 0.5)]}
+    path = tmp_path / "serve.yaml"
+    path.write_text("applications: [{import_path: serve.app:build, args: {runs: {x: a, y: b}, models: [{name: m, path: p}]}}]")
+    found, engines = read_served(path, engine)
+    assert found.runs == {"x": "a", "y": "b"} and engines == {"x": engine, "y": engine, "base": engine, "m": EngineConfig()}
+    path.write_text("applications: [{import_path: serve.app:build, args: {run: a, replica: 1}}]")
+    with pytest.raises(ConfigError, match=r"serve.yaml: args of.*\n*.*replica"):
+        read_served(path, engine)
+    path.write_text("applications: [{import_path: other:app}]")
+    with pytest.raises(ConfigError, match="no application with the import_path"):
+        read_served(path, engine)
 
 
 def test_a_request_too_large_for_any_node_is_named():
@@ -168,3 +194,6 @@ def test_the_command_says_whether_a_recipe_fits():
     bad = plan("--fits", "cluster/aws.yaml", "--config", "configs/self_train/llava-1.5-7b.yaml", "--set", "engine.gpus_per_actor=2", "--set", "engine.place.labels={medray-group: generate}")
     assert bad.returncode == 1
     assert "engine.actors: no node takes 1 x (4 CPUs, 2 GPUs) on medray-group=generate" in bad.stdout
+    service = "cluster/kuberay/rayservice.yaml"
+    endpoint = plan("--fits", service, "--serve", service, "--config", "configs/self_train/llava-1.5-7b.yaml")
+    assert endpoint.returncode == 0 and f"{service} fits {service}" in endpoint.stdout, endpoint.stderr

@@ -63,7 +63,7 @@ def make_run(folder, tuned):
 
 @pytest.fixture(scope="module")
 def endpoint(serve_address, tmp_path_factory):
-    """(address under a prefix, key, deploys another run in place)."""
+    """(address under a prefix, key, deploys runs in place: tuned model -> options of ServeConfig)."""
     from ray import serve
 
     from serve.app import build
@@ -72,9 +72,10 @@ def endpoint(serve_address, tmp_path_factory):
     keys = str(folder / "keys.txt")
     key = add_holder(keys, "tests")
 
-    def deploy(tuned):
+    def deploy(tuned, **options):
         run = make_run(folder / f"run-{tuned}", tuned)
-        config = ServeConfig(run=run, keys=keys, limits={"tokens": 64, "requests_per_minute": 100_000}, upscale_delay_s=1, downscale_delay_s=5)
+        config = ServeConfig(run=run, keys=keys, **options, limits={"tokens": 64, "requests_per_minute": 100_000}, upscale_delay_s=1, downscale_delay_s=5,
+                             place={"labels": {"medray-group": "!elsewhere"}})
         serve.run(build(config), name="vlm", route_prefix="/vlm")
 
     deploy("generalist")
@@ -174,6 +175,7 @@ def test_structured_output(client):
 
 def test_curl(endpoint):
     address, key, _ = endpoint
+    assert httpx.get(f"{address}/ready", timeout=60).json() == {"ready": True, "models": {"tuned": True, "base": True}}
     body = json.dumps({"model": "tuned", "messages": message(image=cell()), "max_tokens": 4})
     command = ["curl", "-s", "-w", "\n%{http_code}", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json", "--data-binary", "@-"]
     for header, status in ((f"Authorization: Bearer {key}", 200), ("Authorization: Bearer wrong", 401)):
@@ -276,8 +278,9 @@ def test_the_page_asks_both_models(endpoint, browser):
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and not re.search(r"40[01]", entry["message"])]
 
 
-def test_another_run_takes_over_without_a_failed_request(endpoint, client, by_transformers):
+def test_another_run_takes_over_without_a_failed_request(endpoint, client, by_transformers, tmp_path):
     _, _, deploy = endpoint
+    run = make_run(tmp_path / "run", "generalist")
     before = ask(client).choices[0].message.content
     stop, failures, answers = threading.Event(), [], []
 
@@ -293,7 +296,8 @@ def test_another_run_takes_over_without_a_failed_request(endpoint, client, by_tr
     for thread in threads:
         thread.start()
     try:
-        deploy("expert")
+        # What was tuned stays, under another name, beside the new one: two runs at once.
+        deploy("expert", runs={"earlier": run}, base=False)
     finally:
         stop.set()
         for thread in threads:
@@ -301,3 +305,4 @@ def test_another_run_takes_over_without_a_failed_request(endpoint, client, by_tr
     assert not failures and before in answers
     after = ask(client).choices[0].message.content
     assert after != before and after.strip() == by_transformers("expert", SelfTrainingConfig().model.system_prompt)[0]
+    assert [model.id for model in client.models.list()] == ["tuned", "earlier"] and ask(client, "earlier").choices[0].message.content == before

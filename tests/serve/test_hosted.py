@@ -89,6 +89,19 @@ def test_placement_is_known_without_the_model():
     assert found.engine_kwargs["tensor_parallel_size"] == 4
 
 
+def test_replicas_go_where_they_are_placed(run_dir):
+    """What Serve is asked for: the label selector holds for every bundle of a replica's placement group."""
+    from ray.serve._private.build_app import build_app
+
+    from serve.app import build
+
+    uri = run_dir("placed")
+    for place, selectors in (({"labels": {"medray-group": "generate"}, "accelerator": "in(A100,H100)"}, [{"medray-group": "generate", "ray.io/accelerator-type": "in(A100,H100)"}]), ({}, None)):
+        deployments = build_app(build(ServeConfig(run=uri, open=True, place=place)), name="app").deployments
+        found = {one.name: one._replica_config.placement_group_bundle_label_selector for one in deployments}
+        assert found == {"ModelServer:tuned": selectors, "ModelServer:base": selectors, "ingress": None}
+
+
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"model mine: .*no config.json"):
         hosted(ServeConfig(models=[{"name": "mine", "path": str(tmp_path)}]))
