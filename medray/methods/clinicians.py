@@ -88,8 +88,8 @@ def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str
         database = clinicians.source if clinicians.kind == "database" else "sqlite:///judgements.db"
         raise Waiting(
             f"{complete} of {len(asked) - unusable} questions are judged by {clinicians.judgements_per_item} clinicians each, {wanted} are needed (clinicians.enough).\n"
-            f"a token for each clinician:  python -m serve.tokens tokens.json NAME\n"
-            f"the page:  serve run serve.annotate:build items={items} database={database} tokens=tokens.json judgements_per_item={clinicians.judgements_per_item}")
+            f"a token for each clinician:  python -m serve.tokens clinicians.txt NAME\n"
+            f"the page:  serve run serve.annotate:build items={items} database={database} tokens=clinicians.txt judgements_per_item={clinicians.judgements_per_item}")
     _write(stage, "judgements", records.JUDGEMENT, said)
 
 

@@ -18,7 +18,7 @@ SMALL = [
     "data.testbed_rows=60", "data.max_labelled=30", "demonstrations.clusters=4", "demonstrations.draw=16", "generate.rounds=[2, 3]", "pairs.max_pairs=60",
     "rater.epochs=2", "rater.micro_batch=16", "rater.hidden=[16]", "rater.checkpoint_every=1", "tune.epochs=1", "tune.eval_rows=2", "evaluate.arms=[selected]",
     "evaluate.max_images=2", "evaluate.bootstrap=50", "verify.rows=0", "engine.rows_per_task=4",
-    "select.aggregate=mean",
+    "select.aggregate=mean", "judge={kind: vllm, scoring: likelihood, model: testbed:expert}",
 ]
 # By stage about how many seconds it takes: a kill falls somewhere in between. A start of the job takes half a minute: of those of which rows or
 # steps survive only one is killed here (tests/train/test_rater.py kills the rating model's training), and both where MEDRAY_KILL_ALL is set.
@@ -122,6 +122,15 @@ def test_all_questions_were_answered_once_by_both_models(finished):
     questions = ids(run, "00-data/questions")
     for model in ("base", "selected"):
         assert ids(run, f"90-evaluate-{model}", "rows") == questions
+
+
+def test_the_judge_compared_both_models_on_open_questions(finished):
+    run, _ = finished
+    (found,) = json.loads((run / "results.json").read_text())["win_rates"].items()
+    assert found[0] == "selected against base"
+    open_questions = [row for row in rows(run, "00-data/questions", columns=["answer_type"]) if row["answer_type"] == "open"]
+    assert (found[1]["asked"], found[1]["n"]) == (len(open_questions),) * 2
+    assert sum(found[1][outcome]["value"] for outcome in ("win", "tie", "loss")) == pytest.approx(1)
 
 
 def test_the_truth_is_that_of_the_cells(finished):
