@@ -146,7 +146,7 @@ def text(config: SelfTrainingConfig, shape: Shape, plan: Plan, stages: list[Stag
     lines += [f"{stage.name:16}{stage.seconds / 3600:10.2f}{stage.gpu_hours:12.1f}{stage.usd:12,.0f}  {stage.bound}" for stage in stages]
     lines += [
         f"{'together':16}{total['days'] * 24:10.2f}{total['gpu_hours']:12.1f}{total['usd']:12,.0f}", "",
-        f"bottleneck: {total['bottleneck']}; dearest: {total['dearest']}; ids that the first training worker holds for its checkpoints: {total['listed_ids_gib']:.2f} GiB", "",
+        f"bottleneck: {total['bottleneck']}; dearest: {total['dearest']}; ids that a training worker holds after a restart: {total['listed_ids_gib']:.2f} GiB", "",
         f"assumed: {_values(plan.gains)}; lengths in tokens: {_values(plan.lengths)}; {plan.kept:g} of the questions become pairs; "
         f"{device.usd_per_hour:g} USD per GPU-hour, {plan.usd_per_cpu_hour:g} per CPU-hour",
         "An arithmetic estimate: only its form is tested against measurements (docs/how-to/cost.md), and no accelerator was among them.",

@@ -154,9 +154,9 @@ def referring(name: str, shape: Shape, config: DpoConfig, pairs: float, plan: Pl
 
 
 def listed_ids_gib(plan: Plan) -> float:
-    """Host memory (GiB) of one training worker for the ids of the samples it is through with, which its checkpoints list: about 150
-    bytes each in a Python dict. The largest epoch is SQ-SFT's."""
-    return plan.labelled * 150 / 2**30
+    """Host memory (GiB) of one training worker for the ids of the samples that are done, after a restart at an epoch's end: 16 bytes each
+    (medray.train.done). The largest epoch is SQ-SFT's."""
+    return plan.labelled * 16 / 2**30
 
 
 def _stage(name: str, plan: Plan, resources: dict[str, float], gpus: float) -> Stage:

@@ -6,7 +6,7 @@ many rows; every global batch but an epoch's last has exactly the same size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -61,12 +61,12 @@ class EpochRows:
         quarantined: reason by sample_id of the rows that could not be encoded.
     """
 
-    def __init__(self, rows: Iterable[Row], done: set[str], buffer: int, seed: int | list[int]):
+    def __init__(self, rows: Iterable[Row], done: Container[str], buffer: int, seed: int | list[int]):
         self.quarantined: dict[str, str] = {}
         self._rows = self._shuffled(self._usable(rows, done), buffer, np.random.default_rng(seed))
         self._next: Row | None = None
 
-    def _usable(self, rows: Iterable[Row], done: set[str]) -> Iterator[Row]:
+    def _usable(self, rows: Iterable[Row], done: Container[str]) -> Iterator[Row]:
         for row in rows:
             if row["sample_id"] in done:
                 continue

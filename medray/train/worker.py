@@ -5,7 +5,8 @@ metrics so far, so that a restart on other machines goes on with exactly the sam
 
     state.safetensors     trained weights in fp32, Adam moments; the proxy instruction and its moments
     progress.json         epoch, finished (whether the epoch is), steps, samples, world_size
-    rows-00000.parquet    one per worker: sample_id, error (null: trained; text: quarantined) of this epoch
+    rows-00000.parquet    one per worker: sample_id, error (null: trained; text: quarantined) of this epoch, since the workers started
+    rows-before.parquet   those of earlier starts
     metrics.jsonl         one line per optimiser step
 """
 
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
@@ -42,6 +42,7 @@ from medray.config import (
 from medray.data.collate import Encoder, collate_dpo, collate_sft
 from medray.errors import ConfigError, StageError
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
+from medray.train.done import BEFORE, Ids, count_done, done_rows, keep_done, write_done
 from medray.train.starts import Start, redone
 
 logger = logging.getLogger("medray")
@@ -49,20 +50,20 @@ logger = logging.getLogger("medray")
 CONFIGS: dict[str, type[LoopConfig]] = {"sft": SftConfig, "dpo": DpoConfig, "instruction_free": InstructionFreeTrainConfig, "rater": RaterConfig}
 KINDS = {"sft": "sft", "dpo": "dpo", "instruction_free": "description"}  # of encoded rows, by objective
 BEST_BY = "rating"  # what an epoch's end measures, from 0 to 1, where the best epoch is chosen by it
-ROWS = pa.schema([("sample_id", pa.string()), ("error", pa.string())])
 SECONDS_BETWEEN_LOGS = 10.0
 SECONDS_BETWEEN_PREEMPTION_CHECKS = 5.0
 
 
 @dataclass
 class Progress:
-    """Where the training stands. `done` holds this epoch's ids (reason where quarantined): on rank 0 also those of all
-    workers before a restart, else this worker's own."""
+    """Where the training stands. `done` holds this worker's ids of this epoch (reason where quarantined) since it started; `before`, of
+    rank 0, is the file with those of all workers of earlier starts."""
 
     epoch: int = 0
     steps: int = 0
     samples: int = 0
     done: dict[str, str | None] = field(default_factory=dict)
+    before: Path | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -93,7 +94,7 @@ def train_worker(config: dict[str, Any]) -> None:
     start = Start(config["stage_dir"], progress.steps, progress.samples, step.world_size) if goes_on and step.rank == 0 else None
     while progress.epoch < train_config.epochs:
         train_epoch(step, batches, progress, done, shards, config["rows"], start)
-        done = set()
+        done = Ids()
 
 
 def parts_of(objective: str) -> tuple[type, type]:
@@ -160,7 +161,7 @@ def filler_picture() -> bytes:
 
 
 def train_epoch(
-    step: Any, batches: Batches, progress: Progress, done: set[str], shards: dict[str, Any], rows_per_epoch: int, start: Start | None = None,
+    step: Any, batches: Batches, progress: Progress, done: Ids, shards: dict[str, Any], rows_per_epoch: int, start: Start | None = None,
 ) -> None:
     """Train on what is left of an epoch, checkpoint on the way and at its end.
 
@@ -194,7 +195,7 @@ def train_epoch(
     if start is not None:
         start.mark(progress.steps, progress.samples)
     progress.epoch += 1
-    progress.done = {}
+    progress.done, progress.before = {}, None
 
 
 class Clock:
@@ -239,8 +240,7 @@ def save(step: Any, progress: Progress, finished: bool) -> None:
     """Write and report a checkpoint; it is uploaded in the background. Collective."""
     folder = Path(tempfile.mkdtemp(prefix="medray-checkpoint-"))
     step.save(folder / "state.safetensors")
-    rows = {"sample_id": list(progress.done), "error": list(progress.done.values())}
-    pq.write_table(pa.table(rows, schema=ROWS), folder / f"rows-{step.rank:05d}.parquet")
+    write_done(folder, step.rank, progress.done, progress.before)
     if step.rank == 0:
         state = {"epoch": progress.epoch, "finished": finished, "steps": progress.steps, "samples": progress.samples, "world_size": step.world_size}
         (folder / "progress.json").write_text(json.dumps(state, indent=1) + "\n")
@@ -257,33 +257,22 @@ def chooses_best(objective: str) -> bool:
     return objective == "rater"
 
 
-def restore(step: Any) -> tuple[Progress, set[str]]:
+def restore(step: Any) -> tuple[Progress, Ids]:
     """The last checkpoint's progress and the ids that are done in the current epoch, on any worker; fresh ones without it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return Progress(), set()
+        return Progress(), Ids()
     with checkpoint.as_directory() as folder:
         state = json.loads(Path(folder, "progress.json").read_text())
         step.load(Path(folder, "state.safetensors"))
-        done = read_rows(folder)
         metrics = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    progress = Progress(state["epoch"], state["steps"], state["samples"], metrics=metrics)
-    if state["finished"]:
-        progress.epoch += 1
-        return progress, set()
-    if step.rank == 0:
-        progress.done = dict(done)
-    return progress, set(done)
-
-
-def read_rows(folder: str | os.PathLike) -> dict[str, str | None]:
-    """The ids of a checkpoint's epoch that are done, over all workers, with the reason where quarantined."""
-    world_size = json.loads(Path(folder, "progress.json").read_text())["world_size"]
-    tables = [pq.read_table(Path(folder, f"rows-{rank:05d}.parquet")) for rank in range(world_size)]
-    done: dict[str, str | None] = {}
-    for table in tables:
-        done.update(zip(table["sample_id"].to_pylist(), table["error"].to_pylist(), strict=True))
-    return done
+        progress = Progress(state["epoch"], state["steps"], state["samples"], metrics=metrics)
+        if state["finished"]:
+            progress.epoch += 1
+            return progress, Ids()
+        if step.rank == 0:
+            progress.before = keep_done(folder, Path(tempfile.mkdtemp(prefix="medray-done-"), BEFORE))
+        return progress, Ids(done_rows(folder))
 
 
 @dataclass(frozen=True)
@@ -372,11 +361,10 @@ def run_training(
         raise StageError(f"training in {stage_dir} failed; the same command goes on from its last checkpoint: {error}") from error
     with result.checkpoint.as_directory() as folder:
         state = json.loads(Path(folder, "progress.json").read_text())
-        done = read_rows(folder)
+        done, quarantine = count_done(folder)
         metrics = Path(tempfile.mkdtemp(prefix="medray-metrics-"), "metrics.jsonl")
         metrics.write_bytes(Path(folder, "metrics.jsonl").read_bytes())
-    quarantine = {sample: error for sample, error in done.items() if error is not None}
-    counts = {"steps": state["steps"], "samples": state["samples"], "trained": len(done) - len(quarantine), "quarantined": len(quarantine), **redone(stage_dir)}
+    counts = {"steps": state["steps"], "samples": state["samples"], "trained": done - len(quarantine), "quarantined": len(quarantine), **redone(stage_dir)}
     best, best_metrics = result.checkpoint, None
     if chooses_best(objective):
         kept, measured = max(result.best_checkpoints, key=lambda kept: kept[1][BEST_BY])

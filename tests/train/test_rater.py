@@ -18,9 +18,10 @@ from medray.data.rater_inputs import PairEncoder
 from medray.errors import ConfigError, DataError
 from medray.evaluation.rating import evaluate_rater
 from medray.models.rater import Rater
+from medray.train.done import count_done
 from medray.train.engine import full_state
 from medray.train.rater import RaterBatches, RaterStep, export_rater, rating_loss, train_rater
-from medray.train.worker import read_rows, run_training
+from medray.train.worker import run_training
 from tests.processes import descendants
 from tests.rating import pair, small, stored
 
@@ -176,7 +177,7 @@ def test_it_learns_survives_a_kill_and_keeps_the_best_epoch(ray_cluster, tiny_cl
     with result.best.as_directory() as folder:
         state = load_file(Path(folder, "state.safetensors"))
         assert json.loads(Path(folder, "progress.json").read_text())["epoch"] == result.best_epoch
-        assert len(read_rows(folder)) == trained
+        assert count_done(folder)[0] == trained
     export_rater(result.best, tmp_path / "rater", config)
     model = Rater.from_pretrained(str(tmp_path / "rater"))
     for name, parameter in model.named_parameters():
