@@ -48,10 +48,20 @@ def count_rows(uri: str) -> int:
 def tables(uri: str, columns: list[str] | None = None, rows: int = 1024) -> Iterator[pa.Table]:
     """Columns of a folder of shards, in order of file name, `rows` at a time."""
     for path in parquet_files(uri):
-        fs, inner = url_to_fs(path)
-        with fs.open(inner, "rb") as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(batch_size=rows, columns=columns):
-                yield pa.Table.from_batches([batch])
+        yield from _tables_of_file(path, columns, rows)
+
+
+def _tables_of_file(path: str, columns: list[str] | None, rows: int) -> Iterator[pa.Table]:
+    fs, inner = url_to_fs(path)
+    with fs.open(inner, "rb") as handle:
+        for batch in pq.ParquetFile(handle).iter_batches(batch_size=rows, columns=columns):
+            yield pa.Table.from_batches([batch])
+
+
+def rows_of_file(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of one shard as dicts, few in memory at a time."""
+    for table in _tables_of_file(path, None, 64):
+        yield from table.to_pylist()
 
 
 def stored_rows(uri: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:

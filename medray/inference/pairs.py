@@ -1,11 +1,16 @@
-"""Judged rows to preference pairs (pure). What is dropped is counted by reason."""
+"""Judged rows to preference pairs. What is dropped is counted by reason."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from medray.config import JudgeConfig
+from medray.data.shards import rows_of_file, tables_of, write_shard
+from medray.records import PREFERENCE
 
 EMPTY, IDENTICAL = "empty answer", "identical answers"  # the judge's `error` for a pair that was not worth asking about
 DROP_REASONS = (EMPTY, IDENTICAL, "judge error", "order disagreement", "tie", "both answers poor", "row error")
@@ -47,6 +52,31 @@ def preference_rows(judged: dict[str, Any], config: JudgeConfig) -> tuple[list[d
         if known is None or abs(margin) > known["chosen_score"] - known["rejected_score"]:
             best[question["question_id"]] = pair
     return list(best.values()), dict(drops)
+
+
+def write_pairs(shards: pa.Table, out_uri: str, judge: dict[str, Any]) -> pa.Table:
+    """The pairs of shards of judged rows, into a file of `out_uri` for each; for Ray Data's map_batches.
+
+    Args:
+        shards: `number` and `path` of each.
+        judge: JudgeConfig as a dict.
+
+    Returns what was counted: `name` ("pairs", "words, chosen", "words, rejected", "dropped: ..."), `number`.
+    """
+    counts: Counter[str] = Counter()
+    config = JudgeConfig.model_validate(judge)
+
+    def pairs(path: str) -> Iterator[dict[str, Any]]:
+        for row in rows_of_file(path):
+            made, drops = preference_rows(row, config)
+            counts.update({f"dropped: {reason}": times for reason, times in drops.items()})
+            for pair in made:
+                counts.update({"pairs": 1, "words, chosen": len(pair["chosen"].split()), "words, rejected": len(pair["rejected"].split())})
+                yield pair
+
+    for shard in shards.to_pylist():
+        write_shard(tables_of(pairs(shard["path"]), PREFERENCE, 64), out_uri, f"pairs-{shard['number']:05d}")
+    return pa.table({"name": list(counts), "number": list(counts.values())}, schema=pa.schema([("name", pa.string()), ("number", pa.int64())]))
 
 
 def _drop_reason(verdict: dict[str, Any], first: str, second: str, config: JudgeConfig) -> str | None:

@@ -7,7 +7,7 @@ medray.train and medray.evaluation. Nothing here holds rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,34 +232,25 @@ def make_pairs(stage: Stage, config: SelfTrainingConfig, judged: dict[str, Any])
     """Verdicts to preference pairs (records.PREFERENCE); what is dropped is counted by reason."""
     from collections import Counter
 
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import ray.data
     from fsspec.core import url_to_fs
 
     from medray.data.shards import parquet_files
-    from medray.inference.pairs import preference_rows
-    from medray.records import PREFERENCE
+    from medray.inference.pairs import write_pairs
 
     stage.reset("rows")
     fs, root = url_to_fs(stage.path("rows"))
     fs.makedirs(root, exist_ok=True)
+    shards = [{"number": number, "path": path} for number, path in enumerate(parquet_files(judged["outputs"]["rows"]))]
     counts: Counter[str] = Counter({"pairs": 0})
-    lengths: Counter[str] = Counter()
-    # A light pass, shard by shard: one shard is in memory at a time.
-    for number, path in enumerate(parquet_files(judged["outputs"]["rows"])):
-        pairs: list[dict[str, Any]] = []
-        for row in _rows_of_file(path):
-            made, drops = preference_rows(row, config.judge)
-            pairs += made
-            counts.update({f"dropped: {reason}": times for reason, times in drops.items()})
-        for pair in pairs:
-            lengths.update(chosen=len(pair["chosen"].split()), rejected=len(pair["rejected"].split()))
-        counts["pairs"] += len(pairs)
-        if pairs:
-            with fs.open(f"{root}/pairs-{number:05d}.parquet", "wb") as handle:
-                pq.write_table(pa.Table.from_pylist(pairs, schema=PREFERENCE), handle, row_group_size=64)
+    if shards:
+        arguments = {"out_uri": stage.path("rows"), "judge": config.judge.model_dump()}
+        counted = ray.data.from_items(shards, override_num_blocks=min(len(shards), 1000)).map_batches(
+            write_pairs, fn_kwargs=arguments, batch_size=8, batch_format="pyarrow", num_cpus=config.data.read_cpus)
+        for row in counted.iter_rows():
+            counts[row["name"]] += row["number"]
     made = max(counts["pairs"], 1)
-    drift = {f"mean words, {side}": round(lengths[side] / made, 3) for side in ("chosen", "rejected")}
+    drift = {f"mean words, {side}": round(counts.pop(f"words, {side}", 0) / made, 3) for side in ("chosen", "rejected")}
     return {"rows": stage.path("rows"), "counts": {**counts, **drift}}
 
 
@@ -325,16 +316,6 @@ def engine_arguments(config: AnyMethodConfig | EvaluateJobConfig, model: Model) 
         "model": model.path, "model_config": config.model.model_dump(), "data_config": config.data.model_dump(),
         "engine_config": config.engine.model_dump(),
     }
-
-
-def _rows_of_file(path: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-    from fsspec.core import url_to_fs
-
-    fs, inner = url_to_fs(path)
-    with fs.open(inner, "rb") as handle:
-        for batch in pq.ParquetFile(handle).iter_batches(batch_size=64, columns=columns):
-            yield from batch.to_pylist()
 
 
 def _tally(uri: str, columns: list[str], count: Callable[[dict[str, Any]], dict[str, int]]) -> dict[str, int]:

@@ -37,8 +37,8 @@ class Gains:
 
     training, prefill: of peak operations. decoding, link: of the bandwidths. encode: rows one CPU decodes and tokenises per second.
     prepare: images one CPU reads, checks, hashes and writes per second (benchmarks/prepare_data.py measured 474). start: seconds
-    until a stage's nodes and models are up. endpoint: seconds one judge's reply takes. pairs: judged images the driver turns into
-    pairs per second (one process). bucket: bytes per second that all nodes together read from storage.
+    until a stage's nodes and models are up. endpoint: seconds one judge's reply takes. pairs: judged images one CPU turns into
+    pairs per second. bucket: bytes per second that all nodes together read from storage.
     """
 
     training: float = 0.4

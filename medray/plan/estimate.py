@@ -72,7 +72,7 @@ def self_training(config: SelfTrainingConfig, plan: Plan) -> list[Stage]:
         stages += [
             generating(f"self_play {number}", shape, config, work.questioned_image(shape, config.self_play, plan.lengths), images, plan),
             judging(f"judge {number}", config, images, plan),
-            _stage(f"pairs {number}", plan, {"the driver, which makes pairs alone": images / plan.gains.pairs}, 0),
+            _stage(f"pairs {number}", plan, {"CPUs that make pairs": images / (plan.cpus * plan.gains.pairs)}, 0),
             referring(f"reference {number}", shape, config.dpo, pairs, plan),
             tuning(f"dpo {number}", shape, config.dpo, plan, pairs, True),
         ]

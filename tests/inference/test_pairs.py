@@ -1,8 +1,11 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from medray.config import JudgeConfig
-from medray.inference.pairs import preference_rows
-from medray.records import PREFERENCE
+from medray.data.shards import stored_rows
+from medray.inference.pairs import preference_rows, write_pairs
+from medray.records import JUDGED, PREFERENCE
 
 
 def judged(verdicts, texts=("good", "bad"), error=None):
@@ -56,3 +59,17 @@ def test_best_against_worst_of_three_answers():
 
 def test_a_row_set_aside_gives_nothing():
     assert preference_rows(judged([], error="no image"), JudgeConfig()) == ([], {"row error": 1})
+
+
+def test_shards_of_judged_rows_become_shards_of_pairs(tmp_path):
+    """A shard that leaves no pair has no file."""
+    shards = {0: [judged([{}]) | {"sample_id": "a"}, judged([{"first_score": 5.0}])], 1: [judged([], error="no image")], 2: [judged([{}], ("one two three", "four five"))]}
+    for number, rows in shards.items():
+        rows = [dict.fromkeys(JUDGED.names) | row for row in rows]
+        pq.write_table(pa.Table.from_pylist(rows, schema=JUDGED), tmp_path / f"{number}.parquet")
+    (tmp_path / "out").mkdir()
+    told = pa.table({"number": list(shards), "path": [str(tmp_path / f"{number}.parquet") for number in shards]})
+    counts = {row["name"]: row["number"] for row in write_pairs(told, str(tmp_path / "out"), JudgeConfig().model_dump()).to_pylist()}
+    assert counts == {"pairs": 2, "words, chosen": 4, "words, rejected": 3, "dropped: tie": 1, "dropped: row error": 1}
+    assert [row["image_id"] for row in stored_rows(str(tmp_path / "out"))] == ["a", "i"]
+    assert len(list((tmp_path / "out").iterdir())) == 2
