@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Study:
         base: results.json -> measures of the base model, None where it has none.
         tuned: results.json -> measures of the arm, by what is put after its name: "" where a run is one line of the table.
         floors: results.json -> what can be had without a look at the image, as shares.
+        contrasts: arms whose mean is compared with the mean of others on the same seeds, by name: one question, more runs.
     """
 
     job: str
@@ -53,6 +54,7 @@ class Study:
     base: Callable[[dict[str, Any]], Measures | None]
     tuned: Callable[[dict[str, Any]], dict[str, Measures]]
     floors: Callable[[dict[str, Any]], Mapping[str, float | None]]
+    contrasts: Mapping[str, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)
 
     @property
     def config(self) -> str:
@@ -134,13 +136,28 @@ def floors(options: argparse.Namespace) -> dict[str, float]:
 def differences(study: Study, arms: ByArm) -> ByArm:
     """Each arm minus the one it is compared with, on the same seeds: the spread between seeds cancels."""
     found: ByArm = {}
-    for arm, seeds in arms.items():
+    for arm in arms:
         other = None if arm == BASE else study.against(arm)
-        plain = arms.get(other, {}) if other and other != arm else {}
-        for seed in seeds.keys() & plain.keys():
-            pairs = ((name, value, plain[seed].get(name)) for name, value in seeds[seed].items())
-            found.setdefault(f"{arm} minus {other}", {})[seed] = {name: None if value is None or before is None else value - before for name, value, before in pairs}
+        if other and other != arm and (by_seed := _minus(study, arms, [arm], [other])):
+            found[f"{arm} minus {other}"] = by_seed
     return found
+
+
+def contrasted(study: Study, arms: ByArm) -> ByArm:
+    """The study's contrasts, of the seeds for which all of their arms are there."""
+    return {name: by_seed for name, (ones, others) in study.contrasts.items() if (by_seed := _minus(study, arms, ones, others))}
+
+
+def _minus(study: Study, arms: ByArm, ones: Sequence[str], others: Sequence[str]) -> dict[int, Measures]:
+    """By seed the mean of `ones` minus the mean of `others`; a measure that one of them lacks is None."""
+    seeds = set.intersection(*(set(arms.get(arm, ())) for arm in (*ones, *others)))
+
+    def mean(of: Sequence[str], seed: int, name: str) -> float | None:
+        values = [arms[arm][seed].get(name) for arm in of]
+        return None if None in values else statistics.mean(values)
+
+    pairs = {seed: {name: (mean(ones, seed, name), mean(others, seed, name)) for name in study.columns} for seed in sorted(seeds)}
+    return {seed: {name: None if None in pair else pair[0] - pair[1] for name, pair in by_name.items()} for seed, by_name in pairs.items()}
 
 
 def table(study: Study, head: str, arms: ByArm) -> str:
@@ -175,7 +192,7 @@ def write(study: Study, options: argparse.Namespace) -> str:
         return "no run is finished"
     shown = "\n".join([
         table(study, "arm", arms), "", "Floors: " + ", ".join(f"{name} {value:.1f}" for name, value in floors(options).items()) + ".", "",
-        table(study, "difference", differences(study, arms)),
+        table(study, "difference", differences(study, arms)), *(["", table(study, "question", contrasted(study, arms))] if study.contrasts else []),
     ])
     Path(options.runs, "table.md").write_text(shown + "\n", encoding="utf-8")
     Path(options.runs, "report.html").write_text(page(study, arms, shown), encoding="utf-8")

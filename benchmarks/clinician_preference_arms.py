@@ -50,6 +50,16 @@ def _arms() -> Iterator[tuple[str, list[str]]]:
 ARMS = dict(_arms())
 """Overrides of the configuration by arm."""
 
+def _at_every_share(name: str) -> list[str]:
+    return [f"{name}, {share} %" for share in SHARES]
+
+
+CONTRASTS = {
+    f"{one} minus {other}, all shares": (_at_every_share(one), _at_every_share(other))
+    for one, other in (("mixture", "random"), ("model", "random"), ("clinician", "random"), ("mixture", "model"), ("mixture", "clinician"))
+} | {"with demonstrations minus without": (["random, 40 %", "mixture, 40 %"], [f"random, 40 %, {BARE}", f"mixture, 40 %, {BARE}"])}
+"""The claims of the paper, as means of arms minus means of others."""
+
 COLUMNS = ("all", "open", "closed", "mcq", "win rate", "right", "alignment", "pairs", "truth")
 
 
@@ -95,7 +105,7 @@ def floors(results: dict[str, Any]) -> dict[str, float | None]:
 
 STUDY = Study(
     job="clinician_preference", config_type=ClinicianPreferenceConfig, title="Clinician preference alignment", arms=ARMS, against=against, columns=COLUMNS,
-    base=base, tuned=tuned, floors=floors,
+    base=base, tuned=tuned, floors=floors, contrasts=CONTRASTS,
 )
 
 if __name__ == "__main__":

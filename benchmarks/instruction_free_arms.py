@@ -38,10 +38,32 @@ ARMS: dict[str, list[str]] = {
 
 COLUMNS = ("strict", "likelihood", "format failures", "leakage", "plain", "general", "retained", "precision", "recall", "F1", "ROUGE-L")
 
+PROXIES = [f"proxy-{mode}" for mode in MODES]
+ALL_SHUFFLED = [f"{arm}+shuffled" for arm in PROXIES]
+
+
+def _modes(one: str, other: str) -> tuple[list[str], list[str]]:
+    """One mode against another, with and without shuffling."""
+    return [f"proxy-{one}", f"proxy-{one}+shuffled"], [f"proxy-{other}", f"proxy-{other}+shuffled"]
+
+
+CONTRASTS = {
+    "shuffling, fixed text": (["text+shuffled"], ["text"]),
+    "shuffling, proxies": (ALL_SHUFFLED, PROXIES),
+    "proxies minus text, unshuffled": (PROXIES, ["text"]),
+    "proxies minus text, shuffled": (ALL_SHUFFLED, ["text+shuffled"]),
+    "the paper's whole minus plain text": (["proxy-textbook+shuffled"], ["text"]),
+    "momentum (textbook) minus none": _modes("textbook", "free"),
+    "momentum (released) minus none": _modes("released", "free"),
+    "momentum (textbook) minus frozen": _modes("textbook", "frozen"),
+    "momentum (released) minus frozen": _modes("released", "frozen"),
+}
+"""The claims of the paper, as means of arms minus means of others."""
+
 STUDY = Study(
     job="instruction_free", config_type=InstructionFreeConfig, title="Instruction-free tuning", arms=ARMS, against=lambda arm: "text", columns=COLUMNS,
     base=lambda results: per_cent(results["measures"]["base"], COLUMNS), tuned=lambda results: {"": per_cent(results["measures"]["tuned"], COLUMNS)},
-    floors=lambda results: results["floors"],
+    floors=lambda results: results["floors"], contrasts=CONTRASTS,
 )
 
 if __name__ == "__main__":

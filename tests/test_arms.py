@@ -34,6 +34,24 @@ def test_arms_load_and_do_not_share_a_folder(studies, name):
     folders = {arms.folder_of(arm, seed, argparse.Namespace(runs="r")) for arm in study.arms for seed in (0, 1)}
     assert len(folders) == 2 * len(study.arms)
     assert not any(" " in str(folder) or "," in str(folder) for folder in folders)
+    for ones, others in study.contrasts.values():
+        assert ones and others and {*ones, *others} <= set(study.arms) and not set(ones) & set(others)
+
+
+def test_contrasts_are_of_seeds_for_which_all_arms_are_there(studies):
+    import arms
+
+    study = studies["instruction_free"]
+    rest = dict.fromkeys(study.columns)
+    ends = {mode: (10 * number, 10 * number + 4) for number, mode in enumerate(("textbook", "released", "frozen", "free"))}
+    found = {f"proxy-{mode}{suffix}": {seed: rest | {"strict": value + seed} for seed in (0, 1)} for mode, values in ends.items() for suffix, value in zip(("", "+shuffled"), values, strict=True)}
+    del found["proxy-free"][1]
+    made = arms.contrasted(study, found)
+    assert {name: {seed: values["strict"] for seed, values in seeds.items()} for name, seeds in made.items()} == {
+        "shuffling, proxies": {0: 4}, "momentum (textbook) minus none": {0: -30}, "momentum (released) minus none": {0: -20},
+        "momentum (textbook) minus frozen": {0: -20, 1: -20}, "momentum (released) minus frozen": {0: -10, 1: -10},
+    }
+    assert made["shuffling, proxies"][0]["leakage"] is None
 
 
 def score(value):
