@@ -36,7 +36,7 @@ ARMS: dict[str, list[str]] = {
 }
 """Overrides of the configuration by arm. The proxy has 8 vectors and the language model is frozen where the name does not say otherwise."""
 
-COLUMNS = ("strict", "likelihood", "format failures", "leakage", "plain", "general", "retained", "precision", "recall", "F1", "ROUGE-L")
+COLUMNS = ("strict", "balanced", "likelihood", "format failures", "leakage", "plain", "general", "retained", "precision", "recall", "F1", "ROUGE-L")
 
 PROXIES = [f"proxy-{mode}" for mode in MODES]
 ALL_SHUFFLED = [f"{arm}+shuffled" for arm in PROXIES]

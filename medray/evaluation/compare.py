@@ -55,6 +55,20 @@ def clustered_intervals(
     return [{"value": float(value), "low": float(low), "high": float(high)} for value, low, high in zip(means_M, low_M, high_M, strict=True)]
 
 
+def weighted_interval(
+    values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0, level: float = 0.95,
+) -> dict[str, float]:
+    """`clustered_interval` of a weighted mean; a question keeps its weight in every resample."""
+    values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+    _refuse_nan(values)
+    sums_CM, counts_CM = _by_cluster(np.stack([values * weights, weights], axis=1), clusters)
+    if not len(sums_CM):
+        return {"value": float("nan"), "low": float("nan"), "high": float("nan")}
+    means_BM = _resampled_means(sums_CM, counts_CM, resamples, seed)
+    low, high = _quantiles(_ratio(means_BM[:, :1], means_BM[:, 1:]), [(1 - level) / 2, (1 + level) / 2])
+    return {"value": float(sums_CM[:, 0].sum() / sums_CM[:, 1].sum()), "low": float(low[0]), "high": float(high[0])}
+
+
 def paired_difference(
     first: Sequence[float], second: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0,
 ) -> dict[str, float]:

@@ -15,7 +15,11 @@ import numpy as np
 from medray.config import EvaluateConfig
 from medray.data.descriptions import LEAD, Form, leaks_description, stated_choices
 from medray.data.shuffling import separated
-from medray.evaluation.compare import clustered_interval, clustered_intervals
+from medray.evaluation.compare import (
+    clustered_interval,
+    clustered_intervals,
+    weighted_interval,
+)
 from medray.evaluation.exchange import read_predictions
 from medray.evaluation.scores import matched
 from medray.evaluation.table import load
@@ -34,6 +38,30 @@ def leakage(predictions: Iterable[str], form: Form, config: EvaluateConfig) -> d
     (descriptions.leaks_description)."""
     rows = [(float(leaks_description(row["answer"], form)), row["image_id"]) for uri in predictions for row in _answered(uri)]
     return clustered_interval([leaked for leaked, _ in rows], [image for _, image in rows], config.bootstrap, config.seed)
+
+
+def balanced_accuracy(choices: str, config: EvaluateConfig) -> dict[str, float]:
+    """S of the mean over attributes of the mean over their true options of the share answered rightly.
+
+    A model that gives every question of an attribute the same letter has 1 / (options that are true of some image), whichever letter:
+    unlike strict accuracy it tells knowledge from a lucky preference.
+
+    Args:
+        choices: predictions of multiple-choice questions. Those without an answer do not count.
+    """
+    table = load(choices)
+    hits_N = table.values["accuracy"]
+    attributes_N, letters_N = (table.labels[label][1] for label in ("attribute", "right_letter"))
+    kept = ~np.isnan(hits_N)
+    weights_N = np.zeros(len(hits_N))
+    for attribute in np.unique(attributes_N[kept]):
+        of_attribute = kept & (attributes_N == attribute)
+        letters = np.unique(letters_N[of_attribute])
+        for letter in letters:
+            same = of_attribute & (letters_N == letter)
+            weights_N[same] = 1 / (len(letters) * same.sum())
+    names, images_N = table.labels["image_id"]
+    return weighted_interval(hits_N[kept], weights_N[kept], [names[image] for image in images_N[kept]], config.bootstrap, config.seed)
 
 
 def retention(before: str, after: str, config: EvaluateConfig) -> dict[str, Any]:

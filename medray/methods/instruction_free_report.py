@@ -11,9 +11,9 @@ from medray.evaluation import report
 from medray.methods.summary import counts_table, metrics_of, recorded, timeline_of, write_metrics
 from medray.run import Run
 
-_HEADLINE = ("strict", "likelihood", "format failures", "leakage", "plain", "general", "retained", "F1", "ROUGE-L")
+_HEADLINE = ("strict", "balanced", "likelihood", "format failures", "leakage", "plain", "general", "retained", "F1", "ROUGE-L")
 _READING = (
-    "Strict: the text after the last \"The correct answer is\" must be one option letter. Likelihood: the likeliest of \"The correct answer is A.\", B, ... "
+    "Strict: the text after the last \"The correct answer is\" must be one option letter. Balanced: strict, with all true answers of an attribute weighed alike, so that a preferred letter gains nothing. Likelihood: the likeliest of \"The correct answer is A.\", B, ... "
     "Format failures: answers that are no letter (wrong in strict). Leakage: answers that are attribute lists. Plain: strict accuracy on the source's own questions, or on short ones about its attributes. General: strict accuracy on general questions. "
     "Retained: of the general questions that the base model answers rightly, the share the tuned model does. F1: attributes of a description "
     "against the true ones. ROUGE-L depends on the order of the attributes, which shuffling makes random. Brackets hold 95 % bootstrap intervals over images. "
@@ -54,7 +54,7 @@ def write_report(run: Run, shared: Run, config: InstructionFreeConfig, data: dic
 def measures(outputs: dict[str, Any]) -> dict[str, Any]:
     """The headline numbers of one model's evaluation: S ({"value", "low", "high"}), a share, or None where it was not measured.
 
-    strict, likelihood (over stated options), likelihood per token, format failures: of multiple choice in the authors' words; leakage:
+    strict, balanced (strict, all true answers weighed alike), likelihood (over stated options), likelihood per token, format failures: of multiple choice in the authors' words; leakage:
     of these and plain questions; plain, general: strict accuracy; precision, recall, F1 (of attributes), ROUGE-L: of descriptions.
     """
     scores = outputs["scores"]
@@ -62,7 +62,7 @@ def measures(outputs: dict[str, Any]) -> dict[str, Any]:
     choices = scores["choices"]["by_type"]["mcq"] if "choices" in scores else {}
     overlap = outputs.get("overlap") or {}
     return {
-        "strict": strict.get("choices"),
+        "strict": strict.get("choices"), "balanced": outputs.get("balanced"),
         "likelihood": choices.get("likelihood", {}).get("accuracy"), "likelihood per token": choices.get("likelihood", {}).get("normalised"),
         "format failures": choices.get("unparsable"), "leakage": outputs.get("leakage"), "plain": strict.get("plain"), "general": strict.get("general"),
         "retained": (outputs.get("retention") or {}).get("retained"),

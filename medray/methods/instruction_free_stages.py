@@ -96,6 +96,7 @@ def evaluate(
     from medray.data.descriptions import FORMS
     from medray.data.shards import write_resumable
     from medray.evaluation.instruction_following import (
+        balanced_accuracy,
         description_overlap,
         leakage,
         retention,
@@ -118,6 +119,8 @@ def evaluate(
     split_answers(stage, sets)
     scores = {one: score(stage.path("sets", one), config.evaluate) for one in sets}
     outputs: dict[str, Any] = {"sets": {one: stage.path("sets", one) for one in sets}, "scores": scores}
+    if "choices" in sets:
+        outputs["balanced"] = balanced_accuracy(stage.path("sets", "choices"), config.evaluate)
     if found["form"]:
         form = FORMS[found["form"]]
         outputs["leakage"] = leakage([stage.path("sets", one) for one in sets if one in ("choices", "plain")], form, config.evaluate)

@@ -7,6 +7,7 @@ from medray.evaluation.compare import (
     holm,
     paired_difference,
     paired_differences,
+    weighted_interval,
 )
 
 
@@ -55,6 +56,14 @@ def test_resamples_without_any_part_in_a_metric_are_left_out():
     found = clustered_intervals(np.array([[1.0, np.nan], [0.0, 0.5]]), ["a", "b"], resamples=100)
     assert found[1] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert np.isnan(clustered_intervals(np.full((2, 1), np.nan), ["a", "b"])[0]["value"])
+
+
+def test_weights():
+    values, clusters = [1.0, 0.0, 1.0, 1.0, 0.0], ["a", "a", "b", "c", "c"]
+    assert weighted_interval(values, [2.0] * 5, clusters, 500, 3) == pytest.approx(clustered_interval(values, clusters, 500, 3))
+    assert weighted_interval(values, [1, 1, 4, 1, 1], clusters)["value"] == pytest.approx(6 / 8)
+    doubled = weighted_interval(values, [1, 1, 2, 1, 1], clusters, 500, 3)
+    assert doubled == pytest.approx(clustered_interval([*values, 1.0], [*clusters, "b"], 500, 3))  # a weight of two is the same question twice
 
 
 def test_pairing_removes_what_both_models_share():

@@ -6,6 +6,7 @@ from medray.config import EvaluateConfig
 from medray.data.descriptions import WBCATT, choice_questions
 from medray.evaluation.instruction_following import (
     attribute_overlap,
+    balanced_accuracy,
     description_overlap,
     leakage,
     retention,
@@ -34,6 +35,22 @@ def test_leakage(tmp_path):
     assert found == {"value": 0.5, "low": 0.5, "high": 0.5}  # half of the answers on each image
     both = leakage([str(tmp_path / "p"), write(tmp_path / "q", [row(9, "i2", "open", "a", "cell"), row(10, "i2", "open", "a", "b")])], WBCATT, CONFIG)
     assert both["value"] == pytest.approx(2 / 6)
+
+
+def test_a_preferred_letter_gains_nothing_in_balanced_accuracy(tmp_path):
+    """Shape is A for three images of four, size B for all; a letter that is true of none adds nothing to the mean."""
+    def rows(shape, size):
+        true = ["A", "A", "A", "B"]
+        answers = [row(number, f"i{number}", "mcq", letter, answer, "shape", ["x", "y", "z"]) for number, (letter, answer) in enumerate(zip(true, shape, strict=True))]
+        return [*answers, *(row(10 + number, f"i{number}", "mcq", "B", answer, "size", ["x", "y"], error=None if answer else "no image") for number, answer in enumerate(size))]
+
+    def value(name, shape, size):
+        return balanced_accuracy(write(tmp_path / name, rows(shape, size)), CONFIG)["value"]
+
+    assert value("same", "AAAA", "BBBB") == value("other", "BBBB", "BBBB") == pytest.approx((1 / 2 + 1) / 2)
+    assert value("knows", "AAAB", "BBBB") == 1
+    assert value("half", "ACAB", "BAB" + "A") == pytest.approx(((2 / 3 + 1) / 2 + 2 / 4) / 2)
+    assert value("unanswered", "AAAB", ["B", "A", None, "B"]) == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_retention_counts_what_was_right_before(tmp_path):

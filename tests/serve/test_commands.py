@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.integration.conftest import BIN, wait_for
-from tests.jobs import ENVIRONMENT, ROOT
+from tests.jobs import ROOT
 
 pytestmark = pytest.mark.ray
 
@@ -30,7 +30,7 @@ def test_the_clinician_page_begins_as_documented(tmp_path, write_items):
             pytest.skip("something listens on port 8000 already")
     write_items(tmp_path / "DIR", 2)
     # A Ray of its own; from another folder than the repository's only here, to keep that clean.
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
     first, lead, serve_run = commands("docs/clinician_page.md")
     tokens = [
         subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1] for words in (first, lead)]
