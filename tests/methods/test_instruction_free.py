@@ -117,12 +117,12 @@ def test_measures_of_a_source_with_questions_and_of_one_without():
     choices = {"overall": {"accuracy": score(0.4), "chance": 0.3, "majority": 0.6}, "by_type": {"mcq": {"unparsable": 0.2, "likelihood": {"accuracy": score(0.7), "normalised": score(0.8)}}}}
     overall = {name: {"overall": {"accuracy": score(value)}} for name, value in (("general", 0.9), ("plain", 0.75))}
     full = {
-        "scores": {"described": described, "choices": choices, **overall}, "leakage": score(0.1),
+        "scores": {"described": described, "choices": choices, **overall}, "balanced": score(0.35), "leakage": score(0.1),
         "overlap": {"precision": score(0.3), "recall": score(0.2), "f1": score(0.25)}, "retention": {"retained": score(0.95)},
     }
     found = measures(full)
     assert {name: value["value"] if isinstance(value, dict) else value for name, value in found.items()} == {
-        "strict": 0.4, "likelihood": 0.7, "likelihood per token": 0.8, "format failures": 0.2, "leakage": 0.1, "plain": 0.75, "general": 0.9, "retained": 0.95,
+        "strict": 0.4, "balanced": 0.35, "likelihood": 0.7, "likelihood per token": 0.8, "format failures": 0.2, "leakage": 0.1, "plain": 0.75, "general": 0.9, "retained": 0.95,
         "precision": 0.3, "recall": 0.2, "F1": 0.25, "ROUGE-L": 0.5,
     }
     assert floors(full) == {"chance": 0.3, "majority": 0.6}
