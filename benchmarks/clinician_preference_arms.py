@@ -50,6 +50,7 @@ def _arms() -> Iterator[tuple[str, list[str]]]:
 ARMS = dict(_arms())
 """Overrides of the configuration by arm."""
 
+
 def _at_every_share(name: str) -> list[str]:
     return [f"{name}, {share} %" for share in SHARES]
 

@@ -17,7 +17,7 @@ PERMUTATIONS = 10_000
 
 
 def clustered_interval(
-    values: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0, level: float = 0.95,
+    values: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0, level: float = 0.95, weights: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Mean with a percentile bootstrap interval over clusters.
 
@@ -25,6 +25,7 @@ def clustered_interval(
         values: one per question, NaN not allowed.
         clusters: the question's image, as many as values.
         level: coverage.
+        weights: of the questions in the mean, the same in every resample; None: all alike.
 
     Returns {"value", "low", "high"}; NaNs for no values, and no width for a single image.
 
@@ -32,11 +33,11 @@ def clustered_interval(
     """
     values = np.asarray(values, dtype=np.float64)
     _refuse_nan(values)
-    return clustered_intervals(values[:, None], clusters, resamples, seed, level)[0]
+    return clustered_intervals(values[:, None], clusters, resamples, seed, level, weights)[0]
 
 
 def clustered_intervals(
-    values_NM: np.ndarray, clusters: Sequence[Any], resamples: int = 1000, seed: int = 0, level: float = 0.95,
+    values_NM: np.ndarray, clusters: Sequence[Any], resamples: int = 1000, seed: int = 0, level: float = 0.95, weights: Sequence[float] | None = None,
 ) -> list[dict[str, float]]:
     """`clustered_interval` of several metrics of the same questions, on one set of resamples.
 
@@ -46,27 +47,13 @@ def clustered_intervals(
 
     Raises ValueError where the lengths differ.
     """
-    sums_CM, counts_CM = _by_cluster(values_NM, clusters)
+    sums_CM, counts_CM = _by_cluster(values_NM, clusters, weights)
     if not len(sums_CM):
         return [{"value": float("nan"), "low": float("nan"), "high": float("nan")} for _ in range(sums_CM.shape[1])]
     means_M = _ratio(sums_CM.sum(axis=0), counts_CM.sum(axis=0))
     means_BM = _resampled_means(sums_CM, counts_CM, resamples, seed)
     low_M, high_M = _quantiles(means_BM, [(1 - level) / 2, (1 + level) / 2])
     return [{"value": float(value), "low": float(low), "high": float(high)} for value, low, high in zip(means_M, low_M, high_M, strict=True)]
-
-
-def weighted_interval(
-    values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0, level: float = 0.95,
-) -> dict[str, float]:
-    """`clustered_interval` of a weighted mean; a question keeps its weight in every resample."""
-    values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
-    _refuse_nan(values)
-    sums_CM, counts_CM = _by_cluster(np.stack([values * weights, weights], axis=1), clusters)
-    if not len(sums_CM):
-        return {"value": float("nan"), "low": float("nan"), "high": float("nan")}
-    means_BM = _resampled_means(sums_CM, counts_CM, resamples, seed)
-    low, high = _quantiles(_ratio(means_BM[:, :1], means_BM[:, 1:]), [(1 - level) / 2, (1 + level) / 2])
-    return {"value": float(sums_CM[:, 0].sum() / sums_CM[:, 1].sum()), "low": float(low[0]), "high": float(high[0])}
 
 
 def paired_difference(
@@ -173,8 +160,8 @@ def _refuse_nan(values: np.ndarray) -> None:
         raise ValueError("a value is NaN; leave unanswered questions out or count them as wrong")
 
 
-def _by_cluster(values_NM: np.ndarray, clusters: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [C, M] and counts [C, M] (or [C, 1] where all metrics have all questions); clusters in sorted order."""
+def _by_cluster(values_NM: np.ndarray, clusters: Sequence[Any], weights: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums [C, M] and counts [C, M] (or [C, 1] where all metrics have all questions), weighted; clusters in sorted order."""
     values_NM = np.asarray(values_NM, dtype=np.float64)
     if len(values_NM) != len(clusters):
         raise ValueError(f"{len(values_NM)} values but {len(clusters)} clusters")
@@ -182,12 +169,13 @@ def _by_cluster(values_NM: np.ndarray, clusters: Sequence[Any]) -> tuple[np.ndar
         return np.empty(values_NM.shape), np.empty((0, 1))
     names, index_N = np.unique(np.asarray(clusters), return_inverse=True)
     missing_NM = np.isnan(values_NM)
+    weights_N = np.ones(len(values_NM)) if weights is None else np.asarray(weights, np.float64)
 
     def added(columns_NM: np.ndarray) -> np.ndarray:
-        return np.stack([np.bincount(index_N, column, minlength=len(names)) for column in columns_NM.T], axis=1)
+        return np.stack([np.bincount(index_N, column * weights_N, minlength=len(names)) for column in columns_NM.T], axis=1)
 
     if not missing_NM.any():
-        return added(values_NM), np.bincount(index_N).astype(np.float64)[:, None]
+        return added(values_NM), np.bincount(index_N, weights_N)[:, None]
     return added(np.where(missing_NM, 0.0, values_NM)), added((~missing_NM).astype(np.float64))
 
 

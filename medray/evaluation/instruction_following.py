@@ -15,11 +15,7 @@ import numpy as np
 from medray.config import EvaluateConfig
 from medray.data.descriptions import LEAD, Form, leaks_description, stated_choices
 from medray.data.shuffling import separated
-from medray.evaluation.compare import (
-    clustered_interval,
-    clustered_intervals,
-    weighted_interval,
-)
+from medray.evaluation.compare import clustered_interval, clustered_intervals
 from medray.evaluation.exchange import read_predictions
 from medray.evaluation.scores import matched
 from medray.evaluation.table import load
@@ -61,7 +57,7 @@ def balanced_accuracy(choices: str, config: EvaluateConfig) -> dict[str, float]:
             same = of_attribute & (letters_N == letter)
             weights_N[same] = 1 / (len(letters) * same.sum())
     names, images_N = table.labels["image_id"]
-    return weighted_interval(hits_N[kept], weights_N[kept], [names[image] for image in images_N[kept]], config.bootstrap, config.seed)
+    return clustered_interval(hits_N[kept], [names[image] for image in images_N[kept]], config.bootstrap, config.seed, weights=weights_N[kept])
 
 
 def retention(before: str, after: str, config: EvaluateConfig) -> dict[str, Any]:

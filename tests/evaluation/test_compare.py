@@ -7,7 +7,6 @@ from medray.evaluation.compare import (
     holm,
     paired_difference,
     paired_differences,
-    weighted_interval,
 )
 
 
@@ -60,9 +59,9 @@ def test_resamples_without_any_part_in_a_metric_are_left_out():
 
 def test_weights():
     values, clusters = [1.0, 0.0, 1.0, 1.0, 0.0], ["a", "a", "b", "c", "c"]
-    assert weighted_interval(values, [2.0] * 5, clusters, 500, 3) == pytest.approx(clustered_interval(values, clusters, 500, 3))
-    assert weighted_interval(values, [1, 1, 4, 1, 1], clusters)["value"] == pytest.approx(6 / 8)
-    doubled = weighted_interval(values, [1, 1, 2, 1, 1], clusters, 500, 3)
+    assert clustered_interval(values, clusters, 500, 3, weights=[2.0] * 5) == pytest.approx(clustered_interval(values, clusters, 500, 3))
+    assert clustered_interval(values, clusters, weights=[1, 1, 4, 1, 1])["value"] == pytest.approx(6 / 8)
+    doubled = clustered_interval(values, clusters, 500, 3, weights=[1, 1, 2, 1, 1])
     assert doubled == pytest.approx(clustered_interval([*values, 1.0], [*clusters, "b"], 500, 3))  # a weight of two is the same question twice
 
 
