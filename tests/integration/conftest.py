@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from medray.testbed.fake_cluster import free_port
@@ -19,6 +20,14 @@ def wait_for(ready, what, seconds=180, pause=0.3):
         assert time.monotonic() < until, f"no {what} after {seconds} s"
         time.sleep(pause)
     return value
+
+
+def answer_of(url):
+    """What a GET of it is answered; None where nobody listens yet."""
+    try:
+        return httpx.get(url, timeout=60)
+    except httpx.TransportError:
+        return None
 
 
 @pytest.fixture(scope="session")

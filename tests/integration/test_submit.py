@@ -15,7 +15,7 @@ import yaml
 
 from medray.testbed.fake_cluster import FakeCluster, free_port
 from serve.tokens import add_holder
-from tests.integration.conftest import BIN, BUCKET, wait_for
+from tests.integration.conftest import BIN, BUCKET, answer_of, wait_for
 from tests.integration.test_self_train import SMALL
 from tests.jobs import ROOT
 
@@ -134,14 +134,7 @@ def test_the_run_is_served_from_no_replica(run, cluster, tmp_path):
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     cluster.command("serve", "deploy", str(tmp_path / "serve.yaml"), "--address", cluster.dashboard)
 
-    def ready():
-        """What /ready answers; None where nobody listens yet."""
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=60)
-        except httpx.TransportError:
-            return None
-
-    wait_for(lambda: (answer := ready()) and answer.status_code in (200, 503), "endpoint", 300, pause=2)
+    wait_for(lambda: (answer := answer_of(f"http://127.0.0.1:{port}/ready")) is not None and answer.status_code in (200, 503), "endpoint", 300, pause=2)
     assert not cluster.nodes()["generate"]
     body = {"model": "tuned", "messages": [{"role": "user", "content": "What is this?"}], "max_tokens": 4}
     answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=300)

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.integration.conftest import BIN, wait_for
+from tests.integration.conftest import BIN, answer_of, wait_for
 from tests.jobs import ROOT
 
 pytestmark = pytest.mark.ray
@@ -40,10 +40,8 @@ def test_the_clinician_page_begins_as_documented(tmp_path, write_items):
 
     def served():
         assert page.poll() is None, log.read_text()[-3000:]
-        try:
-            return httpx.get("http://127.0.0.1:8000", timeout=60).status_code == 200
-        except httpx.TransportError:
-            return False
+        answer = answer_of("http://127.0.0.1:8000")
+        return answer is not None and answer.status_code == 200
 
     try:
         wait_for(served, "page", pause=1)
