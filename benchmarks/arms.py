@@ -220,6 +220,5 @@ def main(study: Study, name: str, description: str | None) -> None:
     for seed in options.seeds if not options.finished else ():
         for arm in options.arms:
             run(study, arm, seed, options)
-            write(study, options)
     print(write(study, options))
     print(json.dumps({"benchmark": name, "seeds": options.seeds, "arms": by_arm(options), "floors": floors(options)}))

@@ -23,6 +23,9 @@ TEXT = ["tune.instruction=Describe this medical scan."]
 PLAIN, SHUFFLED = ["tune.shuffling=none"], ["tune.shuffling=separator"]
 LORA = ["tune.lr_llm=3e-4", "tune.lora_llm={rank: 32, alpha: 64, dropout: 0.0}"]
 MODES = ("textbook", "released", "frozen", "free")  # free: the proxy without momentum
+OTHER_COUNTS = (1, 2, 32)  # than 8
+WHOLE = "proxy-textbook+shuffled"  # as in the paper
+WITH_LORA = ("text", "text+shuffled", WHOLE)
 
 ARMS: dict[str, list[str]] = {
     "text": [*TEXT, *PLAIN],
@@ -31,8 +34,8 @@ ARMS: dict[str, list[str]] = {
     **{f"proxy-{mode}+shuffled": [f"tune.proxy.mode={mode}", *SHUFFLED] for mode in MODES},
     "text, LoRA": [*TEXT, *PLAIN, *LORA],
     "text+shuffled, LoRA": [*TEXT, *SHUFFLED, *LORA],
-    "proxy-textbook+shuffled, LoRA": [*SHUFFLED, *LORA],
-    **{f"proxy-textbook+shuffled, k={k}": [f"tune.proxy.count={k}", *SHUFFLED] for k in (1, 2, 32)},
+    f"{WHOLE}, LoRA": [*SHUFFLED, *LORA],
+    **{f"{WHOLE}, k={k}": [f"tune.proxy.count={k}", *SHUFFLED] for k in OTHER_COUNTS},
 }
 """Overrides of the configuration by arm. The proxy has 8 vectors and the language model is frozen where the name does not say otherwise."""
 
@@ -52,11 +55,13 @@ CONTRASTS = {
     "shuffling, proxies": (ALL_SHUFFLED, PROXIES),
     "proxies minus text, unshuffled": (PROXIES, ["text"]),
     "proxies minus text, shuffled": (ALL_SHUFFLED, ["text+shuffled"]),
-    "the paper's whole minus plain text": (["proxy-textbook+shuffled"], ["text"]),
+    "the paper's whole minus plain text": ([WHOLE], ["text"]),
     "momentum (textbook) minus none": _modes("textbook", "free"),
     "momentum (released) minus none": _modes("released", "free"),
     "momentum (textbook) minus frozen": _modes("textbook", "frozen"),
     "momentum (released) minus frozen": _modes("released", "frozen"),
+    **{f"k = {count} minus k = 8": ([f"{WHOLE}, k={count}"], [WHOLE]) for count in OTHER_COUNTS},
+    "LoRA minus a frozen language model": ([f"{arm}, LoRA" for arm in WITH_LORA], WITH_LORA),
 }
 """The claims of the paper, as means of arms minus means of others."""
 
