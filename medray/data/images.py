@@ -98,6 +98,13 @@ def png_url(image: Image.Image, compress_level: int = 6) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def filler_picture() -> bytes:
+    """A grey PNG, for a row that stands for no image."""
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), (127, 127, 127)).save(data, "PNG")
+    return data.getvalue()
+
+
 def image_format(data: bytes) -> str:
     """JPEG, PNG, ... by the first bytes; "unknown" otherwise."""
     for magic, name in ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG", "PNG"), (b"GIF8", "GIF"), (b"BM", "BMP"), (b"II*\x00", "TIFF"), (b"MM\x00*", "TIFF")):

@@ -14,19 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from medray.config import DataConfig
-from medray.data.images import ImageError, decode, pad_to_square
+from medray.data.images import decode, pad_to_square
 from medray.errors import DataError
-
-# Of one pair; the rejected pixels are null where both sides show the same image.
-ENCODED_PAIR = pa.schema([
-    ("sample_id", pa.string()), ("origin", pa.string()), ("weight", pa.float32()),
-    ("chosen_ids", pa.list_(pa.int32())), ("rejected_ids", pa.list_(pa.int32())),
-    ("chosen_pixels", pa.binary()), ("rejected_pixels", pa.binary()), ("pixel_shape", pa.list_(pa.int32())),
-    ("cut", pa.list_(pa.string())), ("error", pa.string()),
-])
 
 
 class InputError(DataError):
@@ -136,44 +127,4 @@ class RaterInputs:
             **self.batch(texts, images, places["chosen"] + places["rejected"]),
             "weights": torch.tensor([row["weight"] for row in rows], dtype=torch.float32),
             "clinician": torch.tensor([row["origin"] == "clinician" for row in rows]),
-        }
-
-
-class PairEncoder:
-    """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.RATING_PAIR with `weight` to ENCODED_PAIR, one for
-    one. A pair that cannot be encoded carries its reason in `error`.
-
-    Args:
-        encoder: path of the encoder or rating model, whose processor is used.
-        max_length, square: see RaterInputs.
-        data_config: as a dict.
-    """
-
-    def __init__(self, encoder: str, max_length: int, square: bool, data_config: dict[str, Any]):
-        from medray.models.rater import load_inputs
-
-        self.inputs = load_inputs(encoder, max_length, square, DataConfig.model_validate(data_config))
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        rows = []
-        for pair in table.to_pylist():
-            kept = {name: pair[name] for name in ("sample_id", "origin", "weight")}
-            try:
-                rows.append(kept | self.encode(pair))
-            except (InputError, ImageError) as error:
-                rows.append(kept | {"error": str(error)})
-        return pa.Table.from_pylist(rows, schema=ENCODED_PAIR)
-
-    def encode(self, pair: dict[str, Any]) -> dict[str, Any]:
-        """Ids, pixels and cuts ("chosen answer", ...) of one pair. Raises InputError, ImageError."""
-        texts = {side: self.inputs.text(*(pair[f"{side}_{part}"] for part in ("question", "answer", "context"))) for side in ("chosen", "rejected")}
-        chosen = self.inputs.pixels(pair["chosen_image"])
-        same = pair["chosen_image_id"] == pair["rejected_image_id"]
-        rejected = None if same else self.inputs.pixels(pair["rejected_image"])
-        if rejected is not None and rejected.shape != chosen.shape:
-            raise InputError(f"the encoder's processor gives images of different sizes ({chosen.shape}, {rejected.shape}); set rater.pad_to_square")
-        return {
-            **{f"{side}_ids": text.ids for side, text in texts.items()}, "pixel_shape": list(chosen.shape),
-            "chosen_pixels": chosen.tobytes(), "rejected_pixels": None if rejected is None else rejected.tobytes(),
-            "cut": [f"{side} {part}" for side, text in texts.items() for part in text.cut],
         }

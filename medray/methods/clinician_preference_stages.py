@@ -156,8 +156,8 @@ def rater_inputs(rater: RaterConfig) -> dict[str, Any]:
 def train_rater(stage: Stage, config: ClinicianPreferenceConfig, rater: RaterConfig, pairs: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
     """Train the rating model on the pairs of the rating VLM and of the clinicians; measure it on pairs of held-out images."""
     from medray.evaluation.rating import evaluate_rater
-    from medray.train.rater import export_rater
-    from medray.train.rater import train_rater as train
+    from medray.train.rater_training import export_rater
+    from medray.train.rater_training import train_rater as train
 
     both = [pairs["outputs"]["rows"], judged["outputs"]["pairs"]]
     result = train(stage.path("train"), both, rater, config.data)

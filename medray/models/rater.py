@@ -123,7 +123,7 @@ class Rater(nn.Module):
 
         folder = Path(localize(resolve_model(path)))
         if not (folder / FACTS).is_file():
-            raise ConfigError(f"{path} holds no rating model (it has no {FACTS}); medray.train.rater makes one of an encoder")
+            raise ConfigError(f"{path} holds no rating model (it has no {FACTS}); medray.train.rater_training makes one of an encoder")
         model = cls(_load_encoder(str(folder)), load_processor(str(folder)), **json.loads((folder / FACTS).read_text()))
         model.mlp.load_state_dict(load_file(folder / "head.safetensors"))
         return model.eval()

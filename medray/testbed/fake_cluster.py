@@ -99,12 +99,15 @@ class FakeCluster:
             found[name].append(identity)
         return found
 
-    def kill_node(self, group: str) -> str:
-        """SIGKILL a node, the oldest of its group, with everything it started; returns its id. Raises LookupError where there is none."""
+    def kill_node(self, group: str, runs: str = "") -> str:
+        """SIGKILL a node, the oldest of its group that runs an actor of the class `runs` (any node where empty), with everything it started.
+
+        Returns its id. Raises LookupError where there is none.
+        """
         raylets = self._raylets()
-        of_group = sorted(key for key in raylets if key[0] == group)
+        of_group = sorted(key for key, raylet in raylets.items() if key[0] == group and (not runs or _runs(raylet, runs)))
         if not of_group:
-            raise LookupError(f"no node of group {group} is there")
+            raise LookupError(f"no node of group {group} is there" + (f" that runs {runs}" if runs else ""))
         _kill(raylets[of_group[0]])
         return of_group[0][1]
 
@@ -124,6 +127,11 @@ class FakeCluster:
 
 def _alive() -> list[psutil.Process]:
     return [process for process in psutil.process_iter(["cmdline", "status"]) if process.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def _runs(raylet: psutil.Process, actor: str) -> bool:
+    below = set(raylet.children(recursive=True))
+    return any(one in below and f"ray::{actor}" in " ".join(one.info["cmdline"] or ()) for one in _alive())
 
 
 def _kill(process: psutil.Process) -> None:

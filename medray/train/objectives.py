@@ -19,6 +19,7 @@ from medray.models.vlm import plain_model, shared_image_features
 from medray.train.packing import IGNORE, pack_pairs
 
 NOT_INPUTS = ("labels", "ref_chosen_logps", "ref_rejected_logps")
+BEST_BY = "rating"  # what an epoch's end measures, from 0 to 1, where the best epoch is chosen by it
 
 # Log-probabilities are taken in fp32 over this many tokens at a time: with 150k words in the vocabulary, fp32 copies of
 # all logits of a batch are larger than the model's own activations.

@@ -12,7 +12,6 @@ metrics so far, so that a restart on other machines goes on with exactly the sam
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -28,7 +27,6 @@ import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
-from PIL import Image
 
 from medray.config import (
     DpoConfig,
@@ -40,16 +38,17 @@ from medray.config import (
     TrainConfig,
 )
 from medray.data.collate import Encoder, collate_dpo, collate_sft
+from medray.data.images import filler_picture
 from medray.errors import ConfigError, StageError
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 from medray.train.done import BEFORE, Ids, count_done, done_rows, keep_done, write_done
+from medray.train.objectives import BEST_BY
 from medray.train.starts import Start, redone
 
 logger = logging.getLogger("medray")
 
 CONFIGS: dict[str, type[LoopConfig]] = {"sft": SftConfig, "dpo": DpoConfig, "instruction_free": InstructionFreeTrainConfig, "rater": RaterConfig}
 KINDS = {"sft": "sft", "dpo": "dpo", "instruction_free": "description"}  # of encoded rows, by objective
-BEST_BY = "rating"  # what an epoch's end measures, from 0 to 1, where the best epoch is chosen by it
 SECONDS_BETWEEN_LOGS = 10.0
 SECONDS_BETWEEN_PREEMPTION_CHECKS = 5.0
 
@@ -152,12 +151,6 @@ def _filler_table(objective: str) -> pa.Table:
     else:
         row |= {"prompt": "What is this?", "chosen": "Nothing.", "rejected": "No.", "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}
     return pa.Table.from_pylist([row])
-
-
-def filler_picture() -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", (64, 64), (127, 127, 127)).save(data, "PNG")
-    return data.getvalue()
 
 
 def train_epoch(
@@ -313,7 +306,7 @@ def run_training(
 
     Args:
         stage_dir: where checkpoints go: a path or URL that every node reaches (s3:// too).
-        train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder, medray.data.rater_inputs.PairEncoder); eval_ds may
+        train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder, medray.data.rater_pairs.PairEncoder); eval_ds may
             be None.
         rows: rows of train_ds, bad ones included.
         model_dir: the model in Hugging Face format: a remote address, a hub id, or the same path on every node.

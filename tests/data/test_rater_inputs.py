@@ -6,7 +6,8 @@ import torch
 
 from medray.config import DataConfig
 from medray.data.images import ImageError
-from medray.data.rater_inputs import InputError, PairEncoder, rating_text, special_ids
+from medray.data.rater_inputs import InputError, rating_text, special_ids
+from medray.data.rater_pairs import PairEncoder
 from medray.models.rater import load_inputs
 from medray.records import RATING_PAIR
 from tests.rating import QUESTION, cell, pair

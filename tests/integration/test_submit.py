@@ -39,6 +39,13 @@ class Cluster(FakeCluster):
     def job(self, verb, *arguments, **options):
         return self.command("ray", "job", verb, "--address", self.dashboard, *arguments, **options)
 
+    def lose_trainer(self):
+        """Kill a machine that trains; None where none does at this moment (another worker joins)."""
+        try:
+            return self.kill_node("train", runs="RayTrainWorker")
+        except LookupError:
+            return None
+
     def watch(self):
         while not self.over.wait(1):
             self.most = {group: max(self.most[group], len(nodes)) for group, nodes in self.nodes().items()}
@@ -74,7 +81,7 @@ def run(cluster, s3, cells):
     run = f"s3://{place}"
     places = {"cluster.data_labels": "data", "sft.place.labels": "train", "engine.place.labels": "generate"}
     overrides = [
-        *SMALL, "rounds=0", "sft.epochs=4", "sft.checkpoint_every=2", "sft.num_workers=[1,2]", "sft.threads=1", "engine.cpus_per_actor=1", "data.read_cpus=0.5", "evaluate.arms=[sft]",
+        *SMALL, "rounds=0", "sft.epochs=24", "sft.checkpoint_every=2", "sft.num_workers=[1,2]", "sft.threads=1", "engine.cpus_per_actor=1", "data.read_cpus=0.5", "evaluate.arms=[sft]",
         "cluster.num_cpus=null", *(f"{field}={{medray-group: {group}}}" for field, group in places.items()),
     ]
     entry = ["python", "jobs/self_train.py", "--data", str(cells), "--run", run, *(part for override in overrides for part in ("--set", override))]
@@ -88,17 +95,21 @@ def run(cluster, s3, cells):
         """The id of the job; None while the head's job agent is not up yet."""
         return re.search(r"'(raysubmit_\w+)'", cluster.job("submit", "--no-wait", "--working-dir", ".", "--", *entry, check=False).stdout)
 
+    def written(what):
+        return set(fs.glob(f"{place}/stages/01-sq_sft/{what}"))
+
     def checkpoints():
-        return set(fs.glob(f"{place}/stages/01-sq_sft/train/**/progress.json"))
+        return written("train/**/progress.json")
 
     assert cluster.job("list", check=False, HOME="/nonexistent").returncode != 0, "without the token"
     assert not any(cluster.nodes().values())
 
     first = wait_for(submitted, "job agent").group(1)
-    # Each call of the command line takes seconds of a core.
-    before = wait_for(lambda: state(first) and checkpoints(), "checkpoint", 900, pause=5)
-    cluster.kill_node("train")
-    wait_for(lambda: state(first) and checkpoints() - before, "checkpoint after the loss of a machine", 900, pause=5)
+    # The command line is not asked meanwhile: each call takes seconds, in which a stage ends.
+    wait_for(checkpoints, "checkpoint", 900)
+    wait_for(cluster.lose_trainer, "training worker")
+    starts, before = written("train/starts/*.json"), checkpoints()
+    wait_for(lambda: written("train/starts/*.json") - starts and checkpoints() - before, "checkpoint after the loss of a machine", 900)
     cluster.job("stop", first)
     assert "was stopped" in wait_for(lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job", pause=5), cluster.job("logs", first).stdout[-4000:]
     assert not fs.exists(f"{place}/results.json")
@@ -118,7 +129,7 @@ def run(cluster, s3, cells):
 def test_nothing_is_lost_with_a_machine(run, s3, cluster):
     counts = json.loads(s3[1].cat_file(f"{run}/stages/01-sq_sft/manifest.json"))["outputs"]["counts"]
     assert counts["restarts"] >= 2, "a lost machine and a stop"
-    assert counts["samples"] == 4 * counts["trained"]
+    assert counts["samples"] == 24 * counts["trained"]
     assert cluster.most["generate"] == cluster.most["data"] == 1 <= cluster.most["train"]
 
 

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from medray.config import DataConfig, ModelConfig, RaterConfig
-from medray.data.rater_inputs import PairEncoder
+from medray.data.rater_pairs import PairEncoder
 from medray.errors import ConfigError, DataError
 from medray.evaluation.rating import evaluate_rater
 from medray.models.rater import Rater
 from medray.train.done import count_done
 from medray.train.engine import full_state
-from medray.train.rater import RaterBatches, RaterStep, export_rater, rating_loss, train_rater
+from medray.train.rater import RaterBatches, RaterStep, rating_loss
+from medray.train.rater_training import export_rater, train_rater
 from medray.train.worker import run_training
 from tests.processes import descendants
 from tests.rating import pair, small, stored
