@@ -32,11 +32,11 @@ class Job:
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell makes its children deaf to it
             )
 
-    def kill_in(self, run, stage, seconds):
-        """Start the job, SIGKILL its driver `seconds` after the stage has begun (or when it is over)."""
+    def kill_in(self, run, stage, seconds, begun="inputs.json"):
+        """Start the job, SIGKILL its driver `seconds` after the stage's folder holds what the pattern `begun` says (or when the stage is over)."""
         log = run.parent / f"{stage}.log"
         job, folder = self.start(run, log), run / "stages" / stage
-        while job.poll() is None and not (folder / "inputs.json").exists():
+        while job.poll() is None and not any(folder.glob(begun)):
             time.sleep(0.05)
         until = time.monotonic() + seconds
         while job.poll() is None and time.monotonic() < until and not (folder / "manifest.json").exists():
