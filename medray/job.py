@@ -62,7 +62,10 @@ def run_method(
 
 
 def _tuned(summary: dict[str, Any]) -> str:
-    return f"{summary.pop('table')}\n\nreport  {summary['report']}\nmodel   {summary['model']}\nserve   serve run serve.app:build run={summary['run']} keys=keys.txt   (docs/serving.md)"
+    said = f"{summary.pop('table')}\n\nreport  {summary['report']}"
+    if summary["model"] is None:
+        return said
+    return f"{said}\nmodel   {summary['model']}\nserve   serve run serve.app:build run={summary['run']} keys=keys.txt   (docs/serving.md)"
 
 
 def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict[str, Any]], str] | None = None) -> int:

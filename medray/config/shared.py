@@ -222,7 +222,7 @@ class EndpointConfig(Section):
     temperature: NonNegative = Field(0.0, description="Sampling temperature.")
     max_tokens: PositiveInt = Field(512, description="Longest reply in tokens.")
     concurrency: PositiveInt = Field(16, description="Requests in flight, per actor.")
-    retries: int = Field(4, ge=0, description="Retries of a failed request, with exponential backoff; then the row is quarantined.")
+    retries: int = Field(4, ge=0, description="Retries of a failed request, with exponential backoff; then the row is quarantined. Ten such one after the other, or a key that is refused, stop the stage.")
     timeout: Annotated[float, Field(gt=0)] = Field(120.0, description="Seconds one request may take.")
     usd_per_million_input: NonNegative = Field(2.5, description="Price of input tokens for the cost ledger (USD per million).")
     usd_per_million_output: NonNegative = Field(10.0, description="Price of output tokens for the cost ledger (USD per million).")

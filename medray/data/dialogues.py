@@ -293,3 +293,12 @@ def right_answer(text: str, record: Mapping, schema: Mapping[str, Attribute] = A
             if any(phrasing.format(word=attribute.word(value)) == stem for phrasing in attribute.closed):
                 return "yes" if attribute.word(value) == word else "no"
     return None
+
+
+def asked_attribute(text: str, schema: Mapping[str, Attribute] = ATTRIBUTES) -> str | None:
+    """The attribute that a question in any of the forms of `question` asks for; None for a question of another form."""
+    stem = text.strip().split("\n")[0]
+    for name, attribute in schema.items():
+        if stem in attribute.open or any(phrasing.format(word=attribute.word(value)) == stem for value in attribute.values for phrasing in attribute.closed):
+            return name
+    return None

@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint: GPT-4o, a vLLM server or any other.
 
 Requests in flight are bounded per client; 429, 5xx and timeouts are retried with exponential backoff and jitter, then
-the request has failed. The key comes from the environment of the node the client runs on, and is never logged.
+the request has failed. Where every request fails no row is to blame, and the stage stops, to be gone on with. The key comes from the environment of the node the client runs on, and is never logged.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from medray.config import DataConfig, EndpointConfig
 from medray.errors import StageError
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_REFUSED = frozenset({401, 402, 403, 404})  # whatever is asked: the key, the account, the address or the model's name is wrong
+_GIVE_UP = 10  # requests that failed one after the other, each after its retries
 _LONGEST_WAIT = 60.0
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
@@ -42,7 +44,11 @@ class Reply:
 
 
 class EndpointError(Exception):
-    """No usable reply: the endpoint's fault, after the retries."""
+    """No usable reply to a request, after the retries."""
+
+
+class EndpointDown(StageError):
+    """The endpoint answers no request; rows under way are not written, and the same command asks for them again."""
 
 
 class Endpoint:
@@ -62,6 +68,7 @@ class Endpoint:
         key = os.environ.get(config.key_env)
         if not key and urlsplit(config.base_url).hostname not in ("localhost", "127.0.0.1", "::1"):
             raise StageError(f"{section}.key_env: {config.key_env} is not set on this node; it must hold the key for {config.base_url}")
+        self._section, self._failed = section, 0
         self._requests = asyncio.Semaphore(config.concurrency)
         self._client = httpx.AsyncClient(
             timeout=config.timeout, headers={"Authorization": f"Bearer {key}"} if key else {}, limits=httpx.Limits(max_connections=config.concurrency),
@@ -74,7 +81,7 @@ class Endpoint:
             image_url: see `data_url`; None for a question without an image.
             seed: endpoints take 32 bits at most.
 
-        Raises EndpointError.
+        Raises EndpointError; EndpointDown where the key, the address or the model is refused, or requests fail one after the other.
         """
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if image_url is not None:
@@ -93,15 +100,27 @@ class Endpoint:
                 problem = type(error).__name__
             else:
                 if response.status_code == 200:
+                    self._failed = 0
                     return _reply(response, usage)
                 problem = f"HTTP {response.status_code}: {response.text[:200]}"
+                if response.status_code in _REFUSED:
+                    raise self._down(problem)
                 if response.status_code not in _RETRIED:
+                    self._failed = 0
                     raise EndpointError(problem)
                 wait = max(wait, _retry_after(response))
             if attempt < self.config.retries:
                 usage.retries += 1
                 await asyncio.sleep(min(wait, _LONGEST_WAIT))
-        raise EndpointError(f"{problem} (after {self.config.retries} retries)")
+        problem = f"{problem} (after {self.config.retries} retries)"
+        self._failed += 1
+        if self._failed >= _GIVE_UP:
+            raise self._down(f"{self._failed} requests one after the other failed, the last with {problem}")
+        raise EndpointError(problem)
+
+    def _down(self, problem: str) -> EndpointDown:
+        where = f"{self._section}.base_url {self.config.base_url}, {self._section}.model {self.config.model}, the key in {self.config.key_env}"
+        return EndpointDown(f"{self._section}: the endpoint answers no request: {problem}. Look at {where}")
 
 
 def _reply(response: httpx.Response, usage: Usage) -> Reply:

@@ -1,7 +1,8 @@
 """Callables for Ray Data's `map_batches` that work on rows as coroutines.
 
 One output row per input row. A row that fails carries its reason in `error` and never stops the batch; a dead engine
-ends the actor's process, so that Ray starts a new one and gives it the unfinished rows again.
+ends the actor's process, so that Ray starts a new one and gives it the unfinished rows again. An endpoint that answers nothing
+fails the stage.
 
 Example::
 
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from medray.config import DataConfig, EngineConfig, ModelConfig, Placement, SamplingConfig
-from medray.inference.endpoint import Usage
+from medray.inference.endpoint import EndpointDown, Usage
 from medray.inference.engine import EngineLost, Output, VLMEngine, image_key
 from medray.models.cache import localize
 from medray.records import conform
@@ -31,6 +32,7 @@ logger = logging.getLogger("medray")
 # Ray Data's default is to retry for ever, but a batch that ends its engine time and again is a fault of its own. Spot
 # nodes lose a few actors in a normal run.
 _TASK_RETRIES = 8
+_NO_ROWS_FAULT = (EngineLost, EndpointDown)
 
 
 def map_options(config: EngineConfig) -> dict[str, Any]:
@@ -107,16 +109,16 @@ class RowWorker:
     async def _rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._guarded(row)) for row in rows]
-        lost = next((task.result() for task in tasks if isinstance(task.result(), EngineLost)), None)
+        lost = next((task.result() for task in tasks if isinstance(task.result(), _NO_ROWS_FAULT)), None)
         if lost is not None:
             raise lost
         return [task.result() for task in tasks]
 
-    async def _guarded(self, row: dict[str, Any]) -> dict[str, Any] | EngineLost:
+    async def _guarded(self, row: dict[str, Any]) -> dict[str, Any] | EngineLost | EndpointDown:
         async with self._slots:
             try:
                 return await self.row(row)
-            except EngineLost as lost:
+            except _NO_ROWS_FAULT as lost:
                 return lost
             except Exception as error:  # the row boundary: whatever is wrong with one row is named and set aside
                 reason = f"{type(error).__name__}: {error}"

@@ -36,11 +36,13 @@ _READING = (
 )
 _RATER_READING = (
     "All numbers are of pairs about images that the rating model was not trained on. Alignment: share of the clinicians' pairs that it orders as they did; of the "
-    "other pairs the share ordered as the rating VLM did. A pair of equal scores counts as half."
+    "other pairs the share ordered as the rating VLM did. A pair of equal scores counts as half. The same pairs chose the epoch and, of several, the weight: "
+    "with few of them the alignment is flattered."
 )
 _TRUTH_READING = (
-    "What the true attributes of the images say of the generated answers; no stage of the method reads them but simulated clinicians. AUC: chance that a right answer "
-    "scores higher than a wrong one, on images that the rating model was not trained on."
+    "What the true attributes of the images say of the generated answers. Only simulated clinicians judge by them; a caption made of attributes states some of them, and "
+    "the rating model reads captions. AUC: chance that a right answer scores higher than a wrong one, on images that the rating model was not trained on; beside it "
+    "the same of answers to what the caption does not state."
 )
 
 
@@ -96,15 +98,18 @@ def table(results: dict[str, Any]) -> str:
     lines.append(f"rating model, held-out pairs ordered as judged: {', '.join(shown) or 'no pair is held out'}")
     lines.append(who(results["clinicians"]))
     if results["truth"]:
-        lines.append("right answers in the dialogues: " + ", ".join(f"{arm} {share:.3f}" for arm, share in results["truth"]["right"].items()))
+        shares = (f"{arm} {'none can be checked' if share is None else f'{share:.3f}'}" for arm, share in results["truth"]["right"].items())
+        lines.append(f"right answers in the dialogues: {', '.join(shares)}")
     return "\n".join(lines)
 
 
 def who(clinicians: dict[str, Any]) -> str:
     """Who judged, in one line: how many, simulated or not, and what came of it."""
-    names = clinicians["agreement"]["clinicians"]
-    kind = f"simulated clinicians, error rate {clinicians['error_rate']:g}" if clinicians["kind"] == "simulated" else "clinicians"
-    return f"{len(names)} {kind}: {clinicians['judgements']} judgements, {clinicians.get('pairs', 0)} preference pairs"
+    people = [one["simulated"] for one in clinicians["agreement"]["clinicians"].values()]
+    error_rate = "" if clinicians["error_rate"] is None else f", error rate {clinicians['error_rate']:g}"
+    kinds = ((people.count(True), f"simulated clinicians{error_rate}"), (people.count(False), "clinicians"))
+    named = " and ".join(f"{number} {kind}" for number, kind in kinds if number) or "no clinicians"
+    return f"{named}: {clinicians['judgements']} judgements, {clinicians.get('pairs', 0)} preference pairs"
 
 
 def render(
@@ -190,7 +195,8 @@ def _truth(truth: dict[str, Any]) -> str:
     if not truth:
         return ""
     shares = report.table(["dialogues", "right answers"], truth["right"].items())
-    return f'<p class="soft">{_TRUTH_READING}</p>' + shares + report.table(["scores of", "AUC, right against wrong"], truth["auc"].items())
+    by_scores = [[name, found, truth["auc, not in the caption"][name]] for name, found in truth["auc"].items()]
+    return f'<p class="soft">{_TRUTH_READING}</p>' + shares + report.table(["scores of", "AUC, right against wrong", "not in the caption"], by_scores)
 
 
 def _mix(mix: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from medray.config import ClinicianPreferenceConfig, RaterConfig
-from medray.errors import DataError
+from medray.errors import DataError, StageError
 from medray.methods import stages
 from medray.methods.stages import Model
 from medray.run import Run, Stage
@@ -106,6 +106,8 @@ def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Mo
         images, stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options), config.engine.rows_per_task, config.data.read_cpus)
     ledger = stages.ledger_of(stage, config.generate)
     counts = unpack(stage.path("rows"), stage.dir)
+    if not counts.get("exchanges"):
+        raise StageError(f"none of {rows} images got a dialogue that can be used: {dict(counts)}")
     return {**{part: stage.path(part) for part in ("conversations", "exchanges", "items")}, "ledger": ledger, "counts": {"images": rows, **counts}}
 
 

@@ -1,22 +1,25 @@
 """The clinicians' stage of clinician preference alignment, real or simulated, and checks against the truth.
 
-Simulated clinicians and the checks are all that reads the true attributes of images.
+Simulated clinicians, the checks, and captions made of attributes (medray.data.captioned) are all that reads the true attributes of images.
 """
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
 
 from medray import records
 from medray.config import ClinicianPreferenceConfig
 from medray.data.clinicians import is_right, simulated_judgements
-from medray.data.dialogues import ATTRIBUTES
-from medray.errors import StageError, Waiting
+from medray.data.dialogues import ATTRIBUTES, asked_attribute
+from medray.errors import DataError, StageError, Waiting
 from medray.run import Stage
 
 ROWS = 256  # written at once
@@ -74,23 +77,45 @@ def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str
     from medray.data.shards import stored_rows
 
     clinicians = config.clinicians
-    source, unusable = clinicians.source, 0
-    if clinicians.kind == "database":
+    unusable = 0
+    if clinicians.kind == "export":
+        source = exported_judgements(clinicians.source)
+    else:
         unusable = import_items(items, clinicians.source, seed=clinicians.seed, limits=config.data)["set_aside"]
         source = stage.path("exported")
         export_judgements(clinicians.source, source)
     asked = {row["item_id"] for row in stored_rows(items, ["item_id"])}
     said = [row for row in judged(stored_rows(source)) if row["item_id"] in asked]  # a database may hold other runs' items too
     words = Counter(row["item_id"] for row in said if row["status"] != "skipped")
-    complete = sum(number >= clinicians.judgements_per_item for number in words.values())
+    complete = {name for name, number in words.items() if number >= clinicians.judgements_per_item}
+    skipped = len({row["item_id"] for row in said if row["status"] == "skipped"} - complete)
     wanted = max(1, round((len(asked) - unusable) * clinicians.enough))
-    if complete < wanted:
+    if len(complete) < wanted:
         database = clinicians.source if clinicians.kind == "database" else "sqlite:///judgements.db"
+        few = f"{skipped} more were skipped: another clinician can judge them, or a lower clinicians.enough goes on without.\n" if skipped else ""
         raise Waiting(
-            f"{complete} of {len(asked) - unusable} questions are judged by {clinicians.judgements_per_item} clinicians each, {wanted} are needed (clinicians.enough).\n"
+            f"{len(complete)} of {len(asked) - unusable} questions are judged by {clinicians.judgements_per_item} clinicians each, {wanted} are needed (clinicians.enough).\n{few}"
             f"a token for each clinician:  python -m serve.tokens clinicians.txt NAME\n"
             f"the page:  serve run serve.annotate:build items={items} database={database} tokens=clinicians.txt judgements_per_item={clinicians.judgements_per_item}")
     _write(stage, "judgements", records.JUDGEMENT, said)
+
+
+def exported_judgements(folder: str) -> str:
+    """The judgements in what `python -m medray.data.judgement_files export` wrote: `folder` itself or its folder judgements.
+
+    Raises DataError where there are none.
+    """
+    from medray.data.shards import parquet_files
+
+    for uri in (posixpath.join(folder, "judgements"), folder):
+        for path in parquet_files(uri)[:1]:
+            fs, inner = url_to_fs(path)
+            with fs.open(inner, "rb") as handle:
+                missing = {"item_id", "clinician", "status", "good_a", "good_b"} - set(pq.read_schema(handle).names)
+            if missing:
+                raise DataError(f"clinicians.source: {path} holds no judgements (it lacks {', '.join(sorted(missing))}); give the folder that the export of judgements wrote")
+            return uri
+    raise DataError(f"clinicians.source: {folder} holds no judgements: neither it nor its folder judgements has a Parquet file (docs/clinician_page.md says how to export)")
 
 
 def _write(stage: Stage, part: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
@@ -106,8 +131,9 @@ def against_truth(config: ClinicianPreferenceConfig, made: dict[str, dict[str, A
 
     Over the first TRUTH_IMAGES images, which are in an order that a hash of their ids fixes.
 
-    Returns {"images", "right": {"written" | arm: share of the answers that can be checked}, "auc": {"rating VLM" | "rating model":
-    on images that the rating model was not trained on, or None}}; {} where the source has no such attributes.
+    Returns {"images", "right": {"written" | arm: share of the answers that can be checked}, "auc": {"rating VLM" | "rating model": on images that
+    the rating model was not trained on}, "auc, not in the caption": the same of answers to what the caption does not state}; a number is
+    None where nothing can be checked. {} where the source has no such attributes.
     """
     from medray.data.rater_pairs import held_out
     from medray.data.shards import stored_rows
@@ -116,18 +142,26 @@ def against_truth(config: ClinicianPreferenceConfig, made: dict[str, dict[str, A
     if not truth:
         return {}
 
-    def checked(uri: str) -> Iterator[tuple[bool, float]]:
-        for row in stored_rows(uri, ["image_id", "question", "answer", "score"]):
+    def checked(uri: str) -> Iterator[tuple[bool, float, bool]]:
+        for row in stored_rows(uri, ["image_id", "context", "question", "answer", "score"]):
             if row["score"] is not None and row["image_id"] in truth and held_out(row["image_id"], config.rater):
                 right = is_right(row["question"], row["answer"], truth[row["image_id"]])
                 if right is not None:
-                    yield right, row["score"]
+                    yield right, row["score"], _stated(row["context"] or "", row["question"], truth[row["image_id"]])
 
     dialogues = {"written": made["written"], **{arm: one for arm, one in kept.items() if arm != "all"}}
+    scored = {name: list(checked(made[part]["outputs"]["rows"])) for name, part in (("rating VLM", "rated"), ("rating model", "scored"))}
     return {
         "images": len(truth), "right": {name: _share_right(one["outputs"]["conversations"], truth) for name, one in dialogues.items()},
-        "auc": {name: _auc(list(checked(made[part]["outputs"]["rows"]))) for name, part in (("rating VLM", "rated"), ("rating model", "scored"))},
+        "auc": {name: _auc((right, score) for right, score, _ in found) for name, found in scored.items()},
+        "auc, not in the caption": {name: _auc((right, score) for right, score, stated in found if not stated) for name, found in scored.items()},
     }
+
+
+def _stated(context: str, question: str, attributes: dict[str, str]) -> bool:
+    """Whether what is written about an image states what is asked for: a rating model that reads both need not see the image."""
+    name = asked_attribute(question)
+    return name is not None and (name.replace("_", " ") in context or attributes[name] in context.replace("\n", ", ").split(", "))
 
 
 def _share_right(conversations: str, truth: dict[str, dict[str, str]]) -> float | None:
@@ -142,7 +176,10 @@ def _share_right(conversations: str, truth: dict[str, dict[str, str]]) -> float 
     return found[True] / known if known else None
 
 
-def _auc(scored: list[tuple[bool, float]]) -> float | None:
+def _auc(scored: Iterable[tuple[bool, float]]) -> float | None:
     from medray.evaluation.rating import auc
 
-    return auc([score for right, score in scored if right], [score for right, score in scored if not right])
+    by_truth: dict[bool, list[float]] = {True: [], False: []}
+    for right, score in scored:
+        by_truth[right].append(score)
+    return auc(by_truth[True], by_truth[False]) if all(by_truth.values()) else None

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from medray.config import ClusterConfig
+from medray.errors import MedrayError
 
 logger = logging.getLogger("medray")
 
@@ -79,11 +80,17 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     # a moment ago, before Ray has noticed, would end the job. Listing is in order, so it can begin again.
     context.retried_map_errors = list(_LOST_ACTOR)
     context.max_map_retries = _RETRIES
+    context.raise_original_map_exception = True  # else a StageError of an actor comes as one of Ray's
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if terminal else logging.WARNING)
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     try:
         yield
+    except ray.exceptions.RayTaskError as error:
+        if not isinstance(error, MedrayError):
+            raise
+        # An error of ours that a task or actor raised, without the remote traceback and Ray's words about its retries.
+        raise type(error.cause)(str(error.cause).partition("\nFailed to apply UDF transform")[0]) from error
     finally:
         if started:
             ray.shutdown()

@@ -88,7 +88,7 @@ class RaterStep(TrainStep):
     def measure(self, batches: list[dict[str, Any]], filler: dict[str, Any]) -> dict[str, float]:
         """Held-out loss (every pair counting 1), alignment with the clinicians' pairs, accuracy on the model's, and the number
         that chooses the best epoch: alignment, or accuracy where no clinician's pair is held out; between equal ones, the
-        accuracy on all pairs decides."""
+        accuracy on all pairs decides. Without clinicians in training (train_on is model) they have no say in that either."""
         def sums(batch: dict[str, Any]) -> torch.Tensor:
             chosen, rejected = pair_logits(self.engine, batch)
             right, clinician = right_order(chosen, rejected), batch["clinician"].float()
@@ -103,6 +103,8 @@ class RaterStep(TrainStep):
             found["eval_alignment"] = aligned / of_clinicians
         if pairs > of_clinicians:
             found["eval_accuracy"] = (right - aligned) / (pairs - of_clinicians)
+        if self.config.train_on == "model":
+            return found | ({BEST_BY: found["eval_accuracy"]} if "eval_accuracy" in found else {})
         leading = found.get("eval_alignment", found.get("eval_accuracy"))
         return found | {BEST_BY: (leading + 1e-3 * right / pairs) / (1 + 1e-3)}
 

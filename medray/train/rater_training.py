@@ -22,8 +22,8 @@ from medray.train.worker import TrainResult, run_training
 class RaterResult(TrainResult):
     """What the training of a rating model left behind: see TrainResult; `best` is what export_rater takes.
 
-    selected_by: what chose the best epoch: "clinician alignment", "pair accuracy" (no clinician's pair was held out) or "last epoch"
-        (no pair was).
+    selected_by: what chose the best epoch: "clinician alignment", "pair accuracy" (no clinician's pair was held out, or train_on is model)
+        or "last epoch" (no such pair was).
     best_epoch: from 0.
     """
 
@@ -45,9 +45,13 @@ def train_rater(stage_dir: str, pairs: str | list[str], config: RaterConfig, dat
     """
     uris = [pairs] if isinstance(pairs, str) else list(pairs)
     counts = pair_counts(uris, config)
-    rows = sum(counts[f"train, {origin}"] for origin in ORIGINS if trains_on(origin, config))
-    if not rows:
-        raise DataError(f"rater: none of the pairs in {', '.join(uris)} can be trained on (train_on is {config.train_on}; by side and origin: {counts})")
+    wanted = [origin for origin in ORIGINS if trains_on(origin, config)]
+    missing = [origin for origin in wanted if not counts[f"train, {origin}"]]
+    if missing:
+        raise DataError(
+            f"rater.train_on is {config.train_on}, and {', '.join(uris)} hold no pair of origin {' or '.join(missing)} to train on "
+            f"(by side and origin: {counts}); without them set rater.train_on to what there is")
+    rows = sum(counts[f"train, {origin}"] for origin in wanted)
     held_out = sum(counts[f"held_out, {origin}"] for origin in ORIGINS)
     encoder = resolve_model(config.encoder)
     # Sorted once, for all epochs.
@@ -56,7 +60,8 @@ def train_rater(stage_dir: str, pairs: str | list[str], config: RaterConfig, dat
     model_config = ModelConfig(path=config.encoder, precision=config.precision)
     result = run_training(stage_dir, train, measured, rows, encoder, model_config, config, "rater")
     best = result.best_metrics or {}
-    selected_by = "clinician alignment" if "eval_alignment" in best else "pair accuracy" if "eval_accuracy" in best else "last epoch"
+    by_clinicians = "eval_alignment" in best and config.train_on != "model"
+    selected_by = "clinician alignment" if by_clinicians else "pair accuracy" if "eval_accuracy" in best else "last epoch"
     return RaterResult(
         result.checkpoint, result.metrics, {**result.counts, **counts, **_cuts(result.metrics)}, result.quarantine, result.best, result.best_metrics,
         selected_by=selected_by, best_epoch=int(best.get("epoch", config.epochs - 1)))

@@ -4,7 +4,7 @@ import pytest
 
 from medray.config import CliniciansConfig
 from medray.data.clinicians import errs, is_right, simulated_judgements
-from medray.data.dialogues import ATTRIBUTES
+from medray.data.dialogues import ATTRIBUTES, asked_attribute
 from medray.errors import DataError
 from medray.records import JUDGEMENT
 
@@ -24,6 +24,8 @@ def item(number=0, question="What is the cell size?", a="small", b="big"):
 ])
 def test_right_answers(question, answer, right):
     assert is_right(question, answer, RECORD) is right
+    assert (asked_attribute(question) is None) == (right is None)
+    assert asked_attribute("What is the cell size?\nA. big\nB. small\nAnswer with the letter.") == "cell_size" != asked_attribute("Is the cell granular?")
 
 
 def test_without_errors_the_ticks_are_the_truth():

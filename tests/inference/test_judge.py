@@ -4,6 +4,7 @@ import pyarrow as pa
 import pytest
 
 from medray.config import DataConfig, JudgeConfig
+from medray.inference.endpoint import EndpointDown
 from medray.inference.judge import EngineJudge, RandomJudge, cost_ledger
 from medray.inference.judge_prompt import VerdictError, judge_prompt, parse_scores
 from medray.records import JUDGED, SELF_PLAY
@@ -96,9 +97,11 @@ def test_retries_are_bounded_and_refusals_not_retried(api, png):
     row = api(down, retries=2)(table(png, "one two", "one")).to_pylist()[0]
     assert "HTTP 503" in row["verdicts"][0]["error"] and row["verdicts"][0]["first_score"] is None
     assert len(down.bodies) == 6 and (row["requests"], row["retries"]) == (0, 4)
-    refusing = Peer(failures=10**6, status=401)
-    assert "HTTP 401" in api(refusing)(table(png, "one two", "one")).to_pylist()[0]["verdicts"][0]["error"]
+    refusing = Peer(failures=10**6, status=400)
+    assert "HTTP 400" in api(refusing)(table(png, "one two", "one")).to_pylist()[0]["verdicts"][0]["error"]
     assert len(refusing.bodies) == 2
+    with pytest.raises(EndpointDown, match="judge: the endpoint answers no request: HTTP 401"):
+        api(Peer(failures=10**6, status=401))(table(png, "one two", "one"))
 
 
 def test_unreadable_replies_keep_their_words(api, png):

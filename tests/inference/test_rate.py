@@ -6,11 +6,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medray.config import DataConfig
+from medray.config import ClusterConfig, DataConfig, EngineConfig, ModelConfig
 from medray.config.dialogues import RateConfig
+from medray.data.shards import write_resumable
+from medray.inference.endpoint import EndpointDown
 from medray.inference.judge import cost_ledger
-from medray.inference.rate import RATING, ApiRate, EngineRate, rating_counts
+from medray.inference.rate import RATING, ApiRate, EngineRate, rate_map, rating_counts
 from medray.inference.rate_prompt import RatingError, parse_score, rate_prompt
+from medray.methods.session import ray_session
 from medray.records import EXCHANGE, RATED
 from tests.inference.peer import Peer
 
@@ -83,6 +86,33 @@ def test_an_endpoint_that_fails_gives_no_score_after_its_retries(api, png):
     assert row["score"] is None and "HTTP 503" in row["error"] and (row["requests"], row["retries"]) == (0, 2)
     assert len(down.bodies) == 3
     assert row["image"] is not None
+
+
+def test_requests_that_fail_one_after_the_other_are_the_endpoints_fault(api, png):
+    """Ten, whatever rows they are of; one that is answered, or refused for what it asks, begins the count anew."""
+    rate = api(Peer(failures=9, script=lambda text: "8"), retries=0, concurrency=1)
+    assert sum(row["score"] is None for row in rate(exchanges(png, *"abcdefghij")).to_pylist()) == 9
+    rate = api(Peer(failures=10**6), retries=0, concurrency=1)
+    assert rate(exchanges(png, *"abcdefghi")).num_rows == 9
+    with pytest.raises(EndpointDown, match=r"10 requests one after the other failed, the last with HTTP 503.*rate.base_url"):
+        rate(exchanges(png, "x"))
+    assert api(Peer(failures=10**6, status=400), concurrency=1)(exchanges(png, *"abcdefghijkl")).num_rows == 12
+
+
+@pytest.mark.ray
+def test_a_stage_whose_endpoint_refuses_its_key_stops_and_goes_on(ray_cluster, png, tmp_path):
+    peer = Peer(failures=1, status=401, script=lambda text: "8")
+    config = RateConfig(model="m", base_url=peer.url, key_env="MEDRAY_NO_KEY")
+    source = tmp_path / "in"
+    source.mkdir()
+    pq.write_table(exchanges(png, "a", "b", "c"), source / "a.parquet")
+    work, options = rate_map(config, None, ModelConfig(), DataConfig(), EngineConfig())
+    arguments = (str(source), str(tmp_path / "rows"), str(tmp_path / "committed"), lambda rows: rows.map_batches(work, **options), 8, 0.5)
+    with pytest.raises(EndpointDown) as stopped, ray_session(ClusterConfig()):
+        write_resumable(*arguments)
+    assert str(stopped.value).startswith("rate: the endpoint answers no request: HTTP 401") and str(stopped.value).endswith("the key in MEDRAY_NO_KEY")
+    assert write_resumable(*arguments) == 3
+    assert [row["score"] for row in pq.read_table(tmp_path / "rows").to_pylist()] == [8, 8, 8]
 
 
 @pytest.mark.vllm

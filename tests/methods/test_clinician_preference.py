@@ -13,11 +13,11 @@ from medray import records
 from medray.config import ClinicianPreferenceConfig, SftConfig, load_config
 from medray.data.judgement_store import Store, Word
 from medray.data.shards import stored_rows, write_shard
-from medray.errors import ConfigError, StageError, Waiting
+from medray.errors import ConfigError, DataError, StageError, Waiting
 from medray.job import run_job
 from medray.methods import clinician_preference_stages as steps
 from medray.methods.clinician_preference_report import table
-from medray.methods.clinicians import against_truth, collect
+from medray.methods.clinicians import against_truth, collect, exported_judgements
 from medray.preflight import check_clinician_preference
 from medray.run import Run, Stage, digest
 from tests.data.test_clinicians import RECORD
@@ -206,6 +206,24 @@ def test_real_clinicians_are_waited_for(asked, tmp_path, caplog, capsys):
         collect(Stage(Run(tmp_path / "third"), "stages/04-clinicians"), exported.model_copy(update={"clinicians": exported.clinicians.model_copy(update={"enough": 1.0})}), *asked)
 
 
+def test_what_an_export_wrote_is_found_and_anything_else_is_named(tmp_path):
+    judged = write(tmp_path / "all" / "judgements", records.JUDGEMENT, [{"item_id": "one", "clinician": "dr-ada", "status": "skipped"}])
+    pairs = write(tmp_path / "all" / "pairs", records.RATING_PAIR, [{"sample_id": "one"}])
+    assert exported_judgements(str(tmp_path / "all")) == exported_judgements(judged) == judged
+    with pytest.raises(DataError, match="lacks clinician, good_a, good_b, item_id, status"):
+        exported_judgements(pairs)
+    with pytest.raises(DataError, match="neither it nor its folder judgements has a Parquet file"):
+        exported_judgements(str(tmp_path))
+
+
+def test_skipped_questions_are_named_while_waiting(asked, tmp_path):
+    rows = [{"item_id": row["item_id"], "clinician": "dr-ada", "simulated": False, "status": "skipped" if turn else "judged", "good_a": not turn or None, "good_b": None if turn else False}
+            for turn, row in enumerate(stored_rows(asked[0]["outputs"]["items"])) if turn < 2]
+    one = config("clinicians.kind=export", f"clinicians.source={write(tmp_path / 'judgements', records.JUDGEMENT, rows)}")
+    with pytest.raises(Waiting, match=r"1 of 4 questions are judged .*\n1 more were skipped: another clinician can judge them"):
+        collect(Stage(Run(tmp_path / "run"), "stages/04-clinicians"), one, *asked)
+
+
 def test_without_a_choice_there_is_nothing_to_ask(tmp_path):
     empty = write(tmp_path / "items", records.CLINICIAN_ITEM, [])
     with pytest.raises(StageError, match="no question got two different answers"):
@@ -228,13 +246,27 @@ def test_scores_and_dialogues_are_held_against_the_truth(tmp_path):
     back = write(tmp_path / "rated", records.RATED, [{**row, "score": -row["score"]} for row in scored])
     made = {"data": {"outputs": {"captioned": captioned}}, "written": {"outputs": {"conversations": written}}, "scored": {"outputs": {"rows": forth}}, "rated": {"outputs": {"rows": back}}}
     truth = against_truth(config(), made, {"selected": {"outputs": {"conversations": kept}}})
-    assert truth == {"images": 40, "right": {"written": 0.5, "selected": 1.0}, "auc": {"rating VLM": 0.0, "rating model": 1.0}}
+    auc = {"rating VLM": 0.0, "rating model": 1.0}
+    assert truth == {"images": 40, "right": {"written": 0.5, "selected": 1.0}, "auc": auc, "auc, not in the caption": auc}
+    # Of images with a caption the size is stated, the colour is not; answers about that are scored the wrong way round.
+    told = [{**row, "context": "small cell size, round cell shape\nFigure 2."} for row in scored]
+    colours = [(RECORD["cytoplasm_colour"], 0.2), ("no colour", 0.8)]
+    told += [{**told[0], "question": "Which colour does the cytoplasm have?", "answer": said, "image_id": name, "score": score} for name in names for said, score in colours]
+    seen = against_truth(config(), {**made, "scored": {"outputs": {"rows": write(tmp_path / "told", records.SCORED, told)}}}, {})
+    assert (seen["auc"]["rating model"], seen["auc, not in the caption"]["rating model"]) == (0.75, 0.0)
+    free = [{**row, "turns": [{"role": "user", "text": "Why?"}, {"role": "assistant", "text": "So."}]} for row in rows]
+    free_scores = {"outputs": {"rows": write(tmp_path / "free_scores", records.SCORED, [{**row, "question": "Why?"} for row in scored])}}
+    free_made = {**made, "written": {"outputs": {"conversations": write(tmp_path / "free", records.CONVERSATION, free)}}, "scored": free_scores, "rated": free_scores}
+    nothing = against_truth(config(), free_made, {})
+    none = {"rating VLM": None, "rating model": None}
+    assert nothing == {"images": 40, "right": {"written": None}, "auc": none, "auc, not in the caption": none}
     unknown = write(tmp_path / "unknown", records.IMAGE_TEXT, [{"sample_id": "image-0", "attributes": [("mass_shape", "oval")]}])
     assert against_truth(config(), {**made, "data": {"outputs": {"captioned": unknown}}}, {}) == {}
 
 
 def test_the_table_names_simulated_clinicians_as_such():
-    clinicians = {"kind": "simulated", "error_rate": 0.1, "judgements": 120, "pairs": 50, "agreement": {"clinicians": {"simulated-1": {}, "simulated-2": {}}}}
+    people = {"simulated-1": {"simulated": True}, "simulated-2": {"simulated": True}}
+    clinicians = {"kind": "simulated", "error_rate": 0.1, "judgements": 120, "pairs": 50, "agreement": {"clinicians": people}}
     rater = {"clinician": {"pair_accuracy": {"value": 0.8, "low": 0.7, "high": 0.9}}, "model": None}
     text = table({"scores": {}, "rater": rater, "clinicians": clinicians, "truth": {"right": {"written": 0.7, "selected": 0.85}}})
     assert text.splitlines() == [
@@ -242,4 +274,11 @@ def test_the_table_names_simulated_clinicians_as_such():
         "2 simulated clinicians, error rate 0.1: 120 judgements, 50 preference pairs",
         "right answers in the dialogues: written 0.700, selected 0.850",
     ]
-    assert "2 clinicians: 120 judgements" in table({"scores": {}, "rater": rater, "clinicians": {**clinicians, "kind": "database", "error_rate": None}, "truth": {}})
+
+    def said(people, truth=None):
+        return table({"scores": {}, "rater": rater, "clinicians": {**clinicians, "kind": "export", "error_rate": None, "agreement": {"clinicians": people}}, "truth": truth or {}})
+
+    assert "2 clinicians: 120 judgements" in said({"dr-ada": {"simulated": False}, "dr-bo": {"simulated": False}})
+    assert "2 simulated clinicians: 120" in said(people), "exported by a run that simulated them"
+    assert "2 simulated clinicians and 1 clinicians: 120" in said({**people, "dr-ada": {"simulated": False}})
+    assert "written none can be checked" in said(people, {"right": {"written": None}})

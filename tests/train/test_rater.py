@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from medray.config import DataConfig, ModelConfig, RaterConfig
-from medray.data.rater_pairs import PairEncoder
+from medray.data.rater_pairs import PairEncoder, held_out
 from medray.errors import ConfigError, DataError
 from medray.evaluation.rating import evaluate_rater
 from medray.models.rater import Rater
@@ -129,6 +129,9 @@ def test_what_chooses_the_best_epoch(tiny_clip):
     assert (found["eval_alignment"], found["eval_accuracy"], found["eval_clinician_pairs"]) == (alignment, accuracy, 2)
     assert found["rating"] == pytest.approx((alignment + 1e-3 * sum(rated.values()) / 6) / 1.001)
     assert found["eval_loss"] < 10, "every pair counts 1, whatever its weight in training"
+    alone, _ = parts(tiny_clip, lr=0.0, train_on="model")
+    assert alone.measure(batches.micro_batches(rows, None), batches.filler)["rating"] == pytest.approx(accuracy), "no clinician chooses what learns from the model"
+    assert "rating" not in alone.measure(batches.micro_batches(rows[:2], None), batches.filler)
     without = step.measure(batches.micro_batches(rows[2:], None), batches.filler)
     assert "eval_alignment" not in without and without["rating"] == pytest.approx(accuracy)
     assert step.measure([], batches.filler) == {}
@@ -193,11 +196,13 @@ def test_it_learns_survives_a_kill_and_keeps_the_best_epoch(ray_cluster, tiny_cl
 
 @pytest.mark.ray
 def test_the_best_epoch_is_kept_where_the_last_is_worse(ray_cluster, tiny_clip, tmp_path):
-    """Training pairs that are labelled wrongly make each epoch worse on the clinicians' held-out ones; an early one is kept, beside the
-    last, which a restart needs. On two workers, whose shares of the pairs differ."""
+    """Training pairs that are labelled wrongly make each epoch worse on the held-out ones; an early one is kept, beside the last, which a
+    restart needs. On two workers, whose shares of the pairs differ. Clinicians' pairs are measured, and have no say where none is trained on."""
     config = small(tiny_clip, epochs=4, num_workers=2, micro_batch=2, lr=1e-3, lr_head=1e-2, held_out_fraction=0.4, train_on="model")
-    pairs = [stored([pair(number, wrong=True) for number in range(48)], tmp_path / "model"), stored([pair(number, "clinician") for number in range(24)], tmp_path / "clinician")]
+    model = [pair(number, wrong=not held_out(f"cell-{number:04d}", config)) for number in range(48)]
+    pairs = [stored(model, tmp_path / "model"), stored([pair(number, "clinician", wrong=True) for number in range(24)], tmp_path / "clinician")]
     result = train_rater(str(tmp_path / "stage"), pairs, config, DATA)
+    assert result.selected_by == "pair accuracy" and result.best_metrics["eval_alignment"] < 0.5 < result.best_metrics["eval_accuracy"]
     ratings = [line["rating"] for line in lines_of(result) if "rating" in line]
     assert ratings[-1] < max(ratings) == ratings[result.best_epoch]
     with result.best.as_directory() as best, result.checkpoint.as_directory() as last:
