@@ -10,13 +10,15 @@ stands in a record, with which it continues on another machine too (--record).
     python benchmarks/clinician_preference_arms.py --runs runs/arms-cells --finished     # the tables of what is finished
 
 Arms: dialogues at random, or selected by a rating model that learned from the rating VLM alone, the clinicians alone, or both (the mixture),
-at 10, 40 and 80 %; all dialogues; the grid of the weight w (rating models only, nothing is tuned); both ways without demonstrations.
+at 10, 40 and 80 %; all dialogues; the grid of the weight w (rating models only, nothing is tuned); both ways without demonstrations; and the
+mixture's scores relative to those of the same question and answer (select.relative_to, an extension).
 Without --data the arms are run on the synthetic cells. The clinicians are simulated from true attributes: `clinicians.error_rate` is
 the share of their ticks that are wrong.
 
 Columns: strict accuracy on held-out questions, whole and by kind; `win rate`, against the base model (with --set judge=...); `right`, the
 share of right answers in the dialogues tuned on; of the rating model `alignment` with held-out pairs of the clinicians, `pairs`, those
-of the rating VLM, and `truth`, its AUC of right against wrong answers about images it was not trained on. Writes table.md and report.html
+of the rating VLM, `truth`, its AUC of right against wrong answers about images it was not trained on, and `untold`, the same of answers to
+what the caption does not state. Writes table.md and report.html
 (plots) into --runs, prints the Markdown tables (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
 """
 
@@ -33,6 +35,7 @@ SHARES = (10, 40, 80)
 W_GRID = (1, 10, 100, 200, 300, 400)
 GRID = "w grid"
 BARE = "without demonstrations"
+RELATIVE = "relative"
 
 
 def _arms() -> Iterator[tuple[str, list[str]]]:
@@ -45,6 +48,8 @@ def _arms() -> Iterator[tuple[str, list[str]]]:
     yield GRID, ["evaluate.arms=[]", f"weights={list(W_GRID)}"]
     yield f"random, 40 %, {BARE}", ["evaluate.arms=[random]", "select.fraction=0.4", "with_demonstrations=false"]
     yield f"mixture, 40 %, {BARE}", ["evaluate.arms=[selected]", "select.fraction=0.4", "with_demonstrations=false"]
+    for share in SHARES[:2]:
+        yield f"mixture, {share} %, {RELATIVE}", ["evaluate.arms=[selected]", "select.relative_to=exchange", f"select.fraction={share / 100}"]
 
 
 ARMS = dict(_arms())
@@ -58,27 +63,32 @@ def _at_every_share(name: str) -> list[str]:
 CONTRASTS = {
     f"{one} minus {other}, all shares": (_at_every_share(one), _at_every_share(other))
     for one, other in (("mixture", "random"), ("model", "random"), ("clinician", "random"), ("mixture", "model"), ("mixture", "clinician"))
-} | {"with demonstrations minus without": (["random, 40 %", "mixture, 40 %"], [f"random, 40 %, {BARE}", f"mixture, 40 %, {BARE}"])}
+} | {"with demonstrations minus without": (["random, 40 %", "mixture, 40 %"], [f"random, 40 %, {BARE}", f"mixture, 40 %, {BARE}"])} | {
+    f"mixture, relative, minus {other}, 10 and 40 %": ([f"mixture, {share} %, {RELATIVE}" for share in SHARES[:2]], [f"{other}, {share} %" for share in SHARES[:2]])
+    for other in ("random", "mixture")
+}
 """The claims of the paper, as means of arms minus means of others."""
 
-COLUMNS = ("all", "open", "closed", "mcq", "win rate", "right", "alignment", "pairs", "truth")
+COLUMNS = ("all", "open", "closed", "mcq", "win rate", "right", "alignment", "pairs", "truth", "untold")
 
 
 def against(arm: str) -> str | None:
     """Random dialogues of the same size; an arm without demonstrations, the same with them."""
     if arm.endswith(BARE):
         return arm.removesuffix(f", {BARE}")
-    return f"random, {arm.partition(', ')[2]}" if "%" in arm and not arm.startswith("random") else None
+    share = arm.removesuffix(f", {RELATIVE}").partition(", ")[2]
+    return f"random, {share}" if share and not arm.startswith("random") else None
 
 
 def measures(results: dict[str, Any], model: str | None, rater: dict[str, Any] | None) -> Measures:
     """The numbers of one model and one rating model of a run; of either there may be none."""
     scores = results["scores"].get(model or "", {"overall": {}, "by_type": {}})
-    truth = results["truth"] or {"right": {}, "auc": {}}
+    truth = results["truth"] or {"right": {}, "auc": {}, "auc, not in the caption": {}}
+    auc = {"truth": truth["auc"], "untold": truth["auc, not in the caption"]}
     found = {
         "all": scores["overall"].get("accuracy"), **{kind: scores["by_type"].get(kind, {}).get("accuracy") for kind in ("open", "closed", "mcq")},
         "win rate": results["win_rates"].get(f"{model} against base", {}).get("win_rate"), "right": truth["right"].get("written" if model == "all" else model or ""),
-        "alignment": None, "pairs": None, "truth": truth["auc"].get("rating model") if rater is results["rater"] else None,
+        "alignment": None, "pairs": None, **{name: found.get("rating model") if rater is results["rater"] else None for name, found in auc.items()},
     }
     for name, origin in (("alignment", "clinician"), ("pairs", "model")):
         if rater and rater.get(origin):

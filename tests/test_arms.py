@@ -67,7 +67,7 @@ def clinician_results(base, **arms):
     return {
         "scores": {"base": scores(base), **{name: scores(value) for name, value in arms.items()}} if arms else {}, "win_rates": {}, "rater": {**rater, "weights": [
             {**rater, "weight": 1.0, "clinician": {"pair_accuracy": score(0.6)}}, rater]},
-        "truth": {"right": {"written": 0.7, "selected": 0.9}, "auc": {"rating model": 0.75}},
+        "truth": {"right": {"written": 0.7, "selected": 0.9}, "auc": {"rating model": 0.75}, "auc, not in the caption": {"rating model": None}},
     }
 
 

@@ -87,6 +87,7 @@ class SelectConfig(Section):
 
     order: Literal["score", "random"] = Field("score", description="score: the best of the rating model; random: an ablation.")
     aggregate: Literal["mean", "min", "turns"] = Field("mean", description="Score of a dialogue: mean or min of its turns'; turns ranks every turn by itself and keeps dialogues of the turns that are left (the released code scores the first turn only).")
+    relative_to: Literal["question", "exchange"] | None = Field(None, description="Rank turns by how much higher they score than others of the same question, or exchange (question and answer), in the same words; null: by the score itself, as in the paper, which prefers questions that are easy and answers that are common. An extension.")
     fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(0.4, description="Share that is kept (paper: 0.1, 0.4, 0.8); null with top given.")
     top: PositiveInt | None = Field(None, description="Number that is kept, in place of fraction: dialogues, or turns where aggregate is turns.")
     per_modality: Literal["global", "proportional", "equal"] = Field("proportional", description="global: the best of all (the released code; rare modalities may vanish); proportional: the same share of every modality; equal: as many of each, as far as there are.")

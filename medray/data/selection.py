@@ -6,6 +6,7 @@ dialogue keeps those that are left. What is kept depends on ids, scores and the 
 Rows are grouped, ranked and looked up again through temporary files (medray.data.ordering), so that memory does not grow with
 their number:
 
+    0. only with relative_to: how well exchanges that are alike are rated on average
     1. exchanges without their images, in order of a hash of their image: dialogues get a score, repeated ones are left out
     2. for each modality its quota, and the key of the last one that is in it
     3. the kept exchanges, in their places among the shards; these are read once more, with the images
@@ -17,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -42,6 +43,8 @@ _UNIT = pa.schema([
     ("places", pa.list_(pa.int64())),  # of its exchanges among the rows of the shards
 ])
 _GLOBAL = "all"
+# Of exchanges that are alike: bins by a hash of their words, how many of the average each has beside its own, and parts of a score that count.
+_BINS, _PRIOR, _UNITS = 2**20, 3, 2**20
 
 
 def select(scored: str, out_uri: str, config: SelectConfig) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def select(scored: str, out_uri: str, config: SelectConfig) -> dict[str, Any]:
     mix: dict[str, Counter[str]] = {}
     with ExitStack() as files:
         total = count_rows(scored)
-        by_image = files.enter_context(Ordered(_placed(scored), hashed("image_id"), total, then=["image_id", "dialogue_id", "turn", "sample_id"]))
+        by_image = files.enter_context(Ordered(_placed(scored, _levels(scored, config)), hashed("image_id"), total, then=["image_id", "dialogue_id", "turn", "sample_id"]))
         units = files.enter_context(Ordered(_units(by_image, config, counts, mix), lambda table: table["tie"].to_numpy(), total, then=["unit"]))
         if not counts["ranked"]:
             raise DataError(f"{scored}: no dialogue to choose from ({dict(counts)}); the column score of its rows is null throughout")
@@ -72,11 +75,35 @@ def select(scored: str, out_uri: str, config: SelectConfig) -> dict[str, Any]:
     return {"counts": {"exchanges": total, **counts}, "mix": _shares_of(mix)}
 
 
-def _placed(scored: str) -> Iterator[pa.Table]:
-    """Exchanges without their image, with their place among the rows of the shards."""
+def _levels(scored: str, config: SelectConfig) -> Callable[[pa.Table], np.ndarray]:
+    """For the exchanges of a table (N,): how much better than the average those are rated that are alike (config.relative_to).
+
+    Few that are alike say little of their kind: their mean is drawn towards the average of all.
+    """
+    if config.relative_to is None:
+        return lambda table: np.zeros(table.num_rows)
+    columns = ("question",) if config.relative_to == "question" else ("question", "answer")
+
+    def bins(table: pa.Table) -> np.ndarray:
+        texts = zip(*(table[name].to_pylist() for name in columns), strict=True)
+        return np.array([hash64("\0".join(normal(word or "") for word in words)) % _BINS for words in texts], np.int64)
+
+    sums, counts = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)  # of whole numbers: in any order the same
+    for table in tables(scored, [*columns, "score"], 2**12):
+        score_N = table["score"].cast(pa.float64()).to_numpy()  # null is NaN
+        known = ~np.isnan(score_N)
+        mine = bins(table)[known]
+        np.add.at(sums, mine, np.rint(score_N[known] * _UNITS).astype(np.int64))
+        np.add.at(counts, mine, 1)
+    level = (sums - counts * (sums.sum() / max(counts.sum(), 1))) / (counts + _PRIOR) / _UNITS
+    return lambda table: level[bins(table)]
+
+
+def _placed(scored: str, levels: Callable[[pa.Table], np.ndarray]) -> Iterator[pa.Table]:
+    """Exchanges without their image, with their place among the rows of the shards, and what is subtracted from their score."""
     start = 0
     for table in tables(scored, list(_LIGHT), 2**12):
-        yield table.append_column("place", pa.array(np.arange(start, start + table.num_rows)))
+        yield table.append_column("place", pa.array(np.arange(start, start + table.num_rows))).append_column("level", pa.array(levels(table)))
         start += table.num_rows
 
 
@@ -88,14 +115,14 @@ def _units(by_image: Iterable[pa.Table], config: SelectConfig, counts: Counter[s
             tally = mix.setdefault(unit["modality"], Counter())
             tally.update({"before": 1, "score before": unit["score"]})
         counts["ranked"] += len(part)
-        scores = np.array([unit["score"] for unit in part]) if config.order == "score" else np.zeros(len(part))
+        scores = np.array([unit["rank"] for unit in part]) if config.order == "score" else np.zeros(len(part))
         ties = [hash64(unit["unit"], config.seed) for unit in part]
         columns = {name: [unit[name] for unit in part] for name in ("unit", "modality", "score", "places")}
         yield pa.table({**columns, "key": descending(scores), "tie": ties}, schema=_UNIT)
 
 
 def units_of_image(exchanges: Sequence[dict[str, Any]], config: SelectConfig, counts: Counter[str]) -> list[dict[str, Any]]:
-    """What of one image is ranked: {"unit", "modality", "score", "places"} (pure).
+    """What of one image is ranked: {"unit", "modality", "score", "rank" (the score less what its like have), "places"} (pure).
 
     Args:
         exchanges: of the image, those of a dialogue together and in order.
@@ -112,12 +139,12 @@ def units_of_image(exchanges: Sequence[dict[str, Any]], config: SelectConfig, co
                 counts["left out: no score"] += 1
                 continue
             name = unit[0]["sample_id"] if config.aggregate == "turns" else unit[0]["dialogue_id"]
-            score = min(scores) if config.aggregate == "min" else sum(scores) / len(scores)
-            made = {"unit": name, "modality": unit[0]["modality"] or UNKNOWN, "score": score, "places": [row["place"] for row in unit]}
+            score, rank = (min(values) if config.aggregate == "min" else sum(values) / len(values) for values in (scores, [row["score"] - row["level"] for row in unit]))
+            made = {"unit": name, "modality": unit[0]["modality"] or UNKNOWN, "score": score, "rank": rank, "places": [row["place"] for row in unit]}
             said = tuple(normal(f"{row['question']} {row['answer']}") for row in unit) if config.deduplicate else (name,)
             if said in best:
                 counts["left out: says what another says"] += 1
-            if said not in best or (config.order == "score" and score > best[said]["score"]):
+            if said not in best or (config.order == "score" and rank > best[said]["rank"]):
                 best[said] = made
     return list(best.values())
 

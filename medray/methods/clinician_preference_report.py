@@ -124,7 +124,7 @@ def render(
         ("The rating model", _rater(results["rater"])),
         ("Against the true attributes", _truth(results["truth"])),
         ("Selection: modalities before and after", _mix(results["mix"])),
-        ("Best and worst of the scored answers", _scored_gallery(made)),
+        ("Best and worst of some scored answers", _scored_gallery(made)),
         ("By attribute", attributes_table(results["scores"]) if results["scores"] else ""),
         ("Answers: length and form", form_table(results["scores"]) if results["scores"] else ""),
         ("Training", report.training_curves(metrics, _CURVES)),

@@ -104,6 +104,27 @@ def test_of_dialogues_that_say_the_same_the_best_is_kept(chosen):
     assert {name: len(row["turns"]) // 2 for name, row in kept.items()} == {"i1/d1": 2, "i1/d2": 1, "i2/d0": 2}
 
 
+@pytest.mark.parametrize(("relative_to", "one_right_in", "expected"), [
+    (None, 2, {"easy, yes": 80}), ("question", 2, {"easy, yes": 40, "hard, yes": 40}), ("exchange", 4, {f"{question}, {answer}": 20 for question in ("easy", "hard") for answer in ("yes", "no")}),
+])
+def test_scores_relative_to_their_like_keep_what_is_hard_and_what_is_rare(chosen, relative_to, one_right_in, expected):
+    """Of answers to two questions: the easy one's are rated 4 higher, "yes" 2 higher, the right ones 1 higher. A quarter is kept."""
+    rows = []
+    for number in range(320):
+        question, answer, right = ("easy", "hard")[number % 2], ("yes", "no")[number // 2 % 2], number // 4 % one_right_in == 0
+        score = 4.0 * (question == "easy") + 2.0 * (answer == "yes") + right + number * 1e-4
+        rows.append({**dialogue(f"i{number}/d0", [score])[0], "question": f"Is it  {question.upper()}?", "answer": answer})
+    summary, kept = chosen(rows, relative_to=relative_to, fraction=0.25)
+    said = Counter(f"{question['text'].split()[-1].strip('?').lower()}, {answer['text']}" for question, answer in (row["turns"] for row in kept.values()))
+    assert said == expected
+    assert summary["mix"]["ct"]["mean score kept"] == pytest.approx(sum(row["score"] for row in rows if row["dialogue_id"] in kept) / 80), "what is told is the score itself"
+
+
+def test_what_has_no_like_is_ranked_by_its_score(chosen):
+    _, kept = chosen([row for number in range(30) for row in dialogue(f"i{number}/d0", [float(number)], answers=[f"answer {number}"])], relative_to="exchange", fraction=0.2)
+    assert set(kept) == {f"i{number}/d0" for number in range(24, 30)}
+
+
 def test_a_turn_without_a_score_leaves_its_dialogue_out_and_is_counted(chosen):
     rows = [*dialogue("i1/d0", [9.0, None]), *dialogue("i2/d0", [1.0, 2.0]), *dialogue("i3/d0", [float("nan")]), *dialogue("i2/d0", [1.0, 2.0])[:1]]
     summary, kept = chosen(rows, fraction=1.0)
@@ -125,7 +146,7 @@ def many():
     ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"order": "random", "aggregate": "turns"}, {"per_modality": "global", "aggregate": "min"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"order": "random", "aggregate": "turns"}, {"per_modality": "global", "aggregate": "min"}, {"relative_to": "question"}], ids=str)
 def test_what_is_kept_does_not_depend_on_how_shards_are_cut(tmp_path, settings):
     rows = many()
     mixed = random.Random(1).sample(rows, len(rows))
