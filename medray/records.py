@@ -219,7 +219,7 @@ CLINICIAN_ITEM = pa.schema([
     ("image", pa.binary()),
     ("modality", pa.string()),
     ("caption", pa.string()),
-    ("context", pa.string()),
+    ("context", pa.string()),  # what is known beside the caption (in-text mention)
     ("dialogue_id", pa.string()),  # of the dialogue that `answer_a` is a turn of; null: none
     ("turn", pa.int32()),
     ("question", pa.string()),
@@ -241,6 +241,7 @@ JUDGEMENT = pa.schema([
     ("first_shown", pa.string()),  # a | b
     ("judged_at", pa.timestamp("us", tz="UTC")),
     ("seconds", pa.float64()),  # from showing to saving
+    ("item", pa.string()),  # judgements.item_fingerprint of what was judged; null, or no such column, in older files
 ])
 
 PREDICTION = pa.schema([

@@ -83,11 +83,9 @@ class CaptionedRows:
             }
 
     def texts(self, payloads: list[Mapping[str, Any]], values: Mapping[str, str], image_id: str) -> dict[str, str | None]:
-        """Caption and context: those given, else a caption that states some attributes."""
-        given = next((payload for payload in payloads if payload.get("caption")), None)
-        if given is not None:
-            return {"caption": given["caption"], "context": given.get("context")}
-        return {"caption": self.stated_caption(values, image_id), "context": None}
+        """Caption and context: all that are given, each once, in their order, a line each; where no caption is, one that states some attributes."""
+        given = {name: "\n".join(dict.fromkeys(payload[name] for payload in payloads if payload.get(name))) or None for name in ("caption", "context")}
+        return given if given["caption"] else {**given, "caption": self.stated_caption(values, image_id)}
 
     def stated_caption(self, values: Mapping[str, str], image_id: str) -> str | None:
         """`stated` of the attributes, drawn by the image's id, in the words of instruction-free tuning; None where they are none or all absent."""

@@ -13,6 +13,7 @@ from typing import Any
 from medray.config import CliniciansConfig
 from medray.data.dialogues import DESCRIBE_PHRASINGS, right_answer
 from medray.data.groups import unit
+from medray.data.judgements import item_fingerprint
 from medray.data.readers.common import drawn
 from medray.errors import DataError
 
@@ -38,7 +39,7 @@ def simulated_judgements(item: Mapping[str, Any], attributes: Mapping[str, str],
         yield {
             "item_id": identity, "clinician": name, "simulated": True, "status": "judged" if known else skipped,
             **{f"good_{side}": truth != errs(config, identity, name, side) if known else None for side, truth in truths.items()},
-            "judged_at": NEVER, "first_shown": "ab"[unit(config.seed, "first", identity, name) < 0.5],
+            "item": item_fingerprint(item), "judged_at": NEVER, "first_shown": "ab"[unit(config.seed, "first", identity, name) < 0.5],
         }
 
 

@@ -36,9 +36,12 @@ def kind_of_error(error: str | None) -> str:
 
 
 def known_of(row: Mapping[str, Any]) -> str | None:
-    """What is known of an image beside it: its caption and its context, or None."""
-    said = [text.strip() for text in (row.get("caption"), row.get("context")) if text and text.strip()]
-    return "\n".join(said) or None
+    """What is known of an image beside it: its caption and its context, or None.
+
+    A context that begins with the caption's lines is all of it, as in the clinician items of older runs.
+    """
+    caption, context = ((row.get(name) or "").strip() for name in ("caption", "context"))
+    return (context if f"{context}\n".startswith(f"{caption}\n") else f"{caption}\n{context}".strip()) or None
 
 
 def exchange_rows(conversation: Mapping[str, Any], modality: str | None = None, context: str | None = None) -> list[Row]:
@@ -139,7 +142,7 @@ def _items(row: Row) -> Iterator[Row]:
         if len(answers) == 2 and all(answers) and answers[0].strip() != answers[1].strip():
             yield {
                 "item_id": exchange_id(name, turn), "image_id": row["sample_id"], "image": row["image"], "modality": row["modality"], "caption": row["caption"],
-                "context": known_of(row), "dialogue_id": name, "turn": turn, "question": one["question"], "answer_a": answers[0], "answer_b": answers[1],
+                "context": row["context"], "dialogue_id": name, "turn": turn, "question": one["question"], "answer_a": answers[0], "answer_b": answers[1],
             }
 
 

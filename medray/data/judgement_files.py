@@ -35,7 +35,7 @@ from medray.data.judgement_tables import (
     words,
     writing,
 )
-from medray.data.judgements import demonstration_rows, preference_rows
+from medray.data.judgements import FINGERPRINTED, demonstration_rows, item_fingerprint, preference_rows
 from medray.data.shards import READ_ROWS, count_rows, parquet_files, tables, tables_of, write_shard
 from medray.errors import DataError, MedrayError
 from medray.records import CLINICIAN_ITEM, EXCHANGE, JUDGEMENT, RATING_PAIR, conform
@@ -148,9 +148,10 @@ def progress_of(url: str, judgements_per_item: int = 1) -> dict[str, int]:
 def judgement_rows(engine: Engine) -> Iterator[Row]:
     """The judgements that count as records.JUDGEMENT rows, in order of item and clinician."""
     with engine.connect().execution_options(yield_per=256) as connection:
-        for row in connection.execute(counting().order_by(words.c.item_id, words.c.clinician)).mappings():
-            taken = {name: row[name] for name in JUDGEMENT.names if name not in ("simulated", "judged_at")}
-            yield {**taken, "simulated": False, "judged_at": _EPOCH + timedelta(microseconds=row["judged_at"])}
+        about = counting().join(items, items.c.item_id == words.c.item_id).add_columns(*[items.c[name] for name in FINGERPRINTED])
+        for row in connection.execute(about.order_by(words.c.item_id, words.c.clinician)).mappings():
+            taken = {name: row[name] for name in JUDGEMENT.names if name not in ("item", "simulated", "judged_at")}
+            yield {**taken, "item": item_fingerprint(row), "simulated": False, "judged_at": _EPOCH + timedelta(microseconds=row["judged_at"])}
 
 
 def item_rows(engine: Engine) -> Iterator[Row]:

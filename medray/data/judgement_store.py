@@ -25,6 +25,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.exc import IntegrityError
 
 from medray.data.judgement_tables import (
     WITHDRAWN,
@@ -140,11 +141,18 @@ class Store:
 
         Called again it goes further back. The same key again gives the same item and changes nothing.
         """
+        try:
+            return self._undo(clinician, save_key)
+        except IntegrityError:  # the same undo, sent twice at once: the other was stored between our look and our insert, and is seen now
+            return self._undo(clinician, save_key)
+
+    def _undo(self, clinician: str, save_key: str) -> Shown | None:
+        last = counting().where(words.c.clinician == clinician).order_by(words.c.number.desc()).limit(1)
         with writing(self.engine) as connection:
+            found = connection.scalar(last.with_only_columns(words.c.item_id))  # before the key: an undo stored in between is then known by it
             item_id = connection.scalar(select(words.c.item_id).where(words.c.clinician == clinician, words.c.save_key == save_key))
             if item_id is None:
-                last = counting().where(words.c.clinician == clinician).order_by(words.c.number.desc()).limit(1)
-                item_id = connection.scalar(last.with_only_columns(words.c.item_id))
+                item_id = found
                 if item_id is None:
                     return None
                 first_shown = self._locked(connection, item_id, clinician)

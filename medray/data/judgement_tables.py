@@ -100,7 +100,8 @@ def open_database(url: str) -> Engine:
         sqlite = parsed.get_backend_name() == "sqlite"
         if sqlite and parsed.database in (None, "", ":memory:"):
             raise ConfigError(f"database: {url} is kept in memory and would be lost; give a file: sqlite:////path/to/judgements.db")
-        engine = create_engine(parsed, pool_pre_ping=True, connect_args={"timeout": 60} if sqlite else {})
+        # Errors name what they were about to store, and may reach a log: no texts in them.
+        engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args={"timeout": 60} if sqlite else {})
     except (ArgumentError, ModuleNotFoundError) as error:
         raise ConfigError(f"database: {error}; give an SQLAlchemy URL such as sqlite:///judgements.db or postgresql+psycopg://user@host/name") from None
     if sqlite:

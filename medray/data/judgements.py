@@ -6,13 +6,19 @@ and tick each answer good or not; one tick makes a preference pair, and what the
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import xxhash
+
+from medray.data.exchanges import known_of
 
 Row = dict[str, Any]
 
 STATUSES = ("judged", "skipped", "not_answerable")
+FINGERPRINTED = ("image_id", "question", "answer_a", "answer_b")
 
 
 def judged(rows: Iterable[Row]) -> list[Row]:
@@ -81,9 +87,12 @@ def choice(word: Row) -> str:
     return {(True, False): "a", (False, True): "b", (True, True): "both", (False, False): "neither"}[bool(word["good_a"]), bool(word["good_b"])]
 
 
-def item_context(item: Row) -> str | None:
-    """What training may know of the item's image beside it: its context, else its caption."""
-    return item["context"] or item["caption"]
+def item_fingerprint(item: Mapping[str, Any]) -> str:
+    """What a judgement of the item is about, as 16 hex digits: the image (by its id), the question and both answers as they were shown.
+
+    An item's id names an image and a turn: another run may write another question under it.
+    """
+    return xxhash.xxh64_hexdigest(json.dumps([item[name] for name in FINGERPRINTED]).encode())
 
 
 def _with_judgements(items: Iterable[Row], judgements: Iterable[Row], counts: Counter) -> Iterator[tuple[Row, list[Row]]]:
@@ -102,7 +111,7 @@ def _pair(item: Row, word: Row, chosen: str) -> Row:
     row = {"sample_id": f"{item['item_id']}/{word['clinician']}", "origin": "clinician", "judge": word["clinician"]}
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         question, answer = _texts(item, word, side)
-        row |= {f"{name}_image_id": item["image_id"], f"{name}_image": item["image"], f"{name}_context": item_context(item)}
+        row |= {f"{name}_image_id": item["image_id"], f"{name}_image": item["image"], f"{name}_context": known_of(item)}
         row |= {f"{name}_question": question, f"{name}_answer": answer, f"{name}_score": None}
     return row
 
@@ -114,7 +123,7 @@ def _demonstration(item: Row, side: str, accepting: list[Row]) -> Row:
     dialogue, turn = (item["item_id"], 0) if item["dialogue_id"] is None else (item["dialogue_id"], item["turn"] or 0)
     return {
         "sample_id": f"{dialogue}#{turn}", "dialogue_id": dialogue, "turn": turn, "image_id": item["image_id"], "image": item["image"],
-        "modality": item["modality"], "context": item_context(item), "question": question, "answer": answer,
+        "modality": item["modality"], "context": known_of(item), "question": question, "answer": answer,
     }
 
 

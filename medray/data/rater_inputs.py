@@ -9,6 +9,7 @@ Shapes: B pairs or exchanges, U images, T tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,8 @@ class RatingText:
 def rating_text(question: str, answer: str, context: str | None, tokenizer: Any, max_length: int) -> RatingText:
     """The exchange as the rating model reads it: question, answer, then as much of the context as there is room for.
 
-    Where question and answer alone are too long, the longer of them is cut, to no less than half of the room.
+    Where question and answer alone are too long, the longer of them is cut, to no less than half of the room. No text becomes a special
+    token, whatever it spells.
 
     Raises InputError for an empty question or answer.
     """
@@ -43,7 +45,7 @@ def rating_text(question: str, answer: str, context: str | None, tokenizer: Any,
     room = max_length - len(before) - len(after)
     parts = {}
     for name, text in (("question", question), ("answer", answer), ("context", context)):
-        words = " ".join((text or "").split())
+        words = _spelled_out(" ".join((text or "").split()), tokenizer)
         if not words and name != "context":
             raise InputError(f"empty {name}")
         prefix = "" if name == "question" else "\n"
@@ -64,6 +66,15 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain):]
     raise DataError(f"the encoder's tokenizer reads 'a' as {plain} alone and as {whole} in a text; its special tokens cannot be told")
+
+
+def _spelled_out(text: str, tokenizer: Any) -> str:
+    """The text with a blank after the first character of whatever spells a special token: read as that token, an end token would hide
+    all that follows it. (split_special_tokens=True does not help where the vocabulary itself has the token, as SentencePiece's do.)"""
+    for token in tokenizer.all_special_tokens:
+        if len(token) > 1:
+            text = re.sub(rf"({re.escape(token[0])})({re.escape(token[1:])})", r"\1 \2", text, flags=re.IGNORECASE)  # tokenizers may read lower case
+    return text
 
 
 class RaterInputs:

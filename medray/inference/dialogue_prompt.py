@@ -23,6 +23,8 @@ _ROLE = re.compile(
     r"^[ \t]*(?:[#>*_-]+[ \t]*)?(?:\d{1,3}[.)][ \t]*)?[*_]*(?P<role>user|human|question|q|assistant|answer|gpt|a)(?:[ \t]*\d{1,3})?[*_]*[ \t]*[::][ \t]*[*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
+_RULE = re.compile(r"\s*(?:([-=*_])\1{2,}\s*)?")  # or an empty line
+_HEADING = re.compile(r"[\s#*_=:.-]*(?:round|turn|exchange|dialogue)[\s#*_:.-]*\d{1,3}[\s#*_=:.-]*", re.IGNORECASE)  # "### Round 2", "**Turn 3:**"
 # Who answers whom. The first turn says which words a writer uses; "A: benign" among a user's choices is no turn then.
 _ANSWERS = {"user": ("assistant",), "human": ("assistant", "gpt"), "question": ("answer",), "q": ("a",)}
 
@@ -57,7 +59,7 @@ def one_per_modality(demonstrations: Iterable[Demonstration], seed: str) -> list
 def parse_dialogue(reply: str) -> list[Turn]:
     """The turns of a reply, {"role": user | assistant, "text"}; a turn's text may have any number of lines.
 
-    Words before the first turn ("Here is the dialogue:") are left out. Lines of marks between turns too.
+    Words before the first turn ("Here is the dialogue:") are left out. Lines of marks and headings ("### Round 2") between turns too.
 
     Raises DialogueError unless user and assistant take turns, beginning with the user and ending with the assistant, all
     with something to say.
@@ -67,10 +69,9 @@ def parse_dialogue(reply: str) -> list[Turn]:
         raise DialogueError("no turns")
     first = found[0]["role"].lower()
     found = [match for match in found if match["role"].lower() in (first, *_ANSWERS.get(first, ()))]
-    ends = [match.start() for match in found[1:]] + [len(reply)]
     turns = [
-        {"role": "user" if match["role"].lower() in _ANSWERS else "assistant", "text": _text(reply[match.end() : end])}
-        for match, end in zip(found, ends, strict=True)
+        {"role": "user" if match["role"].lower() in _ANSWERS else "assistant", "text": _text(match, following)}
+        for match, following in zip(found, [*found[1:], None], strict=True)
     ]
     problem = check_turns(turns)
     if problem is not None:
@@ -104,9 +105,17 @@ def parse_rounds(reply: str, rounds: tuple[int, int]) -> list[Mapping[str, str]]
     return [{"question": turns[at]["text"], "answer": turns[at + 1]["text"]} for at in range(0, len(turns), 2)]
 
 
-def _text(text: str) -> str:
-    """A turn's text without rules ("---") and emphasis marks left over at its end."""
-    return re.sub(r"(\s*^[ \t]*([-=*_])\2{2,}[ \t]*$)+\s*\Z", "", text, flags=re.MULTILINE).strip()
+def _text(role: re.Match[str], following: re.Match[str] | None) -> str:
+    """What is said between two roles, without rules ("---") and headings at its end and the end of an emphasis that began before it."""
+    lines = role.string[role.end() : following.start() if following else None].split("\n")
+    # A heading has a line of its own, and a role after it: the last answer may well end with "Round 2".
+    while lines and (_RULE.fullmatch(lines[-1]) or (following and len(lines) > 1 and _HEADING.fullmatch(lines[-1]))):
+        lines.pop()
+    text = "\n".join(lines).strip()
+    marks = re.findall(r"\*+(?![*\s])|(?<=[^*\s])\*+", role[0])  # not those of a list, which a blank follows
+    if len(marks) % 2:  # "**User: What is this?**"
+        text = re.sub(rf"(?<![*\s]){re.escape(marks[-1])}[ \t]*$", "", text, count=1, flags=re.MULTILINE)
+    return text
 
 
 def _about(one: Demonstration) -> str:

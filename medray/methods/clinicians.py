@@ -73,7 +73,7 @@ def true_attributes(captioned: str, most: int | None = None) -> dict[str, dict[s
 def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str) -> None:
     """What people have said of the items, as the stage's judgements. Raises Waiting where it is not enough."""
     from medray.data.judgement_files import export_judgements, import_items
-    from medray.data.judgements import judged
+    from medray.data.judgements import FINGERPRINTED, item_fingerprint, judged
     from medray.data.shards import stored_rows
 
     clinicians = config.clinicians
@@ -84,8 +84,12 @@ def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str
         unusable = import_items(items, clinicians.source, seed=clinicians.seed, limits=config.data)["set_aside"]
         source = stage.path("exported")
         export_judgements(clinicians.source, source)
-    asked = {row["item_id"] for row in stored_rows(items, ["item_id"])}
+    asked = {row["item_id"]: item_fingerprint(row) for row in stored_rows(items, ["item_id", *FINGERPRINTED])}
     said = [row for row in judged(stored_rows(source)) if row["item_id"] in asked]  # a database may hold other runs' items too
+    other = [row["item_id"] for row in said if row.get("item") not in (None, asked[row["item_id"]])]
+    if other:
+        raise DataError(
+            f"clinicians.source: {len(other)} of the judgements in {source} are of other questions or answers than this run's, {other[0]} first; give those that were made for {items}")
     words = Counter(row["item_id"] for row in said if row["status"] != "skipped")
     complete = {name for name, number in words.items() if number >= clinicians.judgements_per_item}
     skipped = len({row["item_id"] for row in said if row["status"] == "skipped"} - complete)

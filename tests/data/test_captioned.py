@@ -38,6 +38,16 @@ def test_given_captions_and_contexts_are_kept_as_they_are():
     assert (row["caption"], row["context"], row["modality"], row["attributes"]) == ("A <b>chest</b> film.", "See Figure 2.", "x-ray", [])
 
 
+def test_all_captions_and_contexts_of_an_image_are_kept_once():
+    rows = CaptionedRows(None, stated=3)
+    payloads = [{"caption": "A chest film.", "context": None}, {"caption": None, "context": "See Figure 2."}, {"caption": "Left effusion.", "context": "Figure 2a."},
+                {"caption": "A chest film.", "context": "See Figure 2."}, {"qa": {"question": "Side?", "context": "for the judge alone"}}]
+    (row,) = made(rows, "labelled", payloads)
+    assert (row["caption"], row["context"]) == ("A chest film.\nLeft effusion.", "See Figure 2.\nFigure 2a.")
+    (stated,) = made(CaptionedRows("wbcatt", stated=3), "labelled", [{"record": RECORD}, {"caption": None, "context": "See Figure 2."}])
+    assert stated["caption"] == CaptionedRows("wbcatt", stated=3).stated_caption(RECORD, "i") and stated["context"] == "See Figure 2."
+
+
 def test_an_image_alone_is_written_about_and_one_that_is_left_out_is_not():
     rows = CaptionedRows(None, stated=3)
     assert [row["caption"] for row in made(rows, "unlabelled", [{}])] == [None]

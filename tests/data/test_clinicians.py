@@ -12,7 +12,7 @@ RECORD = {name: attribute.values[0] for name, attribute in ATTRIBUTES.items()} |
 
 
 def item(number=0, question="What is the cell size?", a="small", b="big"):
-    return {"item_id": f"item-{number}", "question": question, "answer_a": a, "answer_b": b}
+    return {"item_id": f"item-{number}", "image_id": "one", "question": question, "answer_a": a, "answer_b": b}
 
 
 @pytest.mark.parametrize(("question", "answer", "right"), [

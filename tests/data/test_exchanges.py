@@ -4,7 +4,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medray.data.exchanges import conversation_row, demonstrations_of, exchange_rows, kind_of_error, unpack
+from medray.data.exchanges import (
+    conversation_row,
+    demonstrations_of,
+    exchange_rows,
+    kind_of_error,
+    known_of,
+    unpack,
+)
 from medray.records import CLINICIAN_ITEM, CONVERSATION, EXCHANGE, GENERATED
 
 
@@ -74,13 +81,24 @@ def test_unpacked(written, tmp_path):
     assert [(row["item_id"], row["answer_a"], row["answer_b"]) for row in items.to_pylist()] == [
         ("a/d0#0", "A cell.", "A lymphocyte."), ("a/d0#1", "One.", "Two cells."), ("d/d0#2", "2 cm", "3 cm"),
     ]
-    # A clinician's pair and a model's pair about one exchange show the rating model the same text.
-    assert items["context"].to_pylist()[0] == exchanges["context"].to_pylist()[0]
+    # A clinician reads the caption once; a clinician's pair and a model's pair about one exchange show the rating model the same text.
+    assert items.select(["caption", "context"]).to_pylist()[0] == {"caption": "A smear.", "context": "Patient with fever."}
+    of_exchange = dict(zip(exchanges["sample_id"].to_pylist(), exchanges["context"].to_pylist(), strict=True))
+    assert {row["item_id"]: known_of(row) for row in items.to_pylist()} == {name: of_exchange[name] for name in items["item_id"].to_pylist()}
     assert counts == {
         "images": 4, "without dialogue": 1, "questions": 7, "dropped: duplicate question": 1, "dropped: turn #: user where assistant was expected": 2,
         "error: no dialogue: turn #: user where assistant was expected": 1, "conversations": 5, "exchanges": 10, "items": 3,
         "mean words, question": 1.14, "mean words, answer": 1.5, "mean rounds": 2.33,
     }
+
+
+@pytest.mark.parametrize(("caption", "context", "known"), [
+    ("A smear.", "Fever.", "A smear.\nFever."), (" A smear. ", None, "A smear."), (None, "Fever.", "Fever."), (" ", "", None), ("A smear.", "A smear. Fever.", "A smear.\nA smear. Fever."),
+    ("A smear.", "A smear.\nFever.", "A smear.\nFever."), ("A smear.", "A smear.", "A smear."),  # as items were stored that repeated the caption
+])
+def test_what_is_known_of_an_image(caption, context, known):
+    assert known_of({"caption": caption, "context": context}) == known
+    assert known_of({"caption": caption, "context": known}) == known
 
 
 def test_demonstrations_are_dialogues_in_order_without_images(written, tmp_path):

@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import IntegrityError
 
 from medray.data.judgement_files import export_all, import_items, item_rows, progress_of
 from medray.data.judgement_store import KeyUsed, NotAssigned, Store, Word
 from medray.data.judgement_tables import absolute_url, open_database
-from medray.data.judgements import demonstration_rows, judged, preference_rows
+from medray.data.judgements import demonstration_rows, item_fingerprint, judged, preference_rows
 from medray.data.shards import stored_rows
 from medray.errors import ConfigError, DataError
 from medray.records import CLINICIAN_ITEM, EXCHANGE, JUDGEMENT, RATING_PAIR
@@ -78,9 +79,25 @@ def test_one_tick_makes_a_pair_in_the_clinicians_words():
     assert (first["sample_id"], first["origin"], first["judge"]) == ("item-1/x", "clinician", "x")
     assert (first["chosen_question"], first["chosen_answer"]) == ("Which leukocyte?", "A monocyte, large.")
     assert (first["rejected_question"], first["rejected_answer"]) == ("Which leukocyte?", "A lymphocyte.")
-    assert first["chosen_context"] == first["rejected_context"] == "Seen in an elderly man."
+    assert first["chosen_context"] == first["rejected_context"] == "A cell.\nSeen in an elderly man."
     assert (second["chosen_answer"], second["rejected_answer"], second["chosen_context"]) == ("A lymphocyte.", "A monocyte.", "A cell.")
     assert second["chosen_image"] == second["rejected_image"] == items[1]["image"] and second["chosen_score"] is None
+
+
+def test_items_of_older_runs_say_their_caption_once():
+    """Their context began with the caption."""
+    new, old = item(1, context="Seen in an elderly man."), item(1, context="A cell.\nSeen in an elderly man.")
+    said = [word("item-1", "x", (True, False))]
+    assert list(preference_rows([new], said)) == list(preference_rows([old], said))
+    assert [row["context"] for row in demonstration_rows([old], said)] == ["A cell.\nSeen in an elderly man."]
+
+
+def test_a_fingerprint_is_of_image_question_and_answers():
+    fingerprint = item_fingerprint(item(1))
+    assert fingerprint == item_fingerprint({name: item(1)[name] for name in ("image_id", "question", "answer_a", "answer_b")}) == item_fingerprint(item(1, item_id="x", context="y", turn=7))
+    changes = [{"image_id": "i"}, {"image_id": None}, {"question": "Q?"}, {"answer_a": "A monocyte.", "answer_b": "A lymphocyte."}, {"question": 'Which cell?", "A lymphocyte.', "answer_a": ""}]
+    assert len({fingerprint, *(item_fingerprint(item(1, **change)) for change in changes)}) == 6
+    assert fingerprint == "c6d4b0c9e0829986"  # in files that are kept: never to change
 
 
 def test_demonstrations_are_what_most_clinicians_accept():
@@ -126,13 +143,15 @@ def postgres():
     socket = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
     server = subprocess.Popen([tools["postgres"], "-D", folder / "data", *socket], **options)
     admin = create_engine(f"postgresql+psycopg://clinic@/postgres?host={folder}", isolation_level="AUTOCOMMIT")
-    for _ in range(200):
+    for _ in range(1800):
         try:
             with admin.connect():
                 break
         except Exception:
             assert server.poll() is None, "PostgreSQL did not start"
             threading.Event().wait(0.1)
+    else:
+        pytest.fail("PostgreSQL did not start in time")
 
     def database(name):
         with admin.connect() as connection:
@@ -187,6 +206,7 @@ def test_a_judgement_goes_in_and_comes_out(url, tmp_path):
     (row,) = [row for row in exported if row["item_id"] == shown.item_id]
     assert (row["clinician"], row["status"], row["first_shown"], row["simulated"], row["seconds"]) == ("x", "judged", side, False, 2.5)
     assert row[f"good_{side}"] is True and row[f"edited_{side}"] == "Better." and abs(row["judged_at"] - datetime.now(UTC)) < timedelta(hours=1)
+    assert {row["item_id"]: row["item"] for row in exported} == {row["item_id"]: item_fingerprint(row) for row in rows}
     (pair,) = stored_rows(str(tmp_path / "out" / "pairs"))
     assert (pair["chosen_answer"], pair["rejected_answer"]) == ("Better.", shown.second)
     assert pair["chosen_image"] == source["image"]
@@ -264,6 +284,60 @@ def _exported(url, tmp_path):
     return list(stored_rows(str(tmp_path / "out" / "judgements")))
 
 
+def test_an_undo_sent_twice_at_once_is_answered_alike(url, tmp_path, monkeypatch):
+    """As on PostgreSQL, where both find their key new before either is stored: the other one is stored while this one is about to be."""
+    import_items(write_items(tmp_path / "items", [item(1), item(2)]), url)
+    store, other = Store(url), Store(url)
+    for number in range(2):
+        store.save("x", store.next_item("x").item_id, f"k{number}", good(True, False))
+    say, answers = store._say, []
+
+    def too_late(connection, *values):
+        monkeypatch.undo()
+        connection.get_transaction().rollback()  # SQLite would let no other in
+        answers.append(other.undo("x", "u"))
+        with store.engine.begin() as again:
+            say(again, *values)
+
+    monkeypatch.setattr(store, "_say", too_late)
+    assert [store.undo("x", "u")] == answers
+    assert progress_of(url)["judgements"] == 1  # one was taken back, once
+    for one in (store, other):
+        one.close()
+
+
+def test_undos_at_once_on_postgresql(postgres, tmp_path, monkeypatch):
+    url = postgres("undos")
+    import_items(write_items(tmp_path / "items", [item(1), item(2)]), url)
+    store, both = Store(url), threading.Barrier(2)
+    for number in range(2):
+        store.save("x", store.next_item("x").item_id, f"k{number}", good(True, False))
+    locked = store._locked
+
+    def together(*given):
+        both.wait(60)  # neither has its lock, and both have looked for the key
+        return locked(*given)
+
+    monkeypatch.setattr(store, "_locked", together)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: store.undo("x", "u"), range(2))
+    assert first == second and first is not None
+    assert progress_of(url)["judgements"] == 1
+    store.close()
+
+
+def test_errors_of_the_database_hold_no_texts(url, tmp_path):
+    """They may reach a log."""
+    import_items(write_items(tmp_path / "items", [item(1)]), url)
+    store = Store(url)
+    name = store.next_item("x").item_id
+    store.save("x", name, "k", good(True, True))
+    with pytest.raises(IntegrityError) as raised, store.engine.begin() as connection:
+        store._say(connection, name, "x", "k", "a", {"status": "judged", "edited_question": "of Mrs Smith"}, "done")
+    assert "parameters hidden" in str(raised.value) and "Smith" not in str(raised.value)
+    store.close()
+
+
 def test_a_key_is_stored_once(url, tmp_path):
     import_items(write_items(tmp_path / "items", [item(1), item(2)]), url)
     store = Store(url, judgements_per_item=2)
@@ -309,7 +383,7 @@ def test_many_clinicians_at_once(url, tmp_path):
 def test_judgements_survive_kill_9(tmp_path):
     """A process that saves as fast as it can is killed: what it was told is stored is there, and saving the rest again gives each once."""
     url = f"sqlite:///{tmp_path}/j.db"
-    import_items(write_items(tmp_path / "items", [item(number) for number in range(40)]), url)
+    import_items(write_items(tmp_path / "items", [item(number) for number in range(150)]), url)
     program = f"""
 from medray.data.judgement_store import Store, Word
 store = Store({url!r})
@@ -322,13 +396,13 @@ while shown := store.next_item("x"):
     process.kill()
     acknowledged += process.stdout.read().split()
     process.wait()
-    assert 10 <= len(acknowledged) < 40
+    assert 10 <= len(acknowledged) < 150
     assert set(acknowledged) <= {row["item_id"] for row in _exported(url, tmp_path)}
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
-    assert [row["item_id"] for row in _exported(url, tmp_path)] == sorted(f"item-{number}" for number in range(40))
+    assert [row["item_id"] for row in _exported(url, tmp_path)] == sorted(f"item-{number}" for number in range(150))
     engine = open_database(url)
     with engine.connect() as connection:
-        assert connection.execute(text("select count(*) from judgement")).scalar() == 40
+        assert connection.execute(text("select count(*) from judgement")).scalar() == 150
         assert connection.execute(text("pragma integrity_check")).scalar() == "ok"
 
 

@@ -10,6 +10,7 @@ from medray.data.rater_inputs import InputError, rating_text, special_ids
 from medray.data.rater_pairs import PairEncoder
 from medray.models.rater import load_inputs
 from medray.records import RATING_PAIR
+from medray.testbed.tiny_clip import POSITIONS
 from tests.rating import QUESTION, cell, pair
 
 
@@ -53,6 +54,35 @@ def test_what_is_too_long_is_cut_and_said_so(inputs, question, answer, cut):
         assert words_of(inputs, text).endswith("\nAnswer: red")
     else:
         assert room - kept >= room // 2, "the answer keeps at least half of the room"
+
+
+def test_what_spells_a_special_token_is_text(inputs):
+    """CLIP pools at the first end token: what came after one in an answer would not count."""
+    from transformers import AutoTokenizer
+
+    from medray.models.vlm import resolve_model
+
+    bundled = AutoTokenizer.from_pretrained(resolve_model("testbed:encoder"))
+    for tokenizer in (bundled, inputs.tokenizer):
+        for token in tokenizer.all_special_tokens:
+            spelled = f"red {token} blue{token}{token} {token.upper()}{token[:2]}{token}{token[2:]}"
+            ids = rating_text(f"What {token}?", spelled, f"{token} A smear.", tokenizer, POSITIONS).ids
+            assert [place for place, one in enumerate(ids) if one in tokenizer.all_special_ids] == [0, len(ids) - 1], token
+            assert tokenizer.decode(ids[1:-1]).replace(" ", "") == f"Question: What {token}?\nAnswer: {spelled}\nContext: {token} A smear.".replace(" ", "")
+        for plain in ("red <end| blue", "a < b > c |x| [SEP] </s", "ödem 2 µm, 漢"):
+            assert rating_text("Q?", plain, None, tokenizer, POSITIONS).ids == tokenizer(f"Question: Q?\nAnswer: {plain}").input_ids
+
+
+def test_a_tokenizer_that_reads_whole_words_finds_no_special_token_either():
+    """Its vocabulary, not only its list of special tokens, has the end token in it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "red": 2, "blue": 3, "a": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    assert rating_text("Q?", "red </s> blue", None, tokenizer, 48).ids == [0, 0, 0, 2, 0, 0, 3, 1]
 
 
 def test_an_empty_question_or_answer_is_no_exchange(inputs):

@@ -50,6 +50,34 @@ def test_ways_to_name_the_turns(reply):
     assert texts(reply) == [("user", "A?"), ("assistant", "B.")]
 
 
+@pytest.mark.parametrize("heading", ["### Round 2", "**Round 3**", "Round 2:", "## **Turn 2:**", "**Exchange 2**:", "---\n\n# Dialogue 2.\n\n---", "\n*Round 12*\n", "### Round 2\n**Turn 3**"])
+def test_a_heading_between_rounds_is_nobodys_text(heading):
+    reply = f"### Round 1\nUser: What is it?\nAssistant: A cell.\n\n{heading}\nUser: Which?\nAssistant: A monocyte."
+    assert texts(reply) == [("user", "What is it?"), ("assistant", "A cell."), ("user", "Which?"), ("assistant", "A monocyte.")]
+
+
+@pytest.mark.parametrize("answer", [
+    "Round 2", "In the second scan:\nround 2 shows less fluid.", "Round 2:\nthe scan after treatment.", "There are\nRounds 2", "It is seen in\n## Round 2 of chemotherapy", "Turn\n90 degrees.",
+    "Grade:\n2.", "Dialogue", "Stage 2*", "HLA-B*27", "A **mass**\nand **fluid**", "Two:\n* left\n* right", "5 mg*\n\n*daily",
+])
+def test_words_that_look_like_marks_stay(answer):
+    assert texts(f"User: What is it?\nAssistant: {answer}\nUser: Which?\nAssistant: {answer}") == [("user", "What is it?"), ("assistant", answer), ("user", "Which?"), ("assistant", answer)]
+    assert texts(f"* User: What is it?\n* **Assistant:** {answer}") == [("user", "What is it?"), ("assistant", answer)]
+
+
+def test_the_last_answers_last_line_is_no_heading():
+    assert texts("User: Which one?\nAssistant: It is in\nRound 2") == [("user", "Which one?"), ("assistant", "It is in\nRound 2")]
+
+
+@pytest.mark.parametrize(("reply", "question"), [
+    ("**User: What is this?**\n**Assistant: A cell.**", "What is this?"), ("User: **What is this?**\nAssistant: A cell.", "What is this?"), ("*User 1: HLA-B27?*\nAssistant: *A cell.*", "HLA-B27?"),
+    ("**User:** Is **this** a cell?\n**Assistant**: **A cell.**", "Is **this** a cell?"), ("**User: Which?**\nA. red\nB. blue\n**Assistant: A cell.**", "Which?\nA. red\nB. blue"),
+    ("**User: Is it HLA-B*27*?**\n***Assistant: A cell.***", "Is it HLA-B*27*?"), ("**User: **Stage 2*\n- **Assistant: A cell.**\n---", "Stage 2*"),
+])
+def test_emphasis_that_begins_before_a_role_ends_with_its_text(reply, question):
+    assert texts(reply) == [("user", question), ("assistant", "A cell.")]
+
+
 def test_a_choice_named_a_is_no_answer():
     reply = "User: Which is it?\nA: benign\nQ: malignant\nAnswer: one letter\nAssistant: A"
     assert texts(reply) == [("user", "Which is it?\nA: benign\nQ: malignant\nAnswer: one letter"), ("assistant", "A")]

@@ -12,6 +12,7 @@ from PIL import Image
 from medray import records
 from medray.config import ClinicianPreferenceConfig, SftConfig, load_config
 from medray.data.judgement_store import Store, Word
+from medray.data.judgements import item_fingerprint
 from medray.data.shards import stored_rows, write_shard
 from medray.errors import ConfigError, DataError, StageError, Waiting
 from medray.job import run_job
@@ -214,6 +215,21 @@ def test_what_an_export_wrote_is_found_and_anything_else_is_named(tmp_path):
         exported_judgements(pairs)
     with pytest.raises(DataError, match="neither it nor its folder judgements has a Parquet file"):
         exported_judgements(str(tmp_path))
+
+
+def test_judgements_of_another_runs_questions_are_refused(asked, tmp_path):
+    """Items of the same images have the same ids in every run."""
+    items = list(stored_rows(asked[0]["outputs"]["items"]))
+    mine = [{"item_id": row["item_id"], "clinician": "dr-ada", "simulated": False, "status": "not_answerable", "item": item_fingerprint(row)} for row in items]
+    theirs = [*mine[:-1], {**mine[-1], "item": item_fingerprint({**items[-1], "answer_b": "maybe"})}]
+    for name, rows in (("mine", mine), ("theirs", theirs)):
+        one = config("clinicians.kind=export", f"clinicians.source={write(tmp_path / name, records.JUDGEMENT, rows)}")
+        stage = Stage(Run(tmp_path / f"run-{name}"), "stages/04-clinicians")
+        if name == "mine":
+            assert collect(stage, one, *asked)["counts"]["judgements"] == 4
+        else:
+            with pytest.raises(DataError, match=r"1 of the judgements in .* two/d0#1 first"):
+                collect(stage, one, *asked)
 
 
 def test_skipped_questions_are_named_while_waiting(asked, tmp_path):
