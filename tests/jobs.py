@@ -36,7 +36,7 @@ class Job:
         """Start the job, SIGKILL its driver `seconds` after the stage's folder holds what the pattern `begun` says (or when the stage is over)."""
         log = run.parent / f"{stage}.log"
         job, folder = self.start(run, log), run / "stages" / stage
-        while job.poll() is None and not any(folder.glob(begun)):
+        while job.poll() is None and all(path.name.endswith(".pending.parquet") for path in folder.glob(begun)):  # those will be undone
             time.sleep(0.05)
         until = time.monotonic() + seconds
         while job.poll() is None and time.monotonic() < until and not (folder / "manifest.json").exists():

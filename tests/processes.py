@@ -1,5 +1,8 @@
 """The processes that a test started, to kill one of them."""
 
+import contextlib
+import time
+
 import psutil
 
 
@@ -13,3 +16,15 @@ def descendants(title: str) -> list[psutil.Process]:
         except psutil.NoSuchProcess:  # it ended while we looked
             continue
     return found
+
+
+def kill_one(title: str, seconds: float = 600) -> int:
+    """SIGKILL the last of them as soon as there is one; returns its process id."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for process in reversed(descendants(title)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                return process.pid
+        time.sleep(0.05)
+    raise AssertionError(f"no process {title} to kill after {seconds} s")

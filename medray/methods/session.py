@@ -17,8 +17,8 @@ from medray.errors import MedrayError
 
 logger = logging.getLogger("medray")
 
-_SLOW_START = "timed out during startup"
-_STARTS = 3
+SLOW_START = "timed out during startup"
+STARTS = 3
 _LOST_ACTOR = ("ActorDiedError", "ActorUnavailableError")
 _RETRIES = 10  # with growing pauses, longer than Ray takes to find a node dead (half a minute)
 
@@ -30,14 +30,14 @@ def start_ray(**arguments: Any) -> None:
     """
     import ray
 
-    for attempt in range(1, _STARTS + 1):
+    for attempt in range(1, STARTS + 1):
         try:
             ray.init(**arguments)
             return
         except Exception as error:  # Ray has no type for it
-            if _SLOW_START not in str(error) or attempt == _STARTS:
+            if SLOW_START not in str(error) or attempt == STARTS:
                 raise
-            logger.warning("Ray did not start in time (the machine is busy); attempt %d of %d", attempt + 1, _STARTS)
+            logger.warning("Ray did not start in time (the machine is busy); attempt %d of %d", attempt + 1, STARTS)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from typing import Any
 
 import psutil
 import yaml
+
+from medray.methods.session import SLOW_START, STARTS
 
 _HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # the provider numbers the nodes after it
 _BIN = Path(sys.executable).parent
@@ -74,22 +77,36 @@ class FakeCluster:
         environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"} | {
             "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": _HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD,
         }
-        self.log = (self.folder / "head.log").open("w")
-        self.head = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log, start_new_session=True)
-        until = time.monotonic() + 180
-        while "Ray runtime started" not in (self.folder / "head.log").read_text():
-            if self.head.poll() is not None or time.monotonic() > until:
-                self.__exit__()
-                raise RuntimeError(f"the fake cluster's head did not start:\n{(self.folder / 'head.log').read_text()[-3000:]}")
-            time.sleep(0.3)
+        attempt = 1
+        while not self._head_started(command, environment):
+            self.__exit__()
+            said = (self.folder / "head.log").read_text()
+            if SLOW_START not in said or attempt == STARTS:
+                raise RuntimeError(f"the fake cluster's head did not start:\n{said[-3000:]}")
+            attempt += 1
         return self
 
+    def _head_started(self, command: list[Any], environment: dict[str, str]) -> bool:
+        log = self.folder / "head.log"
+        self.log = log.open("w")
+        self.head = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log, start_new_session=True)
+        until = time.monotonic() + 600
+        while self.head.poll() is None and time.monotonic() < until:
+            if "Ray runtime started" in log.read_text():
+                return True
+            time.sleep(0.3)
+        return False
+
     def __exit__(self, *_: Any) -> None:
+        killed: list[psutil.Process] = []
         for process in [*self._raylets().values(), *(one for one in _alive() if str(self.folder / "ray") in " ".join(one.info["cmdline"] or ()))]:
-            _kill(process)
-        with contextlib.suppress(psutil.Error):
-            _kill(psutil.Process(self.head.pid))
+            killed += _kill(process)
+        if self.head.poll() is None:
+            killed += _kill(psutil.Process(self.head.pid))
         self.head.wait()
+        until = time.monotonic() + 60
+        while not set(_alive()).isdisjoint(killed) and time.monotonic() < until:  # until then they write into the folder
+            time.sleep(0.1)
         self.log.close()
 
     def nodes(self) -> dict[str, list[str]]:
@@ -134,17 +151,21 @@ def _runs(raylet: psutil.Process, actor: str) -> bool:
     return any(one in below and f"ray::{actor}" in " ".join(one.info["cmdline"] or ()) for one in _alive())
 
 
-def _kill(process: psutil.Process) -> None:
-    """SIGKILL the process and all below it."""
+def _kill(process: psutil.Process) -> list[psutil.Process]:
+    """SIGKILL the process and all below it; returns them."""
+    family = [process]
     with contextlib.suppress(psutil.Error):
-        family = [process, *process.children(recursive=True)]
-        for one in family:
-            with contextlib.suppress(psutil.Error):
-                one.kill()
+        family += process.children(recursive=True)
+    for one in family:
+        with contextlib.suppress(psutil.Error):
+            one.kill()
+    return family
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this machine that nobody listens on now; below those that the kernel gives out, for Ray, vLLM and gloo take from these."""
+    while True:
+        port = 20000 + secrets.randbelow(12768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -193,7 +193,7 @@ async function undo() {
   }, undo);
   if (!done) return;
   attempt = null;
-  if (found.item) await showItem(found);
+  if (found.item) await attending(() => showItem(found));
   say(found.item ? "Taken back. Judge it again." : "There is nothing to take back.");
 }
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import httpx
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pytest
 from medray.config import DataConfig, JudgeConfig
 from medray.records import SELF_PLAY
 from medray.testbed.fake_cluster import free_port
+from tests.integration.conftest import wait_until_served
 
 pytestmark = pytest.mark.vllm
 
@@ -29,26 +29,21 @@ def server(talker, tmp_path_factory):
     )
     base = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 150
-        while True:
-            try:
-                if httpx.get(f"{base}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            assert process.poll() is None, log_path.read_text()[-3000:]
-            assert time.monotonic() < deadline, "vLLM's server did not start"
-            time.sleep(0.5)
+        wait_until_served(process, f"{base}/health", 900, log_path)
         yield base
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         log.close()
 
 
 def counted(base):
     values = {}
-    for line in httpx.get(f"{base}/metrics").text.splitlines():
+    for line in httpx.get(f"{base}/metrics", timeout=60).text.splitlines():
         for name in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total"):
             if line.startswith(name + "{"):
                 values[name] = values.get(name, 0) + float(line.rsplit(" ", 1)[1])

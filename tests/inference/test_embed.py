@@ -119,7 +119,7 @@ def test_a_killed_stage_goes_on_where_it_was(ray_cluster, tiny_encoder, png, tmp
         def __call__(self, table):
             if "broken" in table["sample_id"].to_pylist() and not (marks / "died").exists():
                 (marks / "died").touch()
-                deadline = time.monotonic() + 60
+                deadline = time.monotonic() + 300
                 while not committed() and time.monotonic() < deadline:
                     time.sleep(0.1)
                 raise RuntimeError("the encoder dies")

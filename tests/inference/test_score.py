@@ -1,9 +1,6 @@
 """Bulk scoring: every exchange, each id once, whatever is bad or killed."""
 
-import os
-import signal
 import threading
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +15,7 @@ from medray.errors import ConfigError
 from medray.inference.score import SCORED_ROW, Score, score_exchanges
 from medray.models.rater import Rater
 from medray.records import EXCHANGE, SCORED
-from tests.processes import descendants
+from tests.processes import kill_one
 from tests.rating import cell, exchange, exchanges
 
 CONFIG = ScoreConfig(batch=4, rows_per_task=8)
@@ -85,14 +82,8 @@ def test_a_killed_actor_costs_no_row_and_doubles_none(ray_cluster, rater, tmp_pa
     sources = [exchanges(rows[:60], tmp_path / "a"), exchanges([*rows[60:], exchange(99, 0, "")], tmp_path / "b")]
     target, committed = str(tmp_path / "rows"), str(tmp_path / "committed")
 
-    def kill_one():
-        while not (victims := descendants("MapBatches(Score)")):
-            time.sleep(0.05)
-        os.kill(victims[0].pid, signal.SIGKILL)
-        killed.append(victims[0].pid)
-
     killed: list[int] = []
-    threading.Thread(target=kill_one, daemon=True).start()
+    threading.Thread(target=lambda: killed.append(kill_one("MapBatches(Score)")), daemon=True).start()
     counts = score_exchanges(sources, target, committed, rater, CONFIG, DATA)
     assert killed and counts == {"exchanges": 81, "without score": 1}
     found = {row["sample_id"]: row for row in stored_rows(target)}

@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 BUCKET = "medray-tests"
 
 
-def wait_for(ready, what, seconds=180, pause=0.3):
+def wait_for(ready, what, seconds=600, pause=0.3):
     until = time.monotonic() + seconds
     while not (value := ready()):
         assert time.monotonic() < until, f"no {what} after {seconds} s"
@@ -30,6 +30,16 @@ def answer_of(url):
         return None
 
 
+def wait_until_served(process, url, seconds=600, log=None):
+    """Until a GET of it is answered with 200 by the process, which must not end before; the file `log` is what it says."""
+    def served():
+        assert process.poll() is None, log and log.read_text()[-3000:]
+        answer = answer_of(url)
+        return answer is not None and answer.status_code == 200
+
+    wait_for(served, f"answer from {url}", seconds)
+
+
 @pytest.fixture(scope="session")
 def s3():
     """A local S3-compatible server with one empty bucket; yields the environment that leads to it, and its filesystem."""
@@ -43,15 +53,8 @@ def s3():
     }
     try:
         fs = s3fs.S3FileSystem(key="test", secret="test", endpoint_url=environment["AWS_ENDPOINT_URL"], use_listings_cache=False)
-
-        def bucket_made():
-            try:
-                fs.mkdir(BUCKET)
-            except OSError:
-                return False
-            return True
-
-        wait_for(bucket_made, "S3 server")
+        wait_until_served(server, environment["AWS_ENDPOINT_URL"])
+        fs.mkdir(BUCKET)
         yield environment, fs
     finally:
         server.terminate()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 from collections import Counter
 
 import pytest
@@ -20,9 +19,15 @@ SMALL = [
     "evaluate.max_images=2", "evaluate.bootstrap=50", "verify.rows=0", "engine.rows_per_task=4",
     "select.aggregate=mean", "judge={kind: vllm, scoring: likelihood, model: testbed:expert}",
 ]
-# By stage about how many seconds it takes: a kill falls somewhere in between. A start of the job takes half a minute: of those of which rows or
-# steps survive only one is killed here (tests/train/test_rater.py kills the rating model's training), and both where MEDRAY_KILL_ALL is set.
-KILLED = {"05-generate": 25, **({"08-rater": 25} if os.environ.get("MEDRAY_KILL_ALL") else {})}
+# By stage what is there when it is killed: its beginning, rows, or a checkpoint. A start of the job takes half a minute: all are killed where
+# MEDRAY_KILL_ALL is set; else one, when some of its rows are there (tests/train/test_rater.py kills the rating model's training).
+KILLED = {"05-generate": "committed/*"}
+if os.environ.get("MEDRAY_KILL_ALL"):
+    KILLED = {
+        "00-data": "inputs.json", "01-embed": "committed/*", "02-draw": "inputs.json", "03-candidates": "committed/*", "04-clinicians": "inputs.json", **KILLED, "06-rate": "committed/*",
+        "07-pairs": "inputs.json", "08-rater": "train/training/checkpoint_*/progress.json", "09-score": "committed/*", "10-select-selected": "inputs.json",
+        "11-tune-selected": "train/training/checkpoint_*/progress.json", "90-evaluate-selected": "committed/*",
+    }
 
 
 JOB = Job("clinician_preference", SMALL)
@@ -30,11 +35,10 @@ JOB = Job("clinician_preference", SMALL)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run whose driver was killed (SIGKILL) at a random point of each stage of KILLED, then run to its end."""
+    """A run whose driver was killed (SIGKILL) in each stage of KILLED, then run to its end."""
     run = tmp_path_factory.mktemp("job") / "run"
-    rng = random.Random(0)
-    for stage, seconds in KILLED.items():
-        JOB.kill_in(run, stage, rng.uniform(0, seconds))
+    for stage, begun in KILLED.items():
+        JOB.kill_in(run, stage, 0, begun)
     return run, JOB.run(run)
 
 

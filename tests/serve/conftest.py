@@ -59,11 +59,15 @@ def clinicians(tmp_path_factory):
 def serve_address(ray_cluster):
     """Ray Serve on a free port of this machine."""
     from ray import serve
+    from ray.serve._private import api, client
 
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (api, client):
+            patch.setattr(module, "HTTP_PROXY_TIMEOUT", 600)  # 60, and no variable for it
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -112,5 +116,6 @@ def browser(tmp_path_factory):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    started.set_script_timeout(120)
     yield started
     started.quit()

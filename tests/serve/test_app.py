@@ -21,6 +21,7 @@ from medray.data.images import pad_to_square
 from medray.records import QUESTION
 from medray.testbed import model_path
 from serve.tokens import add_holder
+from tests.processes import descendants
 
 pytestmark = pytest.mark.ray
 
@@ -217,9 +218,9 @@ def test_no_bad_request_ends_in_a_500_or_a_dead_replica(endpoint):
 
 def _replica_pids():
     """Process ids of the replicas of both models."""
-    found = subprocess.run(["pgrep", "-f", "ServeReplica:vlm:ModelServer"], capture_output=True, text=True).stdout.split()
+    found = {process.pid for process in descendants("ServeReplica:vlm:ModelServer")}
     assert len(found) == 2
-    return set(found)
+    return found
 
 
 def test_logs_tell_who_asked_and_nothing_of_what(endpoint, ray_cluster):
@@ -263,7 +264,8 @@ def test_the_page_asks_both_models(endpoint, browser):
     (example,) = browser.find_elements(By.CSS_SELECTOR, "#example-list button")
     assert "round <b>" in example.text  # shown as text
     example.click()
-    assert at("question-box").get_property("value") == QUESTION_TEXT and at("shown-image").is_displayed()
+    until(lambda: at("shown-image").is_displayed())
+    assert at("question-box").get_property("value") == QUESTION_TEXT
     at("question-box").send_keys(Keys.CONTROL, Keys.ENTER)
     until(lambda: len(browser.find_elements(By.CSS_SELECTOR, ".reply[data-done]")) == 2)
     replies = {reply.get_attribute("data-model"): reply for reply in browser.find_elements(By.CSS_SELECTOR, ".reply")}

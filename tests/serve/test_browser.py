@@ -37,7 +37,7 @@ class Page:
         return self.browser.find_element(By.ID, name)
 
     def until(self, condition):
-        return WebDriverWait(self.browser, 30).until(lambda _: condition())
+        return WebDriverWait(self.browser, 120).until(lambda _: condition())
 
     def ready(self):
         """An item with its image, or the end, and no request under way."""
@@ -47,12 +47,18 @@ class Page:
         return self.pixel(0.9) > 200  # the ramp's bright end; black until there is an image
 
     def pixel(self, across):
-        """The red value in the middle of the canvas's height, `across` of the image's width from its left (view reset)."""
-        return self.browser.execute_script("""
-            const canvas = document.getElementById("view");
-            const scale = Math.min(canvas.width / 256, canvas.height / 128);
-            const x = (canvas.width - 256 * scale) / 2 + (Math.floor(arguments[0] * 256) + 0.5) * scale;
-            return canvas.getContext("2d").getImageData(Math.floor(x), Math.floor(canvas.height / 2), 1, 1).data[0];""", across)
+        """The red value in the middle of the canvas's height, `across` of the image's width from its left (view reset).
+
+        Read in a frame, after what the page draws in it.
+        """
+        return self.browser.execute_async_script("""
+            const [across, answer] = arguments;
+            requestAnimationFrame(() => {
+              const canvas = document.getElementById("view");
+              const scale = Math.min(canvas.width / 256, canvas.height / 128);
+              const x = (canvas.width - 256 * scale) / 2 + (Math.floor(across * 256) + 0.5) * scale;
+              answer(canvas.getContext("2d").getImageData(Math.floor(x), Math.floor(canvas.height / 2), 1, 1).data[0]);
+            });""", across)
 
     def press(self, *keys):
         for key in keys:

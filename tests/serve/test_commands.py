@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from medray.methods.session import SLOW_START, STARTS
 from tests.integration.conftest import BIN, answer_of, wait_for
 from tests.jobs import ROOT
 
@@ -35,16 +36,24 @@ def test_the_clinician_page_begins_as_documented(tmp_path, write_items):
     tokens = [
         subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1] for words in (first, lead)]
     log = tmp_path / "log"
-    with log.open("w") as handle:
-        page = subprocess.Popen([BIN / serve_run[0], *serve_run[1:]], cwd=tmp_path, env=environment, stdout=handle, stderr=handle, start_new_session=True)
+
+    def start():
+        with log.open("w") as handle:
+            return subprocess.Popen([BIN / serve_run[0], *serve_run[1:]], cwd=tmp_path, env=environment, stdout=handle, stderr=handle, start_new_session=True)
+
+    page, starts = start(), 1
 
     def served():
-        assert page.poll() is None, log.read_text()[-3000:]
+        nonlocal page, starts
+        if page.poll() is not None:
+            said = log.read_text()
+            assert starts < STARTS and (SLOW_START in said or "not available after" in said), said[-3000:]  # Ray, or Serve's proxy, on a machine at work
+            page, starts = start(), starts + 1
         answer = answer_of("http://127.0.0.1:8000")
         return answer is not None and answer.status_code == 200
 
     try:
-        wait_for(served, "page", pause=1)
+        wait_for(served, "page", 900, pause=1)
         for token in tokens:
             answer = httpx.get("http://127.0.0.1:8000/api/next", headers={"Authorization": f"Bearer {token}"}, timeout=60)
             assert answer.status_code == 200 and "Which cell is this?" in answer.text

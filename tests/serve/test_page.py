@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -22,6 +21,7 @@ from medray.errors import ConfigError, DataError
 from medray.records import JUDGEMENT, RATING_PAIR
 from serve.annotate import PageConfig, build
 from serve.page import displayable
+from tests.processes import descendants
 from tests.serve.conftest import encoded, ramp
 
 pytestmark = pytest.mark.ray
@@ -41,20 +41,21 @@ def database_rows(url, query):
 
 def test_without_a_valid_token_nothing_but_the_sign_in(served):
     address, _, tokens = served
-    for path in ("/api/next", "/api/image?item=cell/0?%26%23", "/api/agreement", "/api/export", "/api/undo", "/docs", "/openapi.json"):
-        for headers in ({}, {"Authorization": "Bearer " + tokens["ann"][:-1]}, {"Cookie": "medray_clinician=nobody"}):
-            answer = httpx.get(address + path, headers=headers)
-            assert answer.status_code == 401 and answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert httpx.post(f"{address}/api/judgements", json={}).status_code == 401
-    assert httpx.post(f"{address}/api/sign-in", json={"token": "wrong"}).status_code == 401
-    page = httpx.get(address)
-    assert page.status_code == 200 and "script-src 'self'" in page.headers["Content-Security-Policy"] and "unsafe" not in page.headers["Content-Security-Policy"]
-    assert httpx.get(f"{address}/static/app.js").headers["Content-Type"].startswith("text/javascript")
-    assert httpx.get(f"{address}/static/../page.py").status_code in (401, 404)
+    with httpx.Client(base_url=address, timeout=60) as http:
+        for path in ("/api/next", "/api/image?item=cell/0?%26%23", "/api/agreement", "/api/export", "/api/undo", "/docs", "/openapi.json"):
+            for headers in ({}, {"Authorization": "Bearer " + tokens["ann"][:-1]}, {"Cookie": "medray_clinician=nobody"}):
+                answer = http.get(path, headers=headers)
+                assert answer.status_code == 401 and answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert http.post("/api/judgements", json={}).status_code == 401
+        assert http.post("/api/sign-in", json={"token": "wrong"}).status_code == 401
+        page = http.get("/")
+        assert page.status_code == 200 and "script-src 'self'" in page.headers["Content-Security-Policy"] and "unsafe" not in page.headers["Content-Security-Policy"]
+        assert http.get("/static/app.js").headers["Content-Type"].startswith("text/javascript")
+        assert http.get("/static/../page.py").status_code in (401, 404)
 
 
 def test_sign_in_and_out(served):
-    with httpx.Client(base_url=served[0]) as client:
+    with httpx.Client(base_url=served[0], timeout=60) as client:
         answer = client.post("/api/sign-in", json={"token": served[2]["ann"]})
         assert answer.json()["name"] == "ann" and not answer.json()["lead"]
         cookie = answer.headers["Set-Cookie"]
@@ -140,12 +141,11 @@ def test_clinicians_work_on_while_the_server_is_killed(served):
                     assert insist(http, "POST", "/api/judgements", json=body) == {"stored": False}
                 number += 1
 
+    (replica,) = descendants("ServeReplica:page:clinician-page")  # now, for the search takes long
     with ThreadPoolExecutor(4) as pool:
         working = [pool.submit(work, f"r{number}") for number in range(4)]
-        while len(acknowledged) < 6:
+        while len(acknowledged) < 6 and not any(future.done() for future in working):
             time.sleep(0.01)
-        (replica,) = [process for process in psutil.process_iter(["cmdline"]) if "ServeReplica:page:clinician-page" in " ".join(process.info["cmdline"] or ())
-                      and psutil.Process().pid in [parent.pid for parent in process.parents()]]
         os.kill(replica.pid, signal.SIGKILL)
         at_kill = len(acknowledged)
         for future in working:

@@ -22,9 +22,9 @@ def epoch(parts, size, done=frozenset(), bad=()):
     def worker(rank):
         def gather(value):
             slots[rank] = value
-            barrier.wait(10)
+            barrier.wait(120)
             stacked = torch.stack(slots)
-            barrier.wait(10)
+            barrier.wait(120)
             return stacked
 
         source, more = EpochRows(rows(parts[rank], bad), set(done), 4, rank), True
@@ -36,7 +36,7 @@ def epoch(parts, size, done=frozenset(), bad=()):
 
     threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(world)]
     [thread.start() for thread in threads]
-    [thread.join(20) for thread in threads]
+    [thread.join(300) for thread in threads]
     return taken, sizes
 
 

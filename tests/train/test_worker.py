@@ -1,8 +1,6 @@
 """Whole trainings with the real Ray Train, Ray Data and DeepSpeed on the tiny model."""
 
 import json
-import os
-import signal
 import threading
 import time
 from collections import Counter
@@ -18,7 +16,7 @@ from medray.errors import ConfigError
 from medray.models.vlm import load_vlm
 from medray.train.done import done_rows
 from medray.train.worker import export_merged, run_training
-from tests.processes import descendants
+from tests.processes import kill_one
 
 from .conftest import DPO, MODEL, SFT, conversations, preferences
 
@@ -92,15 +90,13 @@ def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava,
         "shuffle_buffer": 8})  # smaller than the data: streamed anew each epoch
     killed = []
 
-    def kill_one():
+    def kill():
         # After the first checkpoint, well before the first epoch's end (20 steps).
         while not list(Path(tmp_path, "training").glob("checkpoint_*/progress.json")):
             time.sleep(0.05)
-        victim = descendants("RayTrainWorker")[-1]
-        killed.append(victim.pid)
-        os.kill(victim.pid, signal.SIGKILL)
+        killed.append(kill_one("RayTrainWorker"))
 
-    killer = threading.Thread(target=kill_one, daemon=True)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     result = run_training(str(tmp_path), dataset(tiny_llava, "sft", rows), dataset(tiny_llava, "sft", conversations(3)), len(rows), tiny_llava, MODEL, config)
     assert killed
