@@ -7,7 +7,7 @@ through parts that come and go: where only those changed it goes on too.
 
 Layout::
 
-    config.yaml              the resolved configuration
+    config.yaml              the resolved configuration, without the passwords of its URLs
     stages/03-self_play/     inputs.json (written first), whatever the stage writes, manifest.json (written last)
     metrics.jsonl            every training metric, one line per step, with its stage
     report.html  results.json
@@ -32,6 +32,7 @@ import yaml
 from fsspec.core import url_to_fs
 
 from medray.config import Section
+from medray.config.section import without_passwords
 from medray.errors import ConfigError
 
 logger = logging.getLogger("medray")
@@ -41,8 +42,8 @@ INPUTS = "inputs.json"
 
 
 def digest(value: Any) -> str:
-    """A short stable hash of anything JSON can hold (and of pydantic sections)."""
-    text = json.dumps(value, sort_keys=True, default=_plain, separators=(",", ":"))
+    """A short stable hash of anything JSON can hold (and of pydantic sections). Passwords in URLs do not count: a new one starts nothing over."""
+    text = json.dumps(without_passwords(value), sort_keys=True, default=_plain, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -110,7 +111,7 @@ class Run:
         return json.loads(self.read_text(*parts))
 
     def write_config(self, config: Section) -> None:
-        self.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "config.yaml")
+        self.write_text(yaml.safe_dump(without_passwords(config.model_dump(mode="json")), sort_keys=False), "config.yaml")
 
     def stage(self, name: str, inputs: dict[str, Any], work: Callable[[Stage], dict[str, Any]], parts: dict[str, str] | None = None) -> dict[str, Any]:
         """Run one stage, or skip it when it is done with the same inputs.
@@ -145,7 +146,7 @@ class Run:
                 self.remove(folder, INPUTS)  # first: a folder without them that a killed run was emptying is not gone on with
                 self.remove(folder)
         started = time.time()
-        self.write_json({"hash": settings, "inputs": inputs, "parts": parts, "attempts": attempts}, folder, INPUTS)
+        self.write_json({"hash": settings, "inputs": without_passwords(inputs), "parts": parts, "attempts": attempts}, folder, INPUTS)
         logger.info("stage %s: begins", name)
         outputs = work(Stage(self, folder))
         manifest = {

@@ -1,12 +1,15 @@
 """A run directory continues: done stages are skipped, changed ones start over, killed ones go on."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from medray.config import DpoConfig, SelfTrainingConfig
+from medray.config import ClinicianPreferenceConfig, DpoConfig, SelfTrainingConfig
+from medray.config.section import without_passwords
 from medray.errors import ConfigError
 from medray.run import Run, digest
 
@@ -99,6 +102,53 @@ def test_config_is_written_resolved(tmp_path):
     run = Run(tmp_path / "r")
     run.write_config(SelfTrainingConfig())
     assert SelfTrainingConfig.model_validate(yaml.safe_load((tmp_path / "r/config.yaml").read_text())) == SelfTrainingConfig()
+
+
+@pytest.mark.parametrize(
+    ("url", "written"),
+    [
+        ("postgresql+psycopg://me:p@host/name", "postgresql+psycopg://me@host/name"),
+        ("postgresql+psycopg://me:p@ss@host:5432/name?sslmode=require", "postgresql+psycopg://me@host:5432/name?sslmode=require"),
+        ("postgresql+psycopg://me:p/w@host/name", "postgresql+psycopg://me@host/name"),
+        ("postgresql+psycopg://me@host/name?password=p&host=/run/pg", "postgresql+psycopg://me@host/name?host=/run/pg"),
+        ("postgresql+psycopg://me@/name?host=/run/pg&sslpassword=p&password=p", "postgresql+psycopg://me@/name?host=/run/pg"),
+        ("redis://:p@host:6379", "redis://@host:6379"),
+        ("http://me:p@a.example/v1,https://you:p@b.example", "http://me@a.example/v1,https://you@b.example"),
+        *[(same, same) for same in (
+            "postgresql+psycopg://me@host/name", "postgresql+psycopg://me@/name?host=/run/pg", "sqlite:////data/a:b@c.db", "http://localhost:8000/v1", "http://localhost:8000/a@b", "http://[::1]:8000/a@b",
+            "s3://bucket/key:with@at", "ray://10.0.0.1:10001", "testbed:cells", "Is it a:b@c? See https://x.example/?a=b.", "a  b",
+        )],
+    ],
+)
+def test_urls_are_written_without_their_passwords(url, written):
+    got = without_passwords(url)
+    assert got == written
+    assert without_passwords(got) == got
+
+
+def test_a_password_is_nowhere_in_a_run_and_a_new_one_starts_nothing_over(tmp_path):
+    def job(source):
+        config = ClinicianPreferenceConfig(clinicians={"kind": "database", "source": source})
+        run = Run(tmp_path / "r")
+        run.write_config(config)
+        return run.stage("04-clinicians", {"items": "h", "config": config.clinicians, "data": {"source": source}}, lambda _: {"seen": config.clinicians.source})
+
+    first = job("postgresql+psycopg://me:s3cret@host/name")
+    assert first["outputs"]["seen"] == "postgresql+psycopg://me:s3cret@host/name", "the work itself has it"
+    for same in ("postgresql+psycopg://me:s3cret@host/name", "postgresql+psycopg://me:another@host/name", "postgresql+psycopg://me@host/name"):
+        assert job(same)["hash"] == first["hash"] and job(same)["attempts"] == 1
+    written = {file.name: file.read_text() for file in (tmp_path / "r").rglob("*") if file.is_file() and file.name != "manifest.json"}
+    assert set(written) == {"config.yaml", "inputs.json"} and not any(re.search("s3cret|another", text) for text in written.values())
+    assert ClinicianPreferenceConfig.model_validate(yaml.safe_load(written["config.yaml"])).clinicians.source == "postgresql+psycopg://me@host/name"
+    assert job("postgresql+psycopg://me:s3cret@host/other")["hash"] != first["hash"]
+
+
+def test_without_a_password_hashes_are_those_of_plain_json():
+    """What runs of before were continued by must not change."""
+    config = ClinicianPreferenceConfig(clinicians={"kind": "database", "source": "postgresql+psycopg://me@host/name"}, data={"source": "s3://bucket/a:b@c"})
+    value = {"stage": "a", "inputs": {"clinicians": config.clinicians, "config": config, "limits": (1, 2.5, None), "by": {2: "x", 10: "y"}}}
+    plain = json.dumps(value, sort_keys=True, default=lambda section: section.settings(), separators=(",", ":"))
+    assert digest(value) == hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
 def test_unwritable_and_unknown_places():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+# user:password@, where a password may hold a slash (SQLAlchemy takes it) unless what stands before the slash can be a port.
+_USERINFO = re.compile(r"(://[^/?#:@\[]*):(?:[^/?#]+|(?!\d*[/?#])[^@]+)@")
+_QUERY = re.compile(r"(?<=[?&])(?:ssl)?password=[^&#]*&?", re.IGNORECASE)
 
 
 class Section(BaseModel):
@@ -36,3 +42,25 @@ def adopt(section: Section, leader: Section, name: str, where: str) -> None:
     if name in section.model_fields_set:
         raise ValueError(f"{where}.{name} {own!r} differs from tune's {wanted!r}; leave it out, it is taken from tune")
     setattr(section, name, wanted)
+
+
+def without_passwords(value: Any) -> Any:
+    """Plain data (sections become it) as it may be written down: the passwords of its URLs are left out.
+
+    What is left is the same URL for a client that finds the password elsewhere, as libpq does in PGPASSWORD.
+    """
+    match value:
+        case str():
+            return _URL.sub(lambda found: _without_password(found[0]), value)
+        case Section():
+            return without_passwords(value.settings())
+        case dict():
+            return {key: without_passwords(item) for key, item in value.items()}
+        case list() | tuple():
+            return [without_passwords(item) for item in value]
+    return value
+
+
+def _without_password(url: str) -> str:
+    bare, asked = _QUERY.subn("", _USERINFO.sub(r"\1@", url))
+    return bare.rstrip("?&") if asked else bare

@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from medray.config.section import without_passwords
+
 STYLE = """
 :root{--ink:#1c2733;--soft:#5d6b7a;--line:#dde3ea;--good:#0b7a53;--bad:#b3362b;--accent:#2457a6}
 *{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);max-width:1080px;margin:2rem auto;padding:0 1rem}
@@ -182,4 +184,4 @@ def _answer(text: str, score: float, chosen: bool) -> str:
 
 
 def config_section(config: dict[str, Any]) -> str:
-    return f"<details><summary>resolved configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details>"
+    return f"<details><summary>resolved configuration</summary><pre>{html.escape(json.dumps(without_passwords(config), indent=1))}</pre></details>"

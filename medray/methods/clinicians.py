@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 
 from medray import records
 from medray.config import ClinicianPreferenceConfig
+from medray.config.section import without_passwords
 from medray.data.clinicians import is_right, simulated_judgements
 from medray.data.dialogues import ATTRIBUTES, asked_attribute
 from medray.errors import DataError, StageError, Waiting
@@ -95,7 +96,7 @@ def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str
     skipped = len({row["item_id"] for row in said if row["status"] == "skipped"} - complete)
     wanted = max(1, round((len(asked) - unusable) * clinicians.enough))
     if len(complete) < wanted:
-        database = clinicians.source if clinicians.kind == "database" else "sqlite:///judgements.db"
+        database = without_passwords(clinicians.source) if clinicians.kind == "database" else "sqlite:///judgements.db"
         few = f"{skipped} more were skipped: another clinician can judge them, or a lower clinicians.enough goes on without.\n" if skipped else ""
         raise Waiting(
             f"{len(complete)} of {len(asked) - unusable} questions are judged by {clinicians.judgements_per_item} clinicians each, {wanted} are needed (clinicians.enough).\n{few}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,18 @@ from typing import Any
 import yaml
 
 from medray import __version__
+from medray.config import Section
+from medray.config.section import without_passwords
 from medray.methods.stages import AnyMethodConfig, Model
 from medray.run import Run
 
 MODELS = "models.json"
 CARD = "README.md"
+# Fields that name a place: a folder, file, address or hub id. Those of _LOCAL hold no hub id, and those of _WHERE say where the work ran,
+# which is told to nobody.
+_PLACES = {"path", "encoder", "model", "base_url", "source", "images", "chat_template", "general"}
+_LOCAL = {"source", "images", "chat_template", "general"}
+_WHERE = {"cluster", "place"}
 NOT_A_DEVICE = (
     "Not a medical device: for research. Its answers can be wrong and sound sure; nobody should be diagnosed or treated by them, and no clinician replaced."
 )
@@ -80,7 +88,7 @@ def card(config: AnyMethodConfig, method: Method, name: str, results: dict[str, 
     """A model card in Hugging Face's form: Markdown behind YAML metadata."""
     from huggingface_hub import ModelCardData
 
-    base, source = _public(config.model.path), _public(config.data.source)
+    base, source = _public(config.model.path), _public(config.data.source, hub=False)
     scores = _metrics(results, name)
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="image-text-to-text", tags=["medical", "medray", *method.tags], model_name=f"{base}, {method.name.lower()} ({name})",
@@ -88,8 +96,6 @@ def card(config: AnyMethodConfig, method: Method, name: str, results: dict[str, 
     )
     counts = [f"- {stage}: " + ", ".join(f"{what} {number}" for what, number in found.items() if not isinstance(number, dict)) for stage, found in results["counts"].items() if found]
     said = [NOT_A_DEVICE, *method.limits, *limits, f"The numbers above are of held-out images of {source} only; other devices, stains, patients and languages may give others."]
-    settings = config.model_dump(mode="json")
-    settings["model"]["path"], settings["data"]["source"] = base, source
     return "\n".join([
         f"---\n{metadata.to_yaml().strip()}\n---\n", f"# {base}, {method.name.lower()} ({name})\n", f"> {NOT_A_DEVICE}\n",
         f"{base}, tuned on {source} by {method.name.lower()} ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper})) with medray {__version__}, `jobs/{method.job}.py`. {method.says}\n",
@@ -98,13 +104,34 @@ def card(config: AnyMethodConfig, method: Method, name: str, results: dict[str, 
         "## Use\n", f"```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\nmodel = AutoModelForImageTextToText.from_pretrained(FOLDER)\n"
         f"processor = AutoProcessor.from_pretrained(FOLDER)\n```\n\nImages {'are padded to a square first' if config.model.pad_to_square else 'go in as they are'}"
         + (f"; conversations begin with the system prompt `{config.model.system_prompt}`" if config.model.system_prompt else "") + ".\n",
-        "## Configuration\n", f"```yaml\n{yaml.safe_dump(settings, sort_keys=False).strip()}\n```\n",
+        "## Configuration\n", f"```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False).strip()}\n```\n",
     ])
 
 
-def _public(place: str) -> str:
-    """A name to publish: hub ids and bundled names stay, of folders and addresses only the end is told."""
-    return posixpath.basename(place.rstrip("/")) if "://" in place or place.startswith(("/", ".", "~")) else place
+def _settings(section: Section) -> dict[str, Any]:
+    """A section as it may be published; places that are a field's default stand in medray's own code and stay."""
+    told = without_passwords(section.model_dump(mode="json", exclude=_WHERE))
+    for name in told:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            told[name] = _settings(value)
+        elif name in _PLACES and value is not None and value != type(section).model_fields[name].default:
+            told[name] = _public(value, hub=name not in _LOCAL)
+    return told
+
+
+def _public(place: str, hub: bool = True) -> str:
+    """A name to publish: hub ids and bundled names stay, of folders and addresses only the end is told.
+
+    Args:
+        hub: whether "a/b" is a hub id; else it is a path.
+    """
+    if "://" in place:
+        scheme, _, rest = without_passwords(place).partition("://")
+        host, _, path = re.split("[?#]", rest)[0].rstrip("/").partition("/")
+        return posixpath.basename(path) or (host if scheme in ("s3", "gs") else scheme)  # a bucket's name, but no host's
+    is_path = place.startswith(("/", ".", "~")) or place.count("/") > (1 if hub else 0)
+    return posixpath.basename(place.rstrip("/")) if is_path else place
 
 
 def _metrics(results: dict[str, Any], name: str) -> dict[str, float]:

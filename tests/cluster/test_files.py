@@ -1,13 +1,20 @@
 """The files in cluster/ are what Ray's launcher, EC2 and a Kubernetes API server take."""
 
+import ast
 import copy
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
+from medray.config.serving import LimitsConfig, ServeConfig
+from medray.plan.groups import quantity
 from tests.cluster.kuberay import check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +82,40 @@ def test_ec2_takes_every_node_config():
         assert group["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
 
 
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_nodes_log_in_to_the_registry_of_their_images(name):
+    config = launcher(name)
+    images = {config["docker"]["image"], *(node["docker"]["worker_image"] for node in config["available_node_types"].values() if "docker" in node)}
+    (registry,) = {image.partition("/")[0] for image in images}
+    (login,) = [command for command in config["initialization_commands"] if registry in command]
+    if name == "aws":
+        assert registry.split(".")[3] == config["provider"]["region"] and f"--region {config['provider']['region']} | docker login" in login
+
+
+def test_the_head_may_look_up_the_ami():
+    text = (ROOT / "cluster/aws.yaml").read_text()
+    assert "resolve:ssm:/aws/service/" in text
+    assert re.search(r"for the head, which starts nodes:[^.]*ssm:GetParameters on arn:aws:ssm:REGION::parameter/aws/service/\*", text)
+
+
+@pytest.mark.parametrize(("gpus", "driver_after", "status"), [(False, 0, 0), (True, 0, 0), (True, 3, 0), (True, None, 1)])
+def test_google_nodes_wait_for_the_driver_within_bounds(tmp_path, gpus, driver_after, status):
+    """The command itself, run by bash as Ray runs it, with other devices and without the real waiting."""
+    (command,) = [command for command in launcher("gcp")["initialization_commands"] if "nvidia-smi" in command]
+    (tmp_path / "0000:00:04.0").mkdir()
+    (tmp_path / "0000:00:04.0/vendor").write_text("0x10de\n" if gpus else "0x1af4\n")
+    calls = tmp_path / "calls"
+    calls.touch()
+    for tool, body in (("sleep", f"echo slept $1 >> {calls}"), ("nvidia-smi", f"[ $(grep -c slept {calls}) -ge {10**6 if driver_after is None else driver_after} ]")):
+        (tmp_path / tool).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / tool).chmod(0o755)
+    assert "/sys/bus/pci/devices/*" in command
+    done = subprocess.run(["bash", "-c", f"true && ({command.replace('/sys/bus/pci/devices', str(tmp_path))})"], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True)
+    slept = [int(line.split()[1]) for line in calls.read_text().splitlines()]
+    assert (done.returncode, len(slept)) == (status, {None: 90}.get(driver_after, driver_after)), done.stderr
+    assert ("no NVIDIA driver" in done.stderr) == bool(status) and sum(slept) <= 900
+
+
 @pytest.mark.parametrize("name", KUBERAY)
 def test_kubernetes_takes_every_document(name):
     documents = read(name)
@@ -117,9 +158,55 @@ def test_clusters_on_kubernetes_are_guarded(name):
         (container,) = group["template"]["spec"]["containers"]
         assert container["resources"]["limits"] == container["resources"]["requests"], "a pod that may be evicted for memory takes its rows with it"
         assert container["image"].endswith("-gpu" if "nvidia.com/gpu" in container["resources"]["limits"] else "-cpu")
-    budgets = [one["spec"]["selector"]["matchLabels"] for one in read(name) if one["kind"] == "PodDisruptionBudget"]
+    budgets = [one["spec"] for one in read(name) if one["kind"] == "PodDisruptionBudget"]
     labels = {"ray.io/cluster": document["metadata"]["name"], "ray.io/node-type": "head"} | cluster["headGroupSpec"]["template"].get("metadata", {}).get("labels", {})
-    assert any(selector.items() <= labels.items() for selector in budgets), "a budget that selects no pod guards nothing"
+    assert any(one["selector"]["matchLabels"].items() <= labels.items() for one in budgets), "a budget that selects no pod guards nothing"
+    for budget in budgets:
+        assert set(budget) == {"minAvailable", "selector"} and budget["minAvailable"] == 1, "for pods of a RayCluster nothing else is worked out: no drain would ever go on"
+
+
+def test_the_service_account_of_all_pods_is_in_a_file_of_its_own():
+    (account,) = yaml.safe_load_all((ROOT / "cluster/kuberay/serviceaccount.yaml").read_text())
+    check(account)
+    for name in KUBERAY:
+        assert {one["kind"] for one in read(name)}.isdisjoint({"ServiceAccount"})
+        used = set(re.findall(r"serviceAccountName: (\S+)", (ROOT / f"cluster/kuberay/{name}.yaml").read_text()))
+        assert (account["kind"], used) == ("ServiceAccount", {account["metadata"]["name"]})
+        assert "apply -f cluster/kuberay/serviceaccount.yaml" in (ROOT / f"cluster/kuberay/{name}.yaml").read_text()
+    assert "apply -f cluster/kuberay/serviceaccount.yaml" in (ROOT / "docs/how-to/kubernetes.md").read_text().partition("## A job")[0]
+
+
+def clusters():
+    for name in KUBERAY:
+        spec = read(name)[-1]["spec"]
+        yield spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+
+
+def test_pods_fit_on_the_disks_that_the_how_to_names():
+    rows = re.findall(r"^ *\| ([a-z, ]+) \| (\d+) GiB \| (\d+) \| (\d+) \|$", (ROOT / "docs/how-to/kubernetes.md").read_text(), re.MULTILINE)
+    disks = {group: tuple(map(int, numbers)) for groups, *numbers in rows for group in groups.split(", ")}
+    for cluster in clusters():
+        for name, group in [("head", cluster["headGroupSpec"]), *((group["groupName"], group) for group in cluster["workerGroupSpecs"])]:
+            pod = group["template"]["spec"]
+            asked = quantity(pod["containers"][0]["resources"]["requests"]["ephemeral-storage"]) / 2**30
+            spill = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "spill"]
+            wanted, gke, eks = disks[name]
+            assert [quantity(size) / 2**30 for size in spill] == [asked] == [wanted], name
+            # GKE: 94 % of the disk is a file system, of which a tenth is kept from pods, and what the second bracket says. EKS: a tenth and 1 GiB.
+            assert asked <= 0.9 * 0.94 * gke - min(0.5 * gke, 6 + 0.35 * gke, 100) and asked <= 0.9 * eks - 1, name
+
+
+def test_the_endpoints_pods_have_time_to_finish_their_answers():
+    from ray._private import ray_constants
+
+    config = yaml.safe_load(read("rayservice")[-1]["spec"]["serveConfigV2"])["applications"][0]["args"]
+    served = ServeConfig.model_validate(config)
+    (workers,) = read("rayservice")[-1]["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    variables = {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
+    drain = float(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"), "Ray reads the variable by this name"
+    assert max(served.drain_seconds, served.limits.seconds, LimitsConfig().seconds) < drain < pod["terminationGracePeriodSeconds"]
 
 
 def test_serve_takes_the_services_config():
@@ -157,3 +244,58 @@ def test_the_images_are_made_of_what_is_there():
     for pin in ("torch==", "torchvision=="):
         (pinned,) = [line for line in (ROOT / "requirements" / "cpu.txt").read_text().splitlines() if line.startswith(pin)]
         assert any(f'"{pinned}+cpu"' in line for line in lines)
+
+
+def exported_metrics():
+    """{name: label names} of what serve/ exports, with the names that Ray's own recorder gives them."""
+    calls = [node for path in (ROOT / "serve").glob("*.py") for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Counter", "Gauge", "Histogram")]
+    made = [(call.func.id, *(ast.literal_eval(argument) for argument in call.args)) for call in calls]
+    program = f"""
+from prometheus_client import REGISTRY
+from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
+recorder = OpenTelemetryMetricRecorder()
+for kind, name, about, *more in {made!r}:
+    getattr(recorder, f"register_{{kind.lower()}}_metric")(name, about, *more[:-1])
+    recorder.set_metric_value(name, dict.fromkeys(more[-1], "x"), 1.0)
+print(repr({{sample.name: sorted(sample.labels) for metric in REGISTRY.collect() for sample in metric.samples if "medray" in sample.name}}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    return ast.literal_eval(done.stdout.splitlines()[-1])
+
+
+def test_every_metric_that_is_shown_exists():
+    import ray
+
+    board = json.loads((ROOT / "cluster/grafana.json").read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked += re.findall(r"\| `([^`]+)` \|$", (ROOT / "docs/how-to/monitoring.md").read_text(), re.MULTILINE)
+    ours = exported_metrics()
+    rays = "".join(path.read_text() for folder in ("serve", "dashboard/modules", "autoscaler/_private", "_private") for path in (Path(ray.__file__).parent / folder).rglob("*.py"))
+    shown = set()
+    for query in asked:
+        names = set(re.findall(r"\b(?:ray|autoscaler)_\w+", query))
+        shown |= names
+        assert names, query
+        for name in names:
+            if name.startswith("ray_medray"):
+                assert name in ours, name
+                assert set(re.findall(r"\w+", re.search(r"by \(([^)]*)\)", query)[1])) <= set(ours[name]), query
+            else:
+                assert re.search(rf"\b({name}|{name.partition('_')[2]})\b", rays), name  # in Ray's own dashboards, or where it is made
+    assert {re.sub("_(total|bucket)$", "", name) for name in shown if name.startswith("ray_medray")} == {"ray_medray_serve_requests", "ray_medray_serve_seconds"}
+    assert "autoscaler_recently_failed_nodes" not in shown, "with the second autoscaler: machines that are being ended"
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_a_jobs_keys_go_by_a_file(tmp_path):
+    """The file that the how-to shows is what Ray's command takes, and no how-to puts a key on a command line."""
+    from ray.dashboard.modules.dashboard_sdk import parse_runtime_env_args
+
+    text = (ROOT / "docs/how-to/aws.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "env.yaml").write_text(shown)
+    environment = parse_runtime_env_args(runtime_env=str(tmp_path / "env.yaml"), working_dir=".")
+    assert set(environment) == {"env_vars", "working_dir"} and all(isinstance(value, str) for value in environment["env_vars"].values())
+    assert "--working-dir . --runtime-env ~/medray-env.yaml" in text
+    for path in [*(ROOT / "docs/how-to").glob("*.md"), *(ROOT / "cluster").rglob("*.yaml")]:
+        assert not re.search(r"--(from-literal|runtime-env-json|set)[= ]\S*(API_KEY|PASSWORD)", path.read_text()), path

@@ -1,11 +1,24 @@
 """models.json and the cards beside exports."""
 
+import re
+import typing
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from medray.config import InstructionFreeConfig, SelfTrainingConfig
-from medray.methods.model_card import INSTRUCTION_FREE, NOT_A_DEVICE, SELF_TRAINING, card, publish_models
+from medray.config import ClinicianPreferenceConfig, InstructionFreeConfig, SelfTrainingConfig, fields_of
+from medray.methods.model_card import (
+    _LOCAL,
+    _PLACES,
+    _WHERE,
+    CLINICIAN_PREFERENCE,
+    INSTRUCTION_FREE,
+    NOT_A_DEVICE,
+    SELF_TRAINING,
+    card,
+    publish_models,
+)
 from medray.methods.stages import Model
 from medray.run import Run
 
@@ -63,3 +76,54 @@ def test_no_number_no_metadata():
 def test_places_are_not_told(place):
     text = card(SelfTrainingConfig(model={"path": place}), SELF_TRAINING, "sft", RESULTS)
     assert "secret" not in text and "# base, self-training (sft)" in text
+
+
+def settings_in(text):
+    return yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("postgresql+psycopg://clinic:s3cret@db.secret.example:5432/judgements?sslmode=require", "judgements"), ("postgresql+psycopg://clinic:s3/cret@secret/judgements", "judgements"),
+        ("postgresql+psycopg://clinic@secret/judgements?password=s3cret", "judgements"), ("postgresql+psycopg://clinic:s3cret@secret", "postgresql+psycopg"), ("sqlite:////secret/judgements.db", "judgements.db"),
+    ],
+)
+def test_of_a_database_only_its_name_is_told(source, told):
+    text = card(ClinicianPreferenceConfig(clinicians={"kind": "database", "source": source}), CLINICIAN_PREFERENCE, "selected", RESULTS)
+    assert settings_in(text)["clinicians"]["source"] == told
+    assert not re.search(r"s3/?cret|secret", text)
+
+
+def test_no_other_field_tells_a_place():
+    config = SelfTrainingConfig(
+        model={"path": "org/base", "chat_template": "secret/llava.jinja"}, data={"source": "secret/wbc", "images": "/secret/scans/"},
+        judge={"base_url": "http://me:secret@judge.secret.example:8000/v1", "model": "s3://secret/judges/7b"}, cluster={"address": "ray://10.0.0.5:10001", "data_labels": {"zone": "secret"}},
+        sft={"place": {"labels": {"zone": "secret"}}}, self_play={"describe_prompt": "As in https://me:secret@x.example/how, describe it."},
+    )
+    text = card(config, SELF_TRAINING, "sft", RESULTS)
+    told = settings_in(text)
+    assert "secret" not in text and "10.0.0.5" not in text
+    assert (told["model"]["path"], told["model"]["chat_template"], told["data"]["images"]) == ("org/base", "llava.jinja", "scans"), "a hub id is public"
+    assert (told["judge"]["base_url"], told["judge"]["model"], told["self_play"]["describe_prompt"]) == ("v1", "7b", "As in https://me@x.example/how, describe it.")
+    assert SelfTrainingConfig.model_validate(told).data.source == "wbc"
+
+
+def test_what_is_everybodys_is_told():
+    told = settings_in(card(ClinicianPreferenceConfig(judge={}), CLINICIAN_PREFERENCE, "selected", RESULTS))
+    assert (told["judge"]["base_url"], told["judge"]["model"], told["demonstrations"]["encoder"]) == ("https://api.openai.com/v1", "gpt-4o", "testbed:encoder")
+
+
+@pytest.mark.parametrize("cls", [SelfTrainingConfig, InstructionFreeConfig, ClinicianPreferenceConfig])
+def test_every_field_that_names_a_place_is_known(cls):
+    """By its description: a new one must not stand in cards as it is."""
+
+    def unknown(section):
+        for name, inner in fields_of(section).items():
+            field = section.model_fields[name]
+            if name not in _WHERE and inner:
+                yield from unknown(inner)
+            elif name not in _WHERE | _PLACES and str in (field.annotation, *typing.get_args(field.annotation)) and re.search(r"\b(folder|file|path|address|URL|hub id|s3)\b", field.description, re.IGNORECASE):
+                yield f"{section.__name__}.{name}"
+
+    assert not list(unknown(cls)) and _LOCAL <= _PLACES
