@@ -196,7 +196,7 @@ def test_a_slow_answer_is_given_up(endpoint):
         yield "data: {}\n\n"
         await asyncio.sleep(30)
 
-    streamed = ask(endpoint(lambda: Slow(words(), media_type="text/event-stream"), limits={"seconds": 0.3}), json=chat(stream=True))
+    streamed = ask(endpoint(lambda: Slow(words(), media_type="text/event-stream"), limits={"seconds": 5}), json=chat(stream=True))
     events = streamed.text.split("\n\n")
     assert events[0] == "data: {}" and json.loads(events[1].removeprefix("data: "))["error"]["code"] == "timeout" and events[2] == "data: [DONE]"
 
@@ -212,9 +212,11 @@ def test_an_answer_that_does_not_come_is_408(endpoint):
     assert answer.status_code == 408 and error_of(answer)["code"] == "timeout"
 
 
-def test_logs_tell_who_and_how_long_and_nothing_of_what(endpoint, caplog):
+def test_logs_tell_who_and_how_long_and_nothing_of_what(endpoint, caplog, monkeypatch):
     client = endpoint()
-    with caplog.at_level(logging.DEBUG):
+    for name, value in (("handlers", [caplog.handler]), ("propagate", False)):  # else not seen where an earlier test has started Ray, which keeps its own logs
+        monkeypatch.setattr(logging.getLogger("ray.serve"), name, value)
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, logger="ray.serve"):
         ask(client, json=chat(words=SECRET, image=picture()), headers={"X-Request-ID": "r1"})
         ask(client, json=chat("none", words=SECRET))
         ask(client, json=chat(words=SECRET, image="data:image/png;base64,AAAA"), headers={"X-Request-ID": "bad\nid"})
