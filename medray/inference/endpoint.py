@@ -1,7 +1,8 @@
 """An OpenAI-compatible endpoint: GPT-4o, a vLLM server or any other.
 
 Requests in flight are bounded per client; 429, 5xx and timeouts are retried with exponential backoff and jitter, then
-the request has failed. Where every request fails no row is to blame, and the stage stops, to be gone on with. The key comes from the environment of the node the client runs on, and is never logged.
+the request has failed. Where every request fails no row is to blame, and the stage stops, to be gone on with. The key comes
+from the environment of the node the client runs on, and is never logged.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from urllib.parse import urlsplit
 import httpx
 
 from medray.config import DataConfig, EndpointConfig
+from medray.config.section import without_passwords
 from medray.errors import StageError
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-_REFUSED = frozenset({401, 402, 403, 404})  # whatever is asked: the key, the account, the address or the model's name is wrong
+_REFUSED = frozenset({401, 402, 404})  # whatever is asked: the key, the account, the address or the model's name is wrong
+_FORBIDDEN = 403  # a key without the right to this, or what one request asks
 _GIVE_UP = 10  # requests that failed one after the other, each after its retries
 _LONGEST_WAIT = 60.0
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
@@ -105,6 +108,8 @@ class Endpoint:
                 problem = f"HTTP {response.status_code}: {response.text[:200]}"
                 if response.status_code in _REFUSED:
                     raise self._down(problem)
+                if response.status_code == _FORBIDDEN:
+                    raise self._failure(problem)
                 if response.status_code not in _RETRIED:
                     self._failed = 0
                     raise EndpointError(problem)
@@ -112,14 +117,16 @@ class Endpoint:
             if attempt < self.config.retries:
                 usage.retries += 1
                 await asyncio.sleep(min(wait, _LONGEST_WAIT))
-        problem = f"{problem} (after {self.config.retries} retries)"
+        raise self._failure(f"{problem} (after {self.config.retries} retries)")
+
+    def _failure(self, problem: str) -> EndpointError | EndpointDown:
         self._failed += 1
-        if self._failed >= _GIVE_UP:
-            raise self._down(f"{self._failed} requests one after the other failed, the last with {problem}")
-        raise EndpointError(problem)
+        if self._failed < _GIVE_UP:
+            return EndpointError(problem)
+        return self._down(f"{self._failed} requests one after the other failed, the last with {problem}")
 
     def _down(self, problem: str) -> EndpointDown:
-        where = f"{self._section}.base_url {self.config.base_url}, {self._section}.model {self.config.model}, the key in {self.config.key_env}"
+        where = f"{self._section}.base_url {without_passwords(self.config.base_url)}, {self._section}.model {self.config.model}, the key in {self.config.key_env}"
         return EndpointDown(f"{self._section}: the endpoint answers no request: {problem}. Look at {where}")
 
 

@@ -97,6 +97,9 @@ def test_requests_that_fail_one_after_the_other_are_the_endpoints_fault(api, png
     with pytest.raises(EndpointDown, match=r"10 requests one after the other failed, the last with HTTP 503.*rate.base_url"):
         rate(exchanges(png, "x"))
     assert api(Peer(failures=10**6, status=400), concurrency=1)(exchanges(png, *"abcdefghijkl")).num_rows == 12
+    with pytest.raises(EndpointDown, match="HTTP 403"):
+        api(Peer(failures=10**6, status=403), concurrency=1)(exchanges(png, *"abcdefghij"))
+    assert api(Peer(failures=1, status=403, script=lambda text: "8"), concurrency=1)(exchanges(png, "a", "b"))["score"].to_pylist() == [None, 8]
 
 
 @pytest.mark.ray
