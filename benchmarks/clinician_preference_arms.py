@@ -16,10 +16,10 @@ Without --data the arms are run on the synthetic cells. The clinicians are simul
 the share of their ticks that are wrong.
 
 Columns: strict accuracy on held-out questions, whole and by kind; `win rate`, against the base model (with --set judge=...); `right`, the
-share of right answers in the dialogues tuned on; of the rating model `alignment` with held-out pairs of the clinicians, `pairs`, those
-of the rating VLM, `truth`, its AUC of right against wrong answers about images it was not trained on, and `untold`, the same of answers to
-what the caption does not state. Writes table.md and report.html
-(plots) into --runs, prints the Markdown tables (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
+share of right answers in the dialogues tuned on, and their `variety`: effectively different exchanges per exchange; of the rating model
+`alignment` with held-out pairs of the clinicians, `pairs`, those of the rating VLM, `truth`, its AUC of right against wrong answers about
+images it was not trained on, and `untold`, the same of answers to what the caption does not state. Writes table.md and report.html (plots)
+into --runs, prints the Markdown tables (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ CONTRASTS = {
 }
 """The claims of the paper, as means of arms minus means of others."""
 
-COLUMNS = ("all", "open", "closed", "mcq", "win rate", "right", "alignment", "pairs", "truth", "untold")
+COLUMNS = ("all", "open", "closed", "mcq", "win rate", "right", "variety", "alignment", "pairs", "truth", "untold")
 
 
 def against(arm: str) -> str | None:
@@ -90,6 +90,8 @@ def measures(results: dict[str, Any], model: str | None, rater: dict[str, Any] |
         "win rate": results["win_rates"].get(f"{model} against base", {}).get("win_rate"), "right": truth["right"].get("written" if model == "all" else model or ""),
         "alignment": None, "pairs": None, **{name: found.get("rating model") if rater is results["rater"] else None for name, found in auc.items()},
     }
+    variety = results["variety"].get(model or "")
+    found["variety"] = variety and variety["kept"] / results["counts"][f"10-select-{model}"]["exchanges kept"]
     for name, origin in (("alignment", "clinician"), ("pairs", "model")):
         if rater and rater.get(origin):
             found[name] = rater[origin]["pair_accuracy"]

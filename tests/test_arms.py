@@ -68,6 +68,7 @@ def clinician_results(base, **arms):
         "scores": {"base": scores(base), **{name: scores(value) for name, value in arms.items()}} if arms else {}, "win_rates": {}, "rater": {**rater, "weights": [
             {**rater, "weight": 1.0, "clinician": {"pair_accuracy": score(0.6)}}, rater]},
         "truth": {"right": {"written": 0.7, "selected": 0.9}, "auc": {"rating model": 0.75}, "auc, not in the caption": {"rating model": None}},
+        "variety": {arm: {"before": 90.0, "kept": 30.0} for arm in arms}, "counts": {f"10-select-{arm}": {"exchanges kept": 60} for arm in arms},
     }
 
 
@@ -101,6 +102,7 @@ def test_tables_of_recorded_runs(studies, tmp_path, monkeypatch):
     assert list(found) == ["zero-shot", "random, 10 %", "mixture, 10 %", "w grid, w 1", "w grid, w 100"]
     assert (found["mixture, 10 %"][1]["all"], found["mixture, 10 %"][1]["open"], found["mixture, 10 %"][1]["right"]) == (60, 30, 90)
     assert (found["mixture, 10 %"][0]["alignment"], found["mixture, 10 %"][0]["truth"], found["random, 10 %"][0]["alignment"]) == (80, 75, None)
+    assert (found["mixture, 10 %"][0]["variety"], found["zero-shot"][0]["variety"]) == (50, None)
     assert [found[f"w grid, w {w}"][0]["alignment"] for w in (1, 100)] == [60, 80]
     differences = arms.differences(study, found)
     assert {seed: round(values["all"], 6) for seed, values in differences["mixture, 10 % minus random, 10 %"].items()} == {0: 10, 1: 20}

@@ -43,7 +43,7 @@ _UNIT = pa.schema([
     ("places", pa.list_(pa.int64())),  # of its exchanges among the rows of the shards
 ])
 _GLOBAL = "all"
-# Of exchanges that are alike: bins by a hash of their words, how many of the average each has beside its own, and parts of a score that count.
+# Of exchanges that are alike: bins by a hash of their words; in a mean over them how many of the average each has beside its own, and parts of a score that count.
 _BINS, _PRIOR, _UNITS = 2**20, 3, 2**20
 
 
@@ -54,16 +54,18 @@ def select(scored: str, out_uri: str, config: SelectConfig) -> dict[str, Any]:
         scored: shards of records.SCORED. A dialogue with a turn that has no score is left out and counted (with aggregate turns,
             that turn alone); so is every exchange whose sample_id is there for a second time.
 
-    Returns {"counts": {...}, "mix": {modality: {"before", "kept", "share before", "share kept", "mean score before", "mean score kept"}}},
-    where before and kept count dialogues, or turns where they are ranked by themselves.
+    Returns {"counts": {...}, "mix": {modality: {"before", "kept", "share before", "share kept", "mean score before", "mean score kept"}},
+    "variety": {"before", "kept"}}, where before and kept of the mix count dialogues, or turns where they are ranked by themselves, and those of
+    the variety are effective numbers of different exchanges: e to the entropy (nats) of how often each question and answer is there.
 
     Raises DataError where nothing has a score.
     """
     counts: Counter[str] = Counter()
     mix: dict[str, Counter[str]] = {}
+    before, after = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
     with ExitStack() as files:
         total = count_rows(scored)
-        by_image = files.enter_context(Ordered(_placed(scored, _levels(scored, config)), hashed("image_id"), total, then=["image_id", "dialogue_id", "turn", "sample_id"]))
+        by_image = files.enter_context(Ordered(_tallied(_placed(scored, _levels(scored, config)), before), hashed("image_id"), total, then=["image_id", "dialogue_id", "turn", "sample_id"]))
         units = files.enter_context(Ordered(_units(by_image, config, counts, mix), lambda table: table["tie"].to_numpy(), total, then=["unit"]))
         if not counts["ranked"]:
             raise DataError(f"{scored}: no dialogue to choose from ({dict(counts)}); the column score of its rows is null throughout")
@@ -71,8 +73,26 @@ def select(scored: str, out_uri: str, config: SelectConfig) -> dict[str, Any]:
         places = files.enter_context(Ordered(kept, evenly("place", total), total))
         exchanges = files.enter_context(Ordered(_looked_up(scored, places), hashed("dialogue_id"), total, then=["dialogue_id", "turn"]))
         empty_folder(out_uri)
-        write_shard(_conversations(exchanges, counts), out_uri, "part")
-    return {"counts": {"exchanges": total, **counts}, "mix": _shares_of(mix)}
+        write_shard(_conversations(_tallied(exchanges, after), counts), out_uri, "part")
+    return {"counts": {"exchanges": total, **counts}, "mix": _shares_of(mix), "variety": {"before": _variety(before), "kept": _variety(after)}}
+
+
+def _bins(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
+    """A bin (N,) of each exchange by the words of these columns."""
+    texts = zip(*(table[name].to_pylist() for name in columns), strict=True)
+    return np.array([hash64("\0".join(normal(word or "") for word in words)) % _BINS for words in texts], np.int64)
+
+
+def _tallied(exchanges: Iterable[pa.Table], counts: np.ndarray) -> Iterator[pa.Table]:
+    """The same tables; how often each question and answer is there is added to `counts`, by bin."""
+    for table in exchanges:
+        np.add.at(counts, _bins(table, ("question", "answer")), 1)
+        yield table
+
+
+def _variety(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def _levels(scored: str, config: SelectConfig) -> Callable[[pa.Table], np.ndarray]:
@@ -83,20 +103,15 @@ def _levels(scored: str, config: SelectConfig) -> Callable[[pa.Table], np.ndarra
     if config.relative_to is None:
         return lambda table: np.zeros(table.num_rows)
     columns = ("question",) if config.relative_to == "question" else ("question", "answer")
-
-    def bins(table: pa.Table) -> np.ndarray:
-        texts = zip(*(table[name].to_pylist() for name in columns), strict=True)
-        return np.array([hash64("\0".join(normal(word or "") for word in words)) % _BINS for words in texts], np.int64)
-
     sums, counts = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)  # of whole numbers: in any order the same
     for table in tables(scored, [*columns, "score"], 2**12):
         score_N = table["score"].cast(pa.float64()).to_numpy()  # null is NaN
         known = ~np.isnan(score_N)
-        mine = bins(table)[known]
+        mine = _bins(table, columns)[known]
         np.add.at(sums, mine, np.rint(score_N[known] * _UNITS).astype(np.int64))
         np.add.at(counts, mine, 1)
     level = (sums - counts * (sums.sum() / max(counts.sum(), 1))) / (counts + _PRIOR) / _UNITS
-    return lambda table: level[bins(table)]
+    return lambda table: level[_bins(table, columns)]
 
 
 def _placed(scored: str, levels: Callable[[pa.Table], np.ndarray]) -> Iterator[pa.Table]:

@@ -60,7 +60,7 @@ def write_report(
         win_rates: win_rate.win_rate by "arm against other"; {} without a judge.
 
     Returns the results, as in results.json: `accuracy` and `scores` per model, `differences` {model: {other: paired difference}}, `win_rates`,
-    `rater` (its weight and quality, and of the others in `weights`), `clinicians`, `truth`, `mix` {arm: ...}, `counts`, `ledgers`, `attempts`,
+    `rater` (its weight and quality, and of the others in `weights`), `clinicians`, `truth`, `mix` and `variety` {arm: ...}, `counts`, `ledgers`, `attempts`,
     `seconds`, `table` (text).
     """
     timeline = timeline_of(run, shared)
@@ -79,7 +79,7 @@ def write_report(
             "kind": clinicians.kind, "error_rate": clinicians.error_rate if clinicians.kind == "simulated" else None, **judged["counts"], "agreement": judged["agreement"],
         },
         "truth": against_truth(config, made, kept),
-        "mix": {arm: one["outputs"]["mix"] for arm, one in kept.items() if "mix" in one["outputs"]},
+        **{part: {arm: one["outputs"][part] for arm, one in kept.items() if part in one["outputs"]} for part in ("mix", "variety")},
         **recorded(timeline),
         "ledgers": {stage["stage"]: stage["outputs"]["ledger"] for stage in timeline if "ledger" in stage["outputs"]},
     }
@@ -123,7 +123,7 @@ def render(
         ("What the clinicians were shown", _judged_gallery(made)),
         ("The rating model", _rater(results["rater"])),
         ("Against the true attributes", _truth(results["truth"])),
-        ("Selection: modalities before and after", _mix(results["mix"])),
+        ("Selection: modalities and variety before and after", _mix(results["mix"]) + _variety(results["variety"])),
         ("Best and worst of some scored answers", _scored_gallery(made)),
         ("By attribute", attributes_table(results["scores"]) if results["scores"] else ""),
         ("Answers: length and form", form_table(results["scores"]) if results["scores"] else ""),
@@ -203,6 +203,12 @@ def _mix(mix: dict[str, Any]) -> str:
     rows = [[arm, modality, *found.values()] for arm, by_modality in mix.items() for modality, found in by_modality.items()]
     heads = next((list(found) for by_modality in mix.values() for found in by_modality.values()), [])
     return report.table(["dialogues", "modality", *heads], rows) if rows else ""
+
+
+def _variety(variety: dict[str, Any]) -> str:
+    rows = [[arm, *(f"{found[when]:.0f}" for when in ("before", "kept"))] for arm, found in variety.items()]
+    note = "Effective number of different exchanges (e to the entropy of question and answer). A selection far below the random one of its size prefers easy questions and common answers: select.relative_to."
+    return f'<p class="soft">{note}</p>' + report.table(["dialogues", "before", "kept"], rows) if rows else ""
 
 
 def _card(image: bytes | None, head: str, lines: list[tuple[str, str]], below: str = "") -> str:

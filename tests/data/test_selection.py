@@ -117,12 +117,14 @@ def test_scores_relative_to_their_like_keep_what_is_hard_and_what_is_rare(chosen
     summary, kept = chosen(rows, relative_to=relative_to, fraction=0.25)
     said = Counter(f"{question['text'].split()[-1].strip('?').lower()}, {answer['text']}" for question, answer in (row["turns"] for row in kept.values()))
     assert said == expected
+    assert summary["variety"] == pytest.approx({"before": 4, "kept": len(expected)}), "all as often as each other"
     assert summary["mix"]["ct"]["mean score kept"] == pytest.approx(sum(row["score"] for row in rows if row["dialogue_id"] in kept) / 80), "what is told is the score itself"
 
 
 def test_what_has_no_like_is_ranked_by_its_score(chosen):
-    _, kept = chosen([row for number in range(30) for row in dialogue(f"i{number}/d0", [float(number)], answers=[f"answer {number}"])], relative_to="exchange", fraction=0.2)
+    summary, kept = chosen([row for number in range(30) for row in dialogue(f"i{number}/d0", [float(number)], answers=[f"answer {number}"])], relative_to="exchange", fraction=0.2)
     assert set(kept) == {f"i{number}/d0" for number in range(24, 30)}
+    assert summary["variety"] == pytest.approx({"before": 30, "kept": 6})
 
 
 def test_a_turn_without_a_score_leaves_its_dialogue_out_and_is_counted(chosen):

@@ -153,7 +153,7 @@ def test_report_opens_offline_and_shows_what_it_must(finished):
     page = (run / "report.html").read_text()
     for heading in (
         "Before and after", "simulated clinicians, error rate 0.1", "Images drawn for the clinicians", "What the clinicians were shown", "The rating model",
-        "Against the true attributes", "Selection: modalities before and after", "Training", "Rows: kept", "Time",
+        "Against the true attributes", "Selection: modalities and variety before and after", "Training", "Rows: kept", "Time",
     ):
         assert heading in page
     assert "data:image/jpeg;base64" in page
