@@ -10,6 +10,8 @@ docs/serving.md says what is served, what is refused and how to roll out another
 # Ray Serve reads the annotation of `build` as a class: no `from __future__ import annotations` here.
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
@@ -21,7 +23,7 @@ from ray.serve.llm.ingress import OpenAiIngress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from ray.util.metrics import Counter, Histogram
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from medray.config.serving import ServeConfig
 from serve.chat_request import ApiError
@@ -52,8 +54,9 @@ class Ingress(OpenAiIngress):
         self.handles = handles
         self.config = ServeConfig.model_validate(config)
         self.tokens = None if holders is None else Tokens({digest: Holder(*holder) for digest, holder in holders.items()})
-        self.requests = Counter("medray_serve_requests", "Chat requests, by model and status.", ("model", "status"))
+        self.requests = Counter("medray_serve_requests", "Chat requests, and others that failed, by model and status.", ("model", "status"))
         self.seconds = Histogram("medray_serve_seconds", "Seconds until a chat request was answered, or its stream began.", [0.1, 0.3, 1, 3, 10, 30, 100], ("model",))
+        self.looking = ThreadPoolExecutor(1, "status")  # its own, so that a controller that does not answer holds up nothing else
         self.endpoint = Endpoint(self.config, [Hosted.model_validate(model) for model in models], self.answer, self.ready, self.observe, examples)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -62,22 +65,28 @@ class Ingress(OpenAiIngress):
     async def answer(self, body: dict[str, Any], number: str) -> Response:
         """A checked request, as the model's replica answers it.
 
-        Raises ApiError for what the engine refuses (4xx) and where no replica can take it (503).
+        Raises ApiError for what the engine refuses (4xx) and where no replica can take it (503); so does a stream whose replica is lost.
         """
         try:
             # Nothing of the caller's headers goes further than this but the request's id.
             scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [(b"x-request-id", number.encode())]}
-            return await self.chat(ChatCompletionRequest.model_validate(body), Request(scope))
+            response = await self.chat(ChatCompletionRequest.model_validate(body), Request(scope))
         except (BackPressureError, DeploymentUnavailableError):
             raise _busy("too many requests are waiting for this model; try again") from None
         except Exception as error:
             raise _told(error, number) from error
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = _streamed(response.body_iterator, number)
+        return response
 
     async def ready(self) -> dict[str, bool]:
-        """By model, whether it can answer."""
+        """By model, whether it can answer; none where the controller does not say."""
         application = serve.get_replica_context().app_name
-        status = await asyncio.to_thread(serve.status)
-        found = status.applications[application].deployments
+        try:
+            status = await asyncio.get_running_loop().run_in_executor(self.looking, serve.status)
+            found = status.applications[application].deployments
+        except (RayError, RayServeException, KeyError):
+            return {}
         return {
             name: deployment.status in ("HEALTHY", "UPSCALING", "DOWNSCALING") or deployment.replica_states.get("RUNNING", 0) > 0
             for name, handle in self.handles.items() if (deployment := found.get(handle.deployment_name))
@@ -86,6 +95,14 @@ class Ingress(OpenAiIngress):
     def observe(self, model: str, status: int, seconds: float) -> None:
         self.requests.inc(tags={"model": model, "status": str(status)})
         self.seconds.observe(seconds, tags={"model": model})
+
+
+async def _streamed(chunks: Any, number: str) -> AsyncIterator[Any]:
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except Exception as error:
+        raise _told(error, number) from error
 
 
 def _busy(message: str) -> ApiError:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medray.config.serving import LimitsConfig
 
@@ -61,6 +61,14 @@ class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, message: Any) -> Any:
+        """Clients send an answer back as the next turn with all its fields (refusal: null, tool_calls: []): those that say nothing are no error."""
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            return message
+        return {key: value for key, value in message.items() if key in cls.model_fields or not (value is None or (key in ("tool_calls", "annotations") and value == []))}
 
     @field_validator("content", mode="before")
     @classmethod
@@ -128,7 +136,7 @@ _DROPPED = {"user", "metadata", "store"}
 def parsed(body: bytes) -> ChatRequest:
     """The request in a body. Raises ApiError (400) that names the field."""
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode())  # of bytes it would also read UTF-16, and surrogates
         if b"\\ud" in body.lower():
             # JSON can write half a surrogate pair, which no tokenizer can read.
             json.dumps(value, ensure_ascii=False).encode()
@@ -199,8 +207,8 @@ def _check_schema(value: Any, param: str, depth: int) -> None:
         for key, inner in value.items():
             if key == "patternProperties" or (key == "pattern" and isinstance(inner, str)):
                 raise ApiError(f"{param}: {key} is not supported here", param=param, code="unsupported_parameter")
-            if key in _COUNTS and isinstance(inner, int | float) and inner > _LARGEST_COUNT:
-                raise ApiError(f"{param}: {key} is {inner:g}, at most {_LARGEST_COUNT} is allowed", param=param, code="limit_exceeded")
+            if key in _COUNTS and isinstance(inner, int | float) and not inner <= _LARGEST_COUNT:  # NaN is not either
+                raise ApiError(f"{param}: {key}: at most {_LARGEST_COUNT} is allowed", param=param, code="limit_exceeded")
             _check_schema(inner, param, depth + 1)
     elif isinstance(value, list):
         for inner in value:

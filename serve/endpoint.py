@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import re
+import math
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 from medray.config.serving import ServeConfig
 from medray.methods.model_card import NOT_A_DEVICE
 from serve.chat_request import ApiError, check, parsed, prepared
-from serve.guard import PAGE_HEADERS, Guard, refused
+from serve.guard import PAGE_HEADERS, Guard, failure, refused, to_the_guard
 from serve.hosted import Hosted
 from serve.images import ImageLoader
 from serve.rate_limit import RateLimit
@@ -30,7 +28,7 @@ from serve.tokens import Holder, Tokens
 
 STATIC = Path(__file__).parent / "static"
 NOBODY = Holder("anyone")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+READY_SECONDS = 5.0  # until /ready gives up
 
 Answer = Callable[[dict[str, Any], str], Awaitable[Response]]
 logger = logging.getLogger("ray.serve")
@@ -42,8 +40,8 @@ class Endpoint:
     Args:
         models: that can be asked, in the order they are listed.
         answer: a checked request and its id -> JSON or server-sent events. Raises ApiError.
-        ready: model -> whether it can answer (a model that starts with its first request can).
-        observe: told of every chat request: model ("" where none was named rightly), status, seconds.
+        ready: model -> whether it can answer (a model that starts with its first request can); models it leaves out cannot.
+        observe: told of every chat request, and of others that failed: model ("" where none was named rightly), status, seconds. Of streams when they end.
         examples: {"question", "reference", "image"} to try, image as a data URI.
     """
 
@@ -55,10 +53,11 @@ class Endpoint:
         self.images = ImageLoader(config.limits)
         self.rates = RateLimit(config.limits.requests_per_minute)
         self.started = int(time.time())
+        self._looking, self._looked, self._ready = asyncio.Lock(), -math.inf, dict.fromkeys(self.models, False)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        began, number = time.monotonic(), _request_id(request)
+        began, number = time.monotonic(), request.state.number
         who, asked = (request.state.holder or NOBODY).name, ""
         try:
             async with asyncio.timeout(self.config.limits.seconds):
@@ -74,13 +73,15 @@ class Endpoint:
             response = error_response(error)
         except TimeoutError:
             response = error_response(_late(self.config.limits.seconds))
-        if isinstance(response, StreamingResponse):
-            response.body_iterator = self._in_time(response.body_iterator, began)
-        response.headers["X-Request-ID"] = number
+        except Exception as error:
+            response = failure(error, number)
         seconds = time.monotonic() - began
         # Who, what for, how long: never what was said or shown.
         logger.info("%s key %s model %s: %d in %.2f s%s", number, who, asked or "-", response.status_code, seconds, ", streams" if isinstance(response, StreamingResponse) else "")
-        self.observe(asked, response.status_code, seconds)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = self._streamed(response.body_iterator, asked, number, seconds)
+        else:
+            self.observe(asked, response.status_code, seconds)
         return response
 
     def _model(self, name: str | None) -> Hosted:
@@ -90,14 +91,28 @@ class Endpoint:
             raise ApiError(f"the model {name!r} is not served; there are {', '.join(self.models)}"[:500], 404, "model", "model_not_found")
         return self.models[name]
 
-    async def _in_time(self, chunks: Any, began: float) -> AsyncIterator[Any]:
-        """The stream up to the request's deadline, then an error event."""
+    async def _streamed(self, chunks: Any, model: str, number: str, seconds: float) -> AsyncIterator[Any]:
+        """The stream, and where it is not over by the request's deadline or breaks off, an error event at its end.
+
+        Args:
+            seconds: that are gone.
+        """
+        broken = None
         try:
-            async with asyncio.timeout(self.config.limits.seconds - (time.monotonic() - began)):
+            async with asyncio.timeout(self.config.limits.seconds - seconds):
                 async for chunk in chunks:
                     yield chunk
+        except ApiError as error:
+            broken = error_response(error)
         except TimeoutError:
-            yield f"data: {json.dumps(_error(_late(self.config.limits.seconds)))}\n\ndata: [DONE]\n\n"
+            broken = error_response(_late(self.config.limits.seconds))
+        except Exception as error:
+            broken = failure(error, number)
+        finally:
+            self.observe(model, broken.status_code if broken else 200, seconds)
+        if broken:
+            logger.info("%s broke off: %d", number, broken.status_code)
+            yield b"data: " + broken.body + b"\n\ndata: [DONE]\n\n"
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -118,9 +133,17 @@ class Endpoint:
         return JSONResponse({"status": "ok"})
 
     async def readiness(self, request: Request) -> Response:
-        """GET /ready: 503 until every model can answer."""
-        ready = await self.ready()
-        return JSONResponse({"ready": all(ready.values()), "models": ready}, 200 if all(ready.values()) else 503)
+        """GET /ready: 503 until every model can answer. Anybody may ask, so one looks at a time, and what is found holds for a second."""
+        async with self._looking:
+            if time.monotonic() - self._looked >= 1:
+                try:
+                    async with asyncio.timeout(READY_SECONDS):
+                        found = await self.ready()
+                except TimeoutError:
+                    found = {}
+                self._ready, self._looked = {name: found.get(name, False) for name in self.models}, time.monotonic()
+        ready = all(self._ready.values())
+        return JSONResponse({"ready": ready, "models": self._ready}, 200 if ready else 503)
 
     async def try_it(self, request: Request) -> Response:
         """GET /try: what the page shows beside the models; behind the key, since examples are images of the run."""
@@ -137,17 +160,8 @@ def _late(seconds: float) -> ApiError:
     return ApiError(f"no whole answer within {seconds:g} seconds; ask for fewer tokens, or try again", 408, None, "timeout", "timeout_error")
 
 
-def _error(error: ApiError) -> dict[str, Any]:
-    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
-
-
 def error_response(error: ApiError) -> JSONResponse:
     return refused(error.status, error.message, error.kind, error.headers, error.param, error.code)
-
-
-def _request_id(request: Request) -> str:
-    given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 async def _page(request: Request) -> Response:
@@ -170,7 +184,8 @@ def make_app(endpoint: Endpoint, tokens: Tokens | None) -> Guard:
         Route("/health", endpoint.health), Route("/ready", endpoint.readiness), Route("/try", endpoint.try_it), Route("/", _page),
         Mount("/static", StaticFiles(directory=STATIC)),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
-    open_paths = {"/", "/static/", "/health", "/ready"} | ({"/v1/", "/try"} if tokens is None else set())
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: to_the_guard})
+    limits = endpoint.config.limits
     return Guard(
-        app, tokens.holder if tokens else lambda token: NOBODY, open_paths, endpoint.config.limits.body_bytes, headers=PAGE_HEADERS)
+        app, tokens.holder if tokens else lambda token: NOBODY, {"/", "/static/", "/health", "/ready"}, limits.body_bytes, headers=PAGE_HEADERS,
+        open_posts={"/v1/", "/try"} if tokens is None else (), body_seconds=limits.seconds, failed=lambda seconds: endpoint.observe("", 500, seconds))

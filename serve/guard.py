@@ -2,18 +2,26 @@
 
     app = Guard(app, tokens.holder, open_paths={"/", "/static/"}, max_body_bytes=2**20, cookie="session")
 
-Errors have the form {"error": {"message", "type", "param", "code"}}, which OpenAI clients know.
+Errors have the form {"error": {"message", "type", "param", "code"}}, which OpenAI clients know. Every answer has the request's id as X-Request-ID.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import re
+import time
+import traceback
+import uuid
 from collections.abc import Callable, Collection, Mapping
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -31,54 +39,94 @@ PAGE_HEADERS = {
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+logger = logging.getLogger("ray.serve")
 
 
 class Guard:
-    """ASGI middleware. `request.state.holder` is who sent the request; requests of nobody known are answered with 401.
+    """ASGI middleware. `request.state.holder` is who sent the request, `request.state.number` its id (the caller's, or a new one).
 
-    The body is read whole before the app sees it, so that no app can forget the limit. WebSockets are refused.
+    Requests of nobody known are answered with 401, before their body is read. It is read whole before the app sees it, so that no app can forget the limits.
+    An error that the app does not answer is answered with 500, and logged without its text. WebSockets are refused.
 
     Args:
         holder_of: who holds a token, or None.
-        open_paths: paths that anybody may ask for; one that ends in "/" and is longer stands for all below it.
+        open_paths: paths that anybody may GET, and of whose requests no body is read; one that ends in "/" and is longer stands for all below it.
         max_body_bytes: larger bodies are answered with 413.
         cookie: name of a cookie that may hold the token, for pages. Browsers send it along with whatever another site makes them ask for,
             so requests that change something must then come from this site: 403 otherwise.
         headers: beside and before SECURITY_HEADERS; a header the app sets itself stays.
+        open_posts: paths that anybody may ask for with any method and a body.
+        body_seconds: bodies that are not there by then are answered with 408.
+        failed: told of every request with an error that the app does not answer, in seconds.
     """
 
     def __init__(
         self, app: Any, holder_of: Callable[[str], Any], open_paths: Collection[str] = (), max_body_bytes: int = 2**20,
-        cookie: str | None = None, headers: Mapping[str, str] | None = None,
+        cookie: str | None = None, headers: Mapping[str, str] | None = None, open_posts: Collection[str] = (), body_seconds: float = 30.0,
+        failed: Callable[[float], None] = lambda seconds: None,
     ):
         self.app, self.holder_of, self.open_paths, self.max_body_bytes, self.cookie = app, holder_of, open_paths, max_body_bytes, cookie
         self.headers = {**SECURITY_HEADERS, **(headers or {})}
+        self.open_posts, self.body_seconds, self.failed = open_posts, body_seconds, failed
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif scope["type"] == "http":
-            await self._http(scope, receive, self._with_headers(send))
+            await self._http(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
     async def _http(self, scope: Any, receive: Any, send: Any) -> None:
-        headers = Headers(scope=scope)
+        """An answer with its headers, whatever happens."""
+        headers, began, begun = Headers(scope=scope), time.monotonic(), False
+        given = headers.get("x-request-id", "")
+        number = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+        async def sending(message: Any) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                answered = MutableHeaders(scope=message)
+                answered["X-Request-ID"] = number
+                for name, value in self.headers.items():
+                    answered.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._guarded(scope, headers, number, receive, sending)
+        except Exception as error:
+            response = failure(error, number)
+            self.failed(time.monotonic() - began)
+            if begun:
+                # Too late for another answer: the server must cut the connection. It logs the error it gets, so not the one with the text.
+                raise RuntimeError(f"the answer to {number} broke off") from None
+            await response(scope, receive, sending)
+
+    async def _guarded(self, scope: Any, headers: Headers, number: str, receive: Any, send: Any) -> None:
         holder = self._holder(headers)
-        if holder is None and not self._is_open(scope):
-            refusal = refused(401, "no valid token; send it as Authorization: Bearer TOKEN", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-            return await refusal(scope, receive, send)
-        if self.cookie and scope["method"] not in _SAFE and not from_this_site(headers):
-            return await refused(403, "this request comes from another site", "forbidden")(scope, receive, send)
-        body = await self._body(headers, receive)
+        body: bytes | None = b""
+        if _is_among(self.open_paths, scope):
+            if scope["method"] not in ("GET", "HEAD"):
+                return await refused(405, "only GET and HEAD are answered here", "invalid_request_error", {"Allow": "GET, HEAD"})(scope, receive, send)
+        else:
+            if holder is None and not _is_among(self.open_posts, scope):
+                refusal = refused(401, "no valid token; send it as Authorization: Bearer TOKEN", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+                return await refusal(scope, receive, send)
+            if self.cookie and scope["method"] not in _SAFE and not from_this_site(headers):
+                return await refused(403, "this request comes from another site", "forbidden")(scope, receive, send)
+            try:
+                async with asyncio.timeout(self.body_seconds):
+                    body = await self._body(headers, receive)
+            except TimeoutError:
+                message = f"the request was not there in full within {self.body_seconds:g} seconds"
+                return await refused(408, message, "timeout_error", {"Connection": "close"}, code="timeout")(scope, receive, send)
         if body is None:
             return await refused(413, f"the request is larger than {self.max_body_bytes} bytes", "request_too_large")(scope, receive, send)
-        scope["state"] = {**scope.get("state", {}), "holder": holder}
+        scope["state"] = {**scope.get("state", {}), "holder": holder, "number": number}
         return await self.app(scope, _again(body, receive), send)
-
-    def _is_open(self, scope: Any) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        return any(path == known or (len(known) > 1 and known.endswith("/") and path.startswith(known)) for known in self.open_paths)
 
     def _holder(self, headers: Headers) -> Any:
         kind, _, token = headers.get("authorization", "").partition(" ")
@@ -102,22 +150,24 @@ class Guard:
                 return None
         return b"".join(parts)
 
-    def _with_headers(self, send: Any) -> Any:
-        async def sending(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in self.headers.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        return sending
-
 
 def refused(
     status: int, message: str, kind: str, headers: Mapping[str, str] | None = None, param: str | None = None, code: str | None = None,
 ) -> JSONResponse:
     """An error in the form of every error here, which is OpenAI's."""
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, dict(headers or {}))
+
+
+def failure(error: Exception, number: str) -> JSONResponse:
+    """What is answered to an error that nobody foresaw; the log has its type and place. Not its text, which may hold what was asked."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    logger.error("%s failed: %s at %s", number, type(error).__name__, " > ".join(f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}" for frame in frames))
+    return refused(500, f"the request failed; the log of the server says more under {number}", "server_error", code="internal_error")
+
+
+async def to_the_guard(request: Request, error: Exception) -> Response:
+    """Starlette's handler of such errors, in place of its own, which answers before the Guard can."""
+    raise error
 
 
 def cookie_of(headers: Headers, name: str) -> str | None:
@@ -137,6 +187,11 @@ def from_this_site(headers: Headers) -> bool:
     if site is not None:
         return site in ("same-origin", "none")
     return origin is None or urlsplit(origin).netloc == headers.get("host")
+
+
+def _is_among(paths: Collection[str], scope: Any) -> bool:
+    path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+    return any(path == known or (len(known) > 1 and known.endswith("/") and path.startswith(known)) for known in paths)
 
 
 def _again(body: bytes, receive: Any) -> Any:

@@ -10,6 +10,7 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urljoin, urlsplit
 
 from medray.config import DataConfig
@@ -18,6 +19,7 @@ from serve.chat_request import ApiError
 
 _DATA = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
 _REDIRECTS = 3
+_DECODED_AT_ONCE = 4  # images; one of the largest takes up to a gigabyte meanwhile
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
@@ -53,12 +55,14 @@ class ImageLoader:
     def __init__(self, limits: LimitsConfig, resolve: Resolve = public_addresses, tls: ssl.SSLContext | None = None):
         self.limits, self.resolve, self.tls = limits, resolve, tls
         self.decoding = DataConfig(max_image_bytes=limits.image_bytes, max_image_pixels=limits.image_pixels)
+        # Not a semaphore: a thread works on when the request that waits for it is given up.
+        self.decoders = ThreadPoolExecutor(_DECODED_AT_ONCE, "decode")
 
     async def load(self, url: str, square: bool) -> str:
         """Raises ApiError (400) for an address that is not allowed, and for an image that cannot be had, is too large or is none.
 
         Args:
-            square: pad the image to a square (LLaVA's image_aspect_ratio=pad).
+            square: pad the image to a square (LLaVA's image_aspect_ratio=pad), made smaller first where that would have more than image_pixels.
         """
         if url[:5].lower() == "data:":
             data = self._of_data_uri(url)
@@ -67,7 +71,7 @@ class ImageLoader:
         else:
             allowed = f" or https://, from {', '.join(self.limits.hosts)}" if self.limits.hosts else ""
             raise ApiError(f"an image's url must be a data URI (data:image/png;base64,...){allowed}", code="invalid_image_url")
-        return await asyncio.to_thread(self._encoded, data, square)
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, self._encoded, data, square)
 
     def _of_data_uri(self, url: str) -> bytes:
         head = _DATA.match(url)
@@ -108,7 +112,10 @@ class ImageLoader:
         headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "medray"}
         async with client.stream("GET", target, headers=headers, extensions={"sni_hostname": host}) as answer:
             if answer.is_redirect:
-                return None, urljoin(url, answer.headers.get("location", ""))
+                try:
+                    return None, urljoin(url, answer.headers.get("location", ""))
+                except ValueError:
+                    raise ApiError("the image's address leads on to one that is none", code="image_unavailable") from None
             if answer.status_code != 200:
                 raise ApiError(f"the image's host answered with {answer.status_code}", code="image_unavailable")
             data = bytearray()
@@ -125,7 +132,8 @@ class ImageLoader:
         except ValueError:
             raise ApiError("the image's url is none", code="invalid_image_url") from None
         named = host if port == 443 else f"{host}:{port}"
-        if parts.scheme != "https" or parts.username is not None or parts.password is not None or named not in self.limits.hosts:
+        # ASCII: lower() makes letters of others, such as the k of a kelvin sign.
+        if parts.scheme != "https" or parts.username is not None or parts.password is not None or not parts.netloc.isascii() or named not in self.limits.hosts:
             raise ApiError(f"images are not fetched from {named or url[:40]}", code="host_not_allowed")
         return host, port
 
@@ -137,4 +145,4 @@ class ImageLoader:
         except ImageError as error:
             message = str(error).replace("data.max_image_bytes ", "").replace("data.max_image_pixels ", "")
             raise ApiError(message, code="invalid_image") from None
-        return png_url(pad_to_square(image) if square else image, compress_level=1)
+        return png_url(pad_to_square(image, max_pixels=self.limits.image_pixels) if square else image, compress_level=1)

@@ -25,7 +25,7 @@ from medray.data.judgement_files import export_all, judgement_rows, progress_of
 from medray.data.judgement_store import KeyUsed, NotAssigned, Store, Word
 from medray.data.judgement_tables import ID_LENGTH
 from medray.evaluation.agreement import summary
-from serve.guard import PAGE_HEADERS, Guard, refused
+from serve.guard import PAGE_HEADERS, Guard, refused, to_the_guard
 from serve.tokens import Holder, Tokens
 
 STATIC = Path(__file__).parent / "static"
@@ -163,7 +163,7 @@ def make_app(store: Store, tokens: Tokens, url: str, title: str = "", guidance: 
     def state(clinician: str, shown: Any) -> dict[str, Any]:
         return {"item": shown and asdict(shown), "progress": store.progress(clinician)}
 
-    return Guard(app, tokens.holder, {"/", "/static/", "/api/sign-in", "/api/me"}, MAX_BODY_BYTES, COOKIE, PAGE_HEADERS)
+    return Guard(app, tokens.holder, {"/", "/static/", "/api/me"}, MAX_BODY_BYTES, COOKIE, PAGE_HEADERS, open_posts={"/api/sign-in"})
 
 
 def lead_only(request: Request) -> None:
@@ -193,6 +193,8 @@ def zipped(url: str, folder: Path) -> Path:
 
 
 def _answer_errors(app: FastAPI) -> None:
+    app.add_exception_handler(Exception, to_the_guard)
+
     @app.exception_handler(HTTPException)
     async def _(_request: Request, error: HTTPException) -> Response:
         return refused(error.status_code, str(error.detail), "invalid_request", error.headers)

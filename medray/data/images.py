@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
+import struct
 import warnings
 
 import numpy as np
@@ -15,6 +17,8 @@ from medray.errors import DataError
 
 # CLIP's mean colour, which LLaVA pads with: after normalisation it is zero.
 PAD_COLOUR = (122, 116, 104)
+LARGEST_SQUARE = 178_956_970  # pixels; Pillow opens none larger
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows forty more, one of which (EPS) runs a program of the machine's
 
 _IN_MEMORY = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 
@@ -29,7 +33,7 @@ def decode(data: bytes | None, limits: DataConfig) -> Image.Image:
     Size limits are checked on the header, before any pixel is decoded, so a small file that claims huge dimensions
     costs nothing. 16-bit greyscale is scaled by its own range, alpha is laid over white.
 
-    Raises ImageError with the reason.
+    Raises ImageError with the reason; so for a file that is none of FORMATS.
     """
     if not data:
         raise ImageError("the image file is empty (0 bytes)")
@@ -39,17 +43,17 @@ def decode(data: bytes | None, limits: DataConfig) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its own limit; ours decides.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             check_size(image.size, limits)
             image.load()
+        ImageOps.exif_transpose(image, in_place=True)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"image is over data.max_image_pixels {limits.max_image_pixels}: {error}") from None
-    # Pillow's decoders raise these for damaged files; SyntaxError is what its PNG reader uses for a broken chunk.
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, IndexError) as error:
+    # Pillow's decoders raise these for damaged files; SyntaxError is what its PNG reader uses for a broken chunk, and its EXIF reader for a broken header.
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError, struct.error) as error:
         raise ImageError(f"image cannot be decoded: {_IN_MEMORY.sub('', str(error)).strip()}") from None
-    ImageOps.exif_transpose(image, in_place=True)
     return image if image.mode == "RGB" else _to_rgb(image)
 
 
@@ -76,14 +80,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pad_to_square(image: Image.Image, fill: tuple[int, int, int] = PAD_COLOUR) -> Image.Image:
-    """The image in the middle of a square of its longer side (LLaVA's image_aspect_ratio=pad)."""
-    width, height = image.size
-    if width == height:
+def pad_to_square(image: Image.Image, fill: tuple[int, int, int] = PAD_COLOUR, max_pixels: int = LARGEST_SQUARE) -> Image.Image:
+    """The image in the middle of a square of its longer side (LLaVA's image_aspect_ratio=pad).
+
+    Args:
+        max_pixels: of the square. An image whose square would have more is made smaller first: padding turns a thin image of few pixels into very many.
+    """
+    if image.width == image.height:
         return image
-    side = max(width, height)
+    side = max(image.size)
+    if side > (most := math.isqrt(max_pixels)):
+        image, side = image.resize((max(1, image.width * most // side), max(1, image.height * most // side))), most
     square = Image.new("RGB", (side, side), fill)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 

@@ -41,10 +41,22 @@ def bomb(width=60_000, height=60_000):
     (bomb(), "data.max_image_pixels"),
     (saved(Image.new("RGB", (1, 1))), "data.min_image_side"),
     (saved(Image.new("RGB", (600, 4))), "data.max_aspect"),
-], ids=["empty", "none", "text", "truncated", "bomb", "1x1", "strip"])
+    (saved(noise(), "WEBP", exif=b"Exif\0\0MM\0\0"), "cannot be decoded"),
+    (saved(noise(), "DDS")[:80] + bytes(4) + saved(noise(), "DDS")[84:], "cannot be decoded"),
+], ids=["empty", "none", "text", "truncated", "bomb", "1x1", "strip", "exif", "dds"])
 def test_refused_with_a_reason(data, reason):
     with pytest.raises(ImageError, match=reason):
         decode(data, LIMITS)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"])
+def test_formats_that_images_come_in(kind):
+    assert decode(saved(noise(), kind), LIMITS).size == (40, 30)
+
+
+def test_a_format_that_runs_a_program_is_none_of_them():
+    with pytest.raises(ImageError, match="cannot identify image file"):
+        decode(saved(noise(), "EPS"), LIMITS)  # Pillow gives it to Ghostscript
 
 
 def test_too_many_bytes():
@@ -84,3 +96,11 @@ def test_padding_is_centred_and_clips_mean_colour():
     assert square.getpixel((0, 0)) == PAD_COLOUR
     assert np.array_equal(np.asarray(square)[10:30], np.asarray(noise((40, 20))))
     assert pad_to_square(noise((20, 20))).size == (20, 20)
+
+
+def test_a_thin_image_is_made_smaller_before_its_square_is_too_large():
+    image = noise((900, 18))
+    square = np.asarray(pad_to_square(image, max_pixels=300 * 300))
+    assert square.shape == (300, 300, 3) and np.array_equal(square[147:153], np.asarray(image.resize((300, 6)))) and (square[:147] == PAD_COLOUR).all()
+    assert pad_to_square(image.rotate(90, expand=True), max_pixels=300 * 300 + 500).size == (300, 300)
+    assert pad_to_square(image, max_pixels=900 * 900).size == (900, 900) and pad_to_square(noise((3, 900)), max_pixels=100).size == (10, 10)

@@ -1,5 +1,6 @@
 """The endpoint whole: Ray Serve, ray.serve.llm and vLLM with the bundled models; asked by the openai client, by curl and by a browser."""
 
+import asyncio
 import base64
 import io
 import json
@@ -7,19 +8,24 @@ import re
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 import yaml
 from PIL import Image
+from ray.exceptions import RayActorError
+from ray.serve.schema import ServeStatus
 
 from medray.config import SelfTrainingConfig
 from medray.config.serving import ServeConfig
 from medray.data.images import pad_to_square
 from medray.records import QUESTION
 from medray.testbed import model_path
+from serve.chat_request import ApiError
 from serve.tokens import add_holder
 from tests.processes import descendants
 
@@ -149,6 +155,40 @@ def test_a_stream_is_the_answer_in_pieces(client):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole
     assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) > 1
     assert chunks[-1].usage == answer.usage
+
+
+def test_a_stream_whose_replica_is_lost_says_so():
+    from serve.app import _streamed
+
+    async def chunks():
+        yield "data: {}"
+        raise RayActorError()
+
+    async def read():
+        seen = []
+        with pytest.raises(ApiError) as error:
+            async for chunk in _streamed(chunks(), "r1"):
+                seen.append(chunk)
+        return seen, error.value.status, error.value.code
+
+    assert asyncio.run(read()) == (["data: {}"], 503, "overloaded")
+
+
+@pytest.mark.parametrize("status", [ServeStatus(), RayActorError()])
+def test_no_model_is_ready_where_the_controller_does_not_say_so(monkeypatch, status):
+    from ray import serve
+
+    from serve.app import Ingress
+
+    def look():
+        if isinstance(status, Exception):
+            raise status
+        return status
+
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="vlm"))
+    monkeypatch.setattr(serve, "status", look)
+    with ThreadPoolExecutor(1) as looking:
+        assert asyncio.run(Ingress.func_or_class.ready(SimpleNamespace(looking=looking, handles={"tuned": None}))) == {}
 
 
 def test_sampling(client):

@@ -59,7 +59,7 @@ def test_what_is_not_of_the_form_is_named(fields, param, code):
     assert error.value.message.startswith(param.split(".")[0])
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"model": "\\ud800'])
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"model": "\\ud800', '{"model": 1}'.encode("utf-16"), b'{"\xed\xa0\x80": 1, "messages": []}'])
 def test_what_is_no_json(data):
     with pytest.raises(ApiError, match="not JSON") as error:
         parsed(data)
@@ -99,12 +99,32 @@ def test_json_that_is_no_request(data):
     ({"response_format": schema(type="object", title="x" * 300)}, "response_format.json_schema"),
     ({"response_format": schema(type="string", pattern="(a{999}){999}")}, "response_format.json_schema"),
     ({"response_format": schema(type="array", items={"type": "string", "maxLength": 100_000})}, "response_format.json_schema"),
+    ({"response_format": schema(maxLength=10**200)}, "response_format.json_schema"),
+    ({"response_format": schema(maxLength=float("nan"))}, "response_format.json_schema"),
 ])
 def test_what_passes_a_limit_is_named(fields, param):
     request = parsed(body(**fields))
     with pytest.raises(ApiError) as error:
         check(request, LIMITS)
     assert (error.value.status, error.value.param) == (400, param)
+
+
+def test_a_count_too_large_for_a_float():
+    with pytest.raises(ApiError, match="maxLength: at most 1000"):
+        check(parsed(body(response_format=schema(maxLength=10**400))), LimitsConfig())
+
+
+def test_an_answer_may_come_back_with_its_empty_fields():
+    """As vLLM gives it and the openai client keeps it."""
+    answer = {"role": "assistant", "content": "It is round.", "refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": [], "reasoning": None}
+    for sent in (answer, answer | {"annotations": [], "reasoning_content": None, "tool_calls": None, "name": None}):
+        made = asyncio.run(prepared(parsed(body(messages=[user("a"), sent, user("b")])), LIMITS, "", None))
+        assert made["messages"] == [user("a"), {"role": "assistant", "content": "It is round."}, user("b")]
+    for changes, param in (({"tool_calls": [{}]}, "messages.0.tool_calls"), ({"audio": {}}, "messages.0.audio"), ({"reasoning": ""}, "messages.0.reasoning"), ({"content": None}, "messages.0.content"),
+                           ({"role": "user"}, "messages.0.refusal")):
+        with pytest.raises(ApiError) as error:
+            parsed(body(messages=[answer | changes]))
+        assert error.value.param == param
 
 
 def test_a_schema_too_deep():

@@ -7,6 +7,7 @@ import json
 import logging
 
 import httpx
+import openai
 import pytest
 from PIL import Image
 from starlette.responses import JSONResponse, StreamingResponse
@@ -47,7 +48,7 @@ def endpoint():
     """Makes a client; the checked requests come to `client.asked`."""
     clients = []
 
-    def make(answer=None, ready=None, keys=KEYS, **config):
+    def make(answer=None, ready=None, keys=KEYS, looked=None, **config):
         asked, observed = [], []
 
         async def echo(body, number):
@@ -55,7 +56,7 @@ def endpoint():
             return answer() if answer else JSONResponse({"id": number, "choices": []})
 
         async def states():
-            return ready or {"tuned": True, "base": True}
+            return await looked() if looked else ready or {"tuned": True, "base": True}
 
         made = ServeConfig(run="r", limits=LimitsConfig(**config.pop("limits", {})), **config)
         one = Endpoint(made, MODELS, echo, states, lambda *what: observed.append(what), [{"question": "q", "reference": "r", "image": "data:"}])
@@ -201,6 +202,83 @@ def test_a_slow_answer_is_given_up(endpoint):
     assert events[0] == "data: {}" and json.loads(events[1].removeprefix("data: "))["error"]["code"] == "timeout" and events[2] == "data: [DONE]"
 
 
+@pytest.mark.parametrize(("error", "status", "code"), [(ApiError("lost", 503, None, "overloaded", "overloaded_error"), 503, "overloaded"), (RuntimeError(SECRET), 500, "internal_error")])
+def test_a_stream_that_breaks_off_says_so(endpoint, error, status, code):
+    async def words():
+        yield 'data: {"a": 1}\n\n'
+        raise error
+
+    client = endpoint(lambda: StreamingResponse(words(), media_type="text/event-stream"))
+    streamed = ask(client, json=chat(stream=True))
+    events = streamed.text.split("\n\n")
+    told = json.loads(events[1].removeprefix("data: "))
+    assert streamed.status_code == 200 and events[0] == 'data: {"a": 1}' and events[2:] == ["data: [DONE]", ""]
+    assert set(told["error"]) == {"message", "type", "param", "code"} and told["error"]["code"] == code and SECRET not in streamed.text
+    assert [observed[:2] for observed in client.observed] == [("tuned", status)]  # once, as it ended
+
+
+def test_a_whole_stream_is_counted_once(endpoint):
+    async def words():
+        yield "data: [DONE]\n\n"
+
+    client = endpoint(lambda: StreamingResponse(words(), media_type="text/event-stream"))
+    assert ask(client, json=chat(stream=True)).text == "data: [DONE]\n\n" and [observed[:2] for observed in client.observed] == [("tuned", 200)]
+
+
+def test_the_openai_client_sends_its_answers_back(endpoint):
+    message = {"role": "assistant", "content": "Round.", "refusal": None, "annotations": None, "audio": None, "function_call": None, "reasoning": None}
+    answer = {"id": "x", "object": "chat.completion", "created": 1, "model": "tuned", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    http = endpoint(lambda: JSONResponse(answer))
+
+    async def two_turns():
+        async with openai.AsyncOpenAI(base_url="http://here/v1", api_key="key", http_client=http, max_retries=0) as client:
+            messages = [{"role": "user", "content": "What shape?"}]
+            messages.append((await client.chat.completions.create(model="tuned", messages=messages)).choices[0].message)
+            messages.append({"role": "user", "content": "Sure?"})
+            await client.chat.completions.create(model="tuned", messages=messages)
+
+    asyncio.run(two_turns())
+    assert http.asked[1][0]["messages"][1:] == [{"role": "user", "content": "What shape?"}, {"role": "assistant", "content": "Round."}, {"role": "user", "content": "Sure?"}]
+
+
+def test_errors_that_nobody_foresaw(endpoint, caplog, monkeypatch):
+    for name, value in (("handlers", [caplog.handler]), ("propagate", False)):
+        monkeypatch.setattr(logging.getLogger("ray.serve"), name, value)
+
+    def broken():
+        raise KeyError(SECRET)
+
+    def not_ready():
+        raise KeyError(SECRET)
+
+    client = endpoint(broken, looked=not_ready)
+    for answer in (ask(client, json=chat(), headers={"X-Request-ID": "r1"}), send(client, "GET", "/ready", headers={"X-Request-ID": "r1"})):
+        assert answer.status_code == 500 and answer.headers["X-Request-ID"] == "r1" and "r1" in error_of(answer)["message"]
+        assert (error_of(answer)["type"], error_of(answer)["code"]) == ("server_error", "internal_error")
+    assert [observed[:2] for observed in client.observed] == [("tuned", 500), ("", 500)]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 2 and all(line.startswith("r1 failed: KeyError at ") and "serve/test_endpoint.py:" in line for line in told) and SECRET not in caplog.text
+
+
+def test_every_answer_has_an_id(endpoint):
+    client = endpoint(limits={"body_bytes": 300})
+    for method, path, options, status in (
+        ("GET", "/v1/models", {}, 200), ("GET", "/health", {}, 200), ("GET", "/v1/none", {}, 404), ("GET", "/v1/models", {"headers": {"Authorization": ""}}, 401), ("POST", "/", {}, 405),
+        ("POST", "/v1/chat/completions", {"content": "x" * 301}, 413), ("POST", "/v1/chat/completions", {"content": "x"}, 400),
+    ):
+        answer = send(client, method, path, **options)
+        assert answer.status_code == status and len(answer.headers["X-Request-ID"]) == 32, path
+
+
+def test_a_body_that_stalls(endpoint):
+    async def pieces():
+        yield b"{"
+        await asyncio.sleep(30)
+
+    answer = ask(endpoint(limits={"seconds": 0.2}), content=pieces())
+    assert answer.status_code == 408 and error_of(answer)["code"] == "timeout"
+
+
 def test_an_answer_that_does_not_come_is_408(endpoint):
     client = endpoint(limits={"seconds": 0.2})
 
@@ -214,7 +292,7 @@ def test_an_answer_that_does_not_come_is_408(endpoint):
 
 def test_logs_tell_who_and_how_long_and_nothing_of_what(endpoint, caplog, monkeypatch):
     client = endpoint()
-    for name, value in (("handlers", [caplog.handler]), ("propagate", False)):  # else not seen where an earlier test has started Ray, which keeps its own logs
+    for name, value in (("handlers", [caplog.handler]), ("propagate", False), ("disabled", False)):  # else not seen where an earlier test has started Ray, which keeps its own logs
         monkeypatch.setattr(logging.getLogger("ray.serve"), name, value)
     with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, logger="ray.serve"):
         ask(client, json=chat(words=SECRET, image=picture()), headers={"X-Request-ID": "r1"})
@@ -231,6 +309,32 @@ def test_ready_only_when_every_model_is(endpoint):
     assert send(endpoint(), "GET", "/ready").json() == {"ready": True, "models": {"tuned": True, "base": True}}
     answer = send(endpoint(ready={"tuned": True, "base": False}), "GET", "/ready")
     assert answer.status_code == 503 and answer.json()["models"] == {"tuned": True, "base": False}
+    for some in ({"tuned": True}, {"other": True}):  # of which the controller says nothing
+        answer = send(endpoint(ready=some), "GET", "/ready")
+        assert answer.status_code == 503 and answer.json() == {"ready": False, "models": {"tuned": "tuned" in some, "base": False}}
+
+
+def test_ready_is_looked_up_once_for_many_and_again_after_a_second(endpoint):
+    looks = []
+
+    async def looked():
+        looks.append(1)
+        await asyncio.sleep(0.05)
+        return {"tuned": True, "base": len(looks) == 1}
+
+    async def several():
+        client = endpoint(looked=looked)
+        first = await asyncio.gather(*(client.get("/ready") for _ in range(20)))
+        await asyncio.sleep(1)
+        return [answer.status_code for answer in (*first, await client.get("/ready"))]
+
+    assert asyncio.run(several()) == [200] * 20 + [503] and len(looks) == 2
+
+
+def test_a_controller_that_does_not_answer_is_not_ready(endpoint, monkeypatch):
+    monkeypatch.setattr("serve.endpoint.READY_SECONDS", 0.1)
+    answer = send(endpoint(looked=lambda: asyncio.sleep(30)), "GET", "/ready")
+    assert answer.status_code == 503 and answer.json() == {"ready": False, "models": {"tuned": False, "base": False}}
 
 
 def test_what_the_page_is_told(endpoint):

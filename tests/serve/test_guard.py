@@ -1,18 +1,24 @@
 """The guard before an app, and the tokens it knows people by."""
 
 import asyncio
+import json
+import logging
+import re
 import stat
+import traceback
 
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 
 from medray.errors import ConfigError
-from serve.guard import SECURITY_HEADERS, Guard
-from serve.tokens import VARIABLE, Holder, add_holder, digest_of, main, read_tokens
+from serve.guard import SECURITY_HEADERS, Guard, to_the_guard
+from serve.page import make_app
+from serve.tokens import VARIABLE, Holder, Tokens, add_holder, digest_of, main, read_tokens
 
 
 async def echo(request: Request):
@@ -20,12 +26,21 @@ async def echo(request: Request):
     return JSONResponse({"holder": holder and holder.name, "body": (await request.body()).decode()}, headers={"Cache-Control": "max-age=60"})
 
 
+async def broken(request: Request):
+    raise RuntimeError(SECRET)
+
+
+SECRET = "a 54 year old man called Doe"
 PEOPLE = {"secret": Holder("ann"), "other": Holder("ben")}
-ROUTES = [Route(path, echo, methods=["GET", "POST"]) for path in ("/", "/v1/models", "/open/any", "/opening")]
+ROUTES = [Route(path, echo, methods=["GET", "POST"]) for path in ("/", "/v1/models", "/open/any", "/opening", "/sign-in")] + [Route("/broken", broken)]
+
+
+def guarded_by(app=None, **options):
+    return Guard(app or Starlette(routes=ROUTES, exception_handlers={Exception: to_the_guard}), PEOPLE.get, {"/", "/open/"}, max_body_bytes=100, **options)
 
 
 def ask(method, path, guard=None, app=None, **options):
-    guarded = Guard(app or Starlette(routes=ROUTES), PEOPLE.get, {"/", "/open/"}, max_body_bytes=100, **(guard or {}))
+    guarded = guarded_by(app, **(guard or {}))
 
     async def request():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://page.example") as client:
@@ -96,15 +111,107 @@ def test_bodies_over_the_limit_are_413_and_the_app_never_sees_them():
 
     for content in ("x" * 101, pieces()):  # with its length declared, and without
         assert ask("POST", "/v1/models", app=app, headers=bearer("secret"), content=content).status_code == 413
-    assert ask("POST", "/", app=app, content="x" * 101).status_code == 413
+    assert ask("POST", "/sign-in", {"open_posts": {"/sign-in"}}, app, content="x" * 101).status_code == 413
     for length in ("-1", "abc", "9" * 30):
         assert ask("POST", "/v1/models", app=app, headers={**bearer("secret"), "Content-Length": length}).status_code == 413
     assert not reached
     assert ask("POST", "/v1/models", headers=bearer("secret"), content="x" * 100).json()["body"] == "x" * 100
 
 
+async def answer_of(guard, method, path, receive, headers=None):
+    """(status, headers, body) to a request whose body comes from `receive`."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    await guard({"type": "http", "method": method, "path": path, "query_string": b"", "headers": raw}, receive, send)
+    return sent[0]["status"], Headers(raw=sent[0]["headers"]), b"".join(message.get("body", b"") for message in sent[1:])
+
+
+async def unread():
+    raise AssertionError("the body was read")
+
+
+def test_no_body_is_read_of_requests_without_a_key_nor_on_open_paths():
+    guard = guarded_by()
+    size = {"Content-Length": "99999999"}
+    for method, path, headers, status in (
+        ("POST", "/v1/models", size, 401), ("POST", "/v1/models", bearer("wrong"), 401), ("GET", "/", size, 200), ("GET", "/open/any", size | bearer("secret"), 200),
+        ("POST", "/", {}, 405), ("PUT", "/open/any", size, 405), ("OPTIONS", "/", {}, 405), ("POST", "/open/any", bearer("secret"), 405),
+    ):
+        answered, told, body = asyncio.run(answer_of(guard, method, path, unread, headers))
+        assert answered == status, (method, path)
+        if status == 405:
+            assert told["Allow"] == "GET, HEAD" and json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert ask("GET", "/", content="x" * 1000).json()["body"] == ""
+    assert ask("POST", "/sign-in", {"open_posts": {"/sign-in"}}, content="word").json() == {"holder": None, "body": "word"}
+
+
+@pytest.mark.parametrize("pause", [10, 0.02])
+def test_a_body_that_does_not_come_is_408(pause):
+    """Not at all, or so slowly that every piece by itself is in time."""
+    async def slow():
+        await asyncio.sleep(pause)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    status, headers, body = asyncio.run(asyncio.wait_for(answer_of(guarded_by(body_seconds=0.2), "POST", "/v1/models", slow, bearer("secret")), 5))
+    assert status == 408 and headers["Connection"] == "close" and headers["X-Request-ID"]
+    assert json.loads(body)["error"] | {"message": ""} == {"message": "", "type": "timeout_error", "param": None, "code": "timeout"}
+
+
+def test_every_answer_has_the_requests_id():
+    statuses = []
+    for method, path, options in (
+        ("GET", "/v1/models", {}), ("GET", "/", {}), ("POST", "/", {}), ("GET", "/missing", {"headers": bearer("secret")}), ("GET", "/broken", {"headers": bearer("secret")}),
+        ("POST", "/v1/models", {"headers": bearer("secret"), "content": "x" * 101}),
+    ):
+        answer = ask(method, path, **(options | {"headers": {**options.get("headers", {}), "X-Request-ID": "mine-1"}}))
+        assert answer.headers["X-Request-ID"] == "mine-1"
+        statuses.append(answer.status_code)
+        for given in ({}, {"X-Request-ID": "bad id"}, {"X-Request-ID": "x" * 65}):
+            assert re.fullmatch("[0-9a-f]{32}", ask(method, path, **(options | {"headers": {**options.get("headers", {}), **given}})).headers["X-Request-ID"])
+    assert statuses == [401, 200, 405, 404, 500, 413]
+
+
+def test_an_error_that_nobody_foresaw(caplog, monkeypatch):
+    for name, value in (("handlers", [caplog.handler]), ("propagate", False)):  # else not seen where an earlier test has started Ray, which keeps its own logs
+        monkeypatch.setattr(logging.getLogger("ray.serve"), name, value)
+    failed = []
+    answer = ask("GET", "/broken", {"failed": failed.append}, headers={**bearer("secret"), "X-Request-ID": "r1"})
+    assert answer.status_code == 500 and answer.headers["X-Frame-Options"] == "DENY" and "r1" in answer.json()["error"].pop("message")
+    assert answer.json()["error"] | {"message": ""} == {"message": "", "type": "server_error", "param": None, "code": "internal_error"}
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("r1 failed: RuntimeError at ") and "serve/test_guard.py:" in told and SECRET not in answer.text + caplog.text and len(failed) == 1
+
+    async def breaks_off(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError(SECRET)
+
+    with pytest.raises(RuntimeError, match="r2 broke off") as error:  # the server then cuts the connection
+        ask("GET", "/", {"failed": failed.append}, breaks_off, headers={"X-Request-ID": "r2"})
+    assert SECRET not in "".join(traceback.format_exception(error.value)) + caplog.text and len(failed) == 2
+
+
+def test_the_clinician_page_answers_errors_in_the_same_form():
+    class Store:
+        def next_item(self, name):
+            raise RuntimeError(SECRET)
+
+    app = make_app(Store(), Tokens({digest_of("secret"): Holder("ann")}), "sqlite://")
+
+    async def requests():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://page.example") as client:
+            return await client.get("/api/next", headers=bearer("secret")), await client.post("/api/sign-in", json={"token": "secret"}), await client.post("/api/me")
+
+    broken, signed_in, wrong = asyncio.run(requests())
+    assert broken.status_code == 500 and broken.json()["error"]["code"] == "internal_error" and SECRET not in broken.text
+    assert signed_in.json()["name"] == "ann" and wrong.status_code == 405
+
+
 def test_every_answer_has_the_security_headers():
-    for answer in (ask("GET", "/v1/models"), ask("GET", "/v1/models", headers=bearer("secret")), ask("GET", "/open/missing"), ask("POST", "/", content="x" * 101)):
+    for answer in (ask("GET", "/v1/models"), ask("GET", "/v1/models", headers=bearer("secret")), ask("GET", "/open/missing"), ask("POST", "/v1/models", headers=bearer("secret"), content="x" * 101)):
         assert {name: answer.headers.get(name) for name in SECURITY_HEADERS if name != "Cache-Control"} == {
             name: value for name, value in SECURITY_HEADERS.items() if name != "Cache-Control"}
     assert ask("GET", "/v1/models").headers["Cache-Control"] == "no-store"

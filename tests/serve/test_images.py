@@ -9,6 +9,7 @@ import ipaddress
 import ssl
 import struct
 import threading
+import time
 import zlib
 
 import pytest
@@ -79,6 +80,37 @@ def test_an_image_over_the_limit_is_not_decoded():
     assert refusal(data_uri(b"x" * 1003), limits=limits).code == "limit_exceeded"
     assert refusal(data_uri(b"x" * 1000), limits=limits).code == "invalid_image"
     assert "pixels" in refusal(data_uri(picture(size=(100, 100))), limits=LimitsConfig(image_pixels=9_999)).message
+
+
+def test_a_thin_image_does_not_become_a_huge_square():
+    limits = LimitsConfig(image_pixels=20_000)
+    for size in ((20, 1000), (1000, 20)):
+        assert load(data_uri(picture(size=size)), square=True, limits=limits).size == (141, 141)
+        assert load(data_uri(picture(size=size)), limits=limits).size == size
+    assert load(data_uri(picture(size=(141, 140))), square=True, limits=limits).size == (141, 141)
+
+
+def test_few_images_are_decoded_at_once(monkeypatch):
+    at_work, most = [], []
+
+    def encoded(loader, data, square):
+        at_work.append(data)
+        most.append(len(at_work))
+        time.sleep(0.1)
+        at_work.pop()
+        return ""
+
+    async def several():
+        loader = ImageLoader(LimitsConfig())
+        waiting = [asyncio.create_task(loader.load(data_uri(picture()), False)) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        for task in waiting[:4]:
+            task.cancel()  # their threads work on
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    monkeypatch.setattr(ImageLoader, "_encoded", encoded)
+    asyncio.run(several())
+    assert max(most) == 4 and len(most) == 8
 
 
 @pytest.mark.parametrize(("address", "public"), [
@@ -179,7 +211,7 @@ def test_an_image_of_an_allowed_host_is_fetched(fetch):
 
 def test_redirects_are_followed_and_checked_anew(fetch):
     assert fetch(f"/to/images.example:{fetch.port}/good.png").size == (40, 20)
-    for place, code in ((f"other.example:{fetch.port}/good.png", "host_not_allowed"), (f"inside.example:{fetch.port}/good.png", "host_not_allowed"), ("loop", "image_unavailable")):
+    for place, code in ((f"other.example:{fetch.port}/good.png", "host_not_allowed"), (f"inside.example:{fetch.port}/good.png", "host_not_allowed"), ("loop", "image_unavailable"), ("[bad", "image_unavailable")):
         with pytest.raises(ApiError) as error:
             fetch(f"/to/{place}")
         assert error.value.code == code
@@ -198,8 +230,14 @@ def test_what_a_host_does_not_give(fetch, path, options, code):
     assert error.value.code == code
 
 
+def test_a_host_that_only_becomes_the_named_one():
+    """The kelvin sign, whose lower case is k."""
+    assert refusal("https://\u212aite.example/x", limits=LimitsConfig(hosts=["kite.example"])).code == "host_not_allowed"
+
+
 def test_a_plain_port_of_a_named_host_is_another_host():
     limits = LimitsConfig(hosts=["images.example"])
     assert refusal("https://images.example:8443/x", limits=limits).code == "host_not_allowed"
     assert refusal("https://images.example:port/x", limits=limits).code == "invalid_image_url"
+    assert refusal("https://[bad", limits=limits).code == "invalid_image_url"
     assert ipaddress.ip_address("127.0.0.1") and refusal("https://127.0.0.1/x", limits=limits).code == "host_not_allowed"
