@@ -40,6 +40,10 @@ class Attribute:
         """The answer text of a raw value."""
         return self.words.get(value, value.lower())
 
+    def value_in(self, stem: str) -> str | None:
+        """The raw value that a closed question names; None for a question in no closed phrasing of this attribute."""
+        return next((value for value in self.values if any(phrasing.format(word=self.word(value)) == stem for phrasing in self.closed)), None)
+
 
 def noun_attribute(values: Sequence[str], noun: str, of: str, more: Sequence[str] = (), **kw) -> Attribute:
     """An attribute that is asked for by a noun phrase: "What is the <noun> of <of>?"."""
@@ -289,9 +293,9 @@ def right_answer(text: str, record: Mapping, schema: Mapping[str, Attribute] = A
             if rest[-1] in MCQ_WORDS or word not in choices:
                 return word if word in choices else None
             return LETTERS[choices.index(word)] if rest[-1] in MCQ_LETTER and choices.index(word) < len(LETTERS) else None
-        for value in attribute.values:
-            if any(phrasing.format(word=attribute.word(value)) == stem for phrasing in attribute.closed):
-                return "yes" if attribute.word(value) == word else "no"
+        value = attribute.value_in(stem)
+        if value is not None:
+            return "yes" if attribute.word(value) == word else "no"
     return None
 
 
@@ -299,6 +303,6 @@ def asked_attribute(text: str, schema: Mapping[str, Attribute] = ATTRIBUTES) -> 
     """The attribute that a question in any of the forms of `question` asks for; None for a question of another form."""
     stem = text.strip().split("\n")[0]
     for name, attribute in schema.items():
-        if stem in attribute.open or any(phrasing.format(word=attribute.word(value)) == stem for value in attribute.values for phrasing in attribute.closed):
+        if stem in attribute.open or attribute.value_in(stem) is not None:
             return name
     return None

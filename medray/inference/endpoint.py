@@ -70,7 +70,7 @@ class Endpoint:
         self.config = config
         key = os.environ.get(config.key_env)
         if not key and urlsplit(config.base_url).hostname not in ("localhost", "127.0.0.1", "::1"):
-            raise StageError(f"{section}.key_env: {config.key_env} is not set on this node; it must hold the key for {config.base_url}")
+            raise StageError(f"{section}.key_env: {config.key_env} is not set on this node; it must hold the key for {without_passwords(config.base_url)}")
         self._section, self._failed = section, 0
         self._requests = asyncio.Semaphore(config.concurrency)
         self._client = httpx.AsyncClient(

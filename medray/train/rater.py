@@ -10,7 +10,7 @@ Shapes: B pairs, 2B exchanges (chosen, then rejected).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,12 @@ def rater_objective(model: Any, batch: dict[str, Any], config: RaterConfig) -> t
     return loss, torch.tensor(len(chosen), device=loss.device), {name: value.detach().sum() for name, value in metrics.items()}
 
 
+def leading_measure(measured: Mapping[str, Any], config: RaterConfig) -> str | None:
+    """Which of an epoch's measures chooses the best epoch: "eval_alignment", "eval_accuracy", or None where neither was taken."""
+    names = ("eval_accuracy",) if config.train_on == "model" else ("eval_alignment", "eval_accuracy")
+    return next((name for name in names if name in measured), None)
+
+
 class RaterStep(TrainStep):
     """TrainStep with the rating model. `config` is a RaterConfig."""
 
@@ -103,10 +109,11 @@ class RaterStep(TrainStep):
             found["eval_alignment"] = aligned / of_clinicians
         if pairs > of_clinicians:
             found["eval_accuracy"] = (right - aligned) / (pairs - of_clinicians)
-        if self.config.train_on == "model":
-            return found | ({BEST_BY: found["eval_accuracy"]} if "eval_accuracy" in found else {})
-        leading = found.get("eval_alignment", found.get("eval_accuracy"))
-        return found | {BEST_BY: (leading + 1e-3 * right / pairs) / (1 + 1e-3)}
+        leading = leading_measure(found, self.config)
+        if leading is None:
+            return found
+        among_equals = found[leading] if self.config.train_on == "model" else right / pairs
+        return found | {BEST_BY: (found[leading] + 1e-3 * among_equals) / (1 + 1e-3)}
 
 
 class RaterBatches:

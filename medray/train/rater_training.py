@@ -14,8 +14,10 @@ from medray.config import DataConfig, ModelConfig, RaterConfig
 from medray.data.rater_pairs import ORIGINS, PairEncoder, pair_counts, pairs_of, trains_on
 from medray.errors import DataError
 from medray.models.vlm import resolve_model
-from medray.train.rater import new_rater
+from medray.train.rater import leading_measure, new_rater
 from medray.train.worker import TrainResult, run_training
+
+_SELECTED_BY = {"eval_alignment": "clinician alignment", "eval_accuracy": "pair accuracy", None: "last epoch"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,9 @@ def train_rater(stage_dir: str, pairs: str | list[str], config: RaterConfig, dat
     model_config = ModelConfig(path=config.encoder, precision=config.precision)
     result = run_training(stage_dir, train, measured, rows, encoder, model_config, config, "rater")
     best = result.best_metrics or {}
-    by_clinicians = "eval_alignment" in best and config.train_on != "model"
-    selected_by = "clinician alignment" if by_clinicians else "pair accuracy" if "eval_accuracy" in best else "last epoch"
     return RaterResult(
         result.checkpoint, result.metrics, {**result.counts, **counts, **_cuts(result.metrics)}, result.quarantine, result.best, result.best_metrics,
-        selected_by=selected_by, best_epoch=int(best.get("epoch", config.epochs - 1)))
+        selected_by=_SELECTED_BY[leading_measure(best, config)], best_epoch=int(best.get("epoch", config.epochs - 1)))
 
 
 def _encoded(pairs: Any, encoder: str, config: RaterConfig, data_config: DataConfig) -> Any:
