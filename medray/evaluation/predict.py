@@ -65,6 +65,7 @@ class Predict(EngineWorker):
         shown = [(image, key), blank(image.size)] if self.text_only else [(image, key)]
         prompt = self.engine.chat.prompt_ids(turns)
         (output, *_), *others = await asyncio.gather(*(self.engine.generate(prompt, one, self.sampling, image_id=name) for one, name in shown))
+        self.told.tokens(len(output.token_ids) + sum(len(other.token_ids) for other, *_ in others))
         options = self.options(row) if self.option_likelihood else []
         likely = await asyncio.gather(*(self.engine.loglikelihood(turns, image, option, image_id=key) for option in options))
         return {

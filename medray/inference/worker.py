@@ -25,6 +25,7 @@ from medray.config import DataConfig, EngineConfig, ModelConfig, Placement, Samp
 from medray.inference.endpoint import EndpointDown, Usage
 from medray.inference.engine import EngineLost, Output, VLMEngine, image_key
 from medray.models.cache import localize
+from medray.prometheus import RowMetrics
 from medray.records import conform
 
 logger = logging.getLogger("medray")
@@ -84,6 +85,7 @@ class RowWorker:
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(rows_in_flight)
         threading.Thread(target=self._loop.run_forever, name=f"{self.stage}-rows", daemon=True).start()
+        self.told = RowMetrics(self.stage)
 
     async def row(self, row: dict[str, Any]) -> dict[str, Any]:
         """Work on one row; what it raises becomes the row's `error`."""
@@ -100,6 +102,8 @@ class RowWorker:
         except EngineLost:
             _end_actor()
             raise
+        set_aside = sum(row["error"] is not None for row in rows)
+        self.told.rows(len(rows) - set_aside, set_aside)
         return conform(pa.Table.from_pylist(rows, schema=self.schema), self.schema)
 
     def run(self, coroutine: Any) -> Any:
@@ -157,6 +161,7 @@ class EngineWorker(RowWorker):
         usage.requests += 1
         usage.prompt_tokens += output.prompt_tokens
         usage.completion_tokens += len(output.token_ids)
+        self.told.tokens(len(output.token_ids))
         return output
 
     def _decode(self, data: bytes) -> Any:

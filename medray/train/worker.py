@@ -40,6 +40,7 @@ from medray.config import (
 from medray.data.collate import Encoder, collate_dpo, collate_sft
 from medray.data.images import filler_picture
 from medray.errors import ConfigError, StageError
+from medray.prometheus import TrainMetrics
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 from medray.train.done import BEFORE, Ids, count_done, done_rows, keep_done, write_done
 from medray.train.objectives import BEST_BY
@@ -164,7 +165,7 @@ def train_epoch(
     config = step.config
     in_order = batches.in_order(rows_of(shards["train"]), progress.epoch)
     rows = EpochRows(in_order, done, config.shuffle_buffer, seed=[config.seed, progress.epoch, step.rank])
-    clock = Clock()
+    clock = Clock(TrainMetrics(step.kind) if step.rank == 0 else None)
     more = True
     while more:
         taken, total, more = take_global_batch(rows, config.samples_per_step, step.rank, step.gather)
@@ -175,7 +176,7 @@ def train_epoch(
             progress.steps += 1
             progress.samples += total
             progress.done |= dict.fromkeys((row["sample_id"] for row in taken), None)
-            progress.metrics.append(clock.stamp({"step": progress.steps, "epoch": progress.epoch, **metrics}))
+            progress.metrics.append(clock.stamp({"step": progress.steps, "epoch": progress.epoch, **metrics}, step.world_size))
             clock.log(progress, rows_per_epoch * config.epochs, start)
         if more and (progress.steps % config.checkpoint_every == 0 or clock.preemption_coming(step)):
             save(step, progress, finished=False)
@@ -192,9 +193,14 @@ def train_epoch(
 
 
 class Clock:
-    """Speeds, log lines and preemption checks, each at its own pace."""
+    """Speeds, log lines and preemption checks, each at its own pace.
 
-    def __init__(self) -> None:
+    Args:
+        told: rank 0's way to Prometheus.
+    """
+
+    def __init__(self, told: TrainMetrics | None = None) -> None:
+        self.told = told
         self.last_step = self.last_log = self.last_check = time.monotonic()
         self.waited = 0.0
         self.warned = False
@@ -202,12 +208,15 @@ class Clock:
     def rows_are_here(self) -> None:
         self.waited = time.monotonic() - self.last_step
 
-    def stamp(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def stamp(self, metrics: dict[str, Any], workers: int) -> dict[str, Any]:
         """With `seconds` since the last step, and the part of it, `data_seconds`, spent on waiting for rows and checkpoints."""
         now = time.monotonic()
         seconds = now - self.last_step
         self.last_step = now
-        return metrics | {"seconds": seconds, "data_seconds": self.waited, "samples_per_second": metrics["samples"] / seconds}
+        stamped = metrics | {"seconds": seconds, "data_seconds": self.waited, "samples_per_second": metrics["samples"] / seconds}
+        if self.told is not None:
+            self.told.step(stamped, workers)
+        return stamped
 
     def log(self, progress: Progress, all_samples: int, start: Start | None) -> None:
         """A line, and a mark of `start`, which rank 0 has."""

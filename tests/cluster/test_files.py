@@ -247,8 +247,9 @@ def test_the_images_are_made_of_what_is_there():
 
 
 def exported_metrics():
-    """{name: label names} of what serve/ exports, with the names that Ray's own recorder gives them."""
-    calls = [node for path in (ROOT / "serve").glob("*.py") for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Counter", "Gauge", "Histogram")]
+    """{name: label names} of what serve/ and jobs export, with the names that Ray's own recorder gives them."""
+    sources = [*(ROOT / "serve").glob("*.py"), ROOT / "medray" / "prometheus.py"]
+    calls = [node for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Counter", "Gauge", "Histogram")]
     made = [(call.func.id, *(ast.literal_eval(argument) for argument in call.args)) for call in calls]
     program = f"""
 from prometheus_client import REGISTRY
@@ -282,7 +283,7 @@ def test_every_metric_that_is_shown_exists():
                 assert set(re.findall(r"\w+", re.search(r"by \(([^)]*)\)", query)[1])) <= set(ours[name]), query
             else:
                 assert re.search(rf"\b({name}|{name.partition('_')[2]})\b", rays), name  # in Ray's own dashboards, or where it is made
-    assert {re.sub("_(total|bucket)$", "", name) for name in shown if name.startswith("ray_medray")} == {"ray_medray_serve_requests", "ray_medray_serve_seconds"}
+    assert {re.sub("_(total|bucket)$", "", name) for name in shown if name.startswith("ray_medray")} == {re.sub("_(total|bucket|count|sum|created)$", "", name) for name in ours}
     assert "autoscaler_recently_failed_nodes" not in shown, "with the second autoscaler: machines that are being ended"
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 

@@ -14,6 +14,7 @@ from medray.config import EngineConfig, SamplingConfig
 from medray.data.shards import write_resumable
 from medray.inference.engine_guard import OWNER_ENV
 from medray.inference.worker import map_options
+from tests.prometheus import told
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(2400)]
 
@@ -107,3 +108,6 @@ def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray
     assert len(list(marks.iterdir())) == 3
     # The third engine came after both; it ends with the dataset's actors.
     assert all(gone(pid) for pid in engines(talker))
+    # It told what it worked on: the two before it may have been killed between two reports.
+    assert 0 < max(told(ray_cluster, "ray_medray_rows_total", stage="self_play", outcome="done")) <= 60
+    assert max(told(ray_cluster, "ray_medray_generated_tokens_total", stage="self_play")) > 0

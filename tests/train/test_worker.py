@@ -17,6 +17,7 @@ from medray.models.vlm import load_vlm
 from medray.train.done import done_rows
 from medray.train.worker import export_merged, run_training
 from tests.processes import kill_one
+from tests.prometheus import told
 
 from .conftest import DPO, MODEL, SFT, conversations, preferences
 
@@ -65,6 +66,12 @@ def test_two_workers_train_what_one_does(one_and_two_workers):
         for key in ("loss", "grad_norm", "rewards/margin", "logps/chosen", "tokens/rejected"):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
         assert two["samples"] == one["samples"] == 7
+
+
+def test_prometheus_is_told_by_the_first_worker(ray_cluster, one_and_two_workers):
+    assert told(ray_cluster, "ray_medray_train_samples_total", objective="dpo").count(14.0) >= 2
+    seconds, waited = (sorted(told(ray_cluster, f"ray_medray_train_{name}_total", objective="dpo")) for name in ("seconds", "data_seconds"))
+    assert all(0 < part < whole for part, whole in zip(waited, seconds, strict=True))
 
 
 def test_export_is_a_plain_model_with_the_trained_weights(one_and_two_workers, tiny_llava, tmp_path):
