@@ -8,7 +8,7 @@ import os
 import posixpath
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from medray.data.begun import begun_rows, counted
 from medray.errors import DataError
 
 # Ray Data's own 128 MiB lets every reading task, every encoder and the queues between them hold hundreds of MiB of
@@ -116,9 +117,16 @@ def small_blocks(size: int = BLOCK_BYTES) -> Iterator[None]:
         context.target_max_block_size = before
 
 
+class Written(NamedTuple):
+    """`rows` of the output; `again` {"rows done again": number} where processes died in the middle of their work, else {}."""
+
+    rows: int
+    again: dict[str, int]
+
+
 def write_resumable(
     rows_uri: str | list[str], out_uri: str, checkpoint_uri: str, stage: Any, rows_per_task: int, num_cpus: float = 1.0, id_column: str = "sample_id",
-) -> int:
+) -> Written:
     """Read shards, pass them through `stage(dataset) -> dataset`, write them; the same call after a kill finishes.
 
     Rows are known by `id_column`; one input row gives one output row with the same id. Ray Data commits each written
@@ -129,7 +137,7 @@ def write_resumable(
         rows_uri: a folder, or several whose ids differ; later calls may name others for the same `out_uri`.
         rows_per_task: rows that are worked on, written and committed together: what a lost process costs at most.
 
-    Returns the number of rows in `out_uri`.
+    Actors of `stage` that make a medray.data.begun.Begun and call it have the rows counted that were worked on more than once.
     """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
@@ -139,18 +147,21 @@ def write_resumable(
     fs, root = url_to_fs(out_uri)
     fs.makedirs(root, exist_ok=True)
     context = ray.data.DataContext.get_current()
-    before = context.checkpoint_config
+    before, begun = context.checkpoint_config, checkpoint_uri.rstrip("/") + "-begun"
     context.checkpoint_config = CheckpointConfig(id_column=id_column, checkpoint_path=checkpoint_uri, delete_checkpoint_on_success=False)
     try:
         if wanted:
             files = [path for uri in unfinished for path in parquet_files(uri)]
-            # A shard would else be one task, and committed only as a whole.
-            rows = read_rows(files, num_cpus=num_cpus).repartition(target_num_rows_per_block=rows_per_task)
-            with footer_readers(wanted // rows_per_task):  # the files of committed ids, which the write reads first
-                stage(rows).write_parquet(out_uri, row_group_size=64, ray_remote_args={"num_cpus": num_cpus})
+            with counted(begun):
+                # A shard would else be one task, and committed only as a whole.
+                rows = read_rows(files, num_cpus=num_cpus).repartition(target_num_rows_per_block=rows_per_task)
+                with footer_readers(wanted // rows_per_task):  # the files of committed ids, which the write reads first
+                    stage(rows).write_parquet(out_uri, row_group_size=64, ray_remote_args={"num_cpus": num_cpus})
     finally:
         context.checkpoint_config = before
-    return count_rows(out_uri)
+    written = count_rows(out_uri)
+    again = begun_rows(begun) - written
+    return Written(written, {"rows done again": again} if again > 0 else {})
 
 
 def _unfinished(uris: list[str], checkpoint_uri: str, id_column: str) -> list[str]:

@@ -100,6 +100,7 @@ class ScorePairs(Score):
     """Callable for map_batches: rows of records.RATING_PAIR to SCORED_PAIR, one for one."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        self.begun(table.num_rows)
         pairs = table.to_pylist()
         sides = {side: [{part: pair[f"{side}_{part}"] for part in ("image_id", "image", "context", "question", "answer")} for pair in pairs]
                  for side in ("chosen", "rejected")}
@@ -122,8 +123,8 @@ def evaluate_rater(
         rater: path of the rating model.
         config: the one it was trained with: which images are held out.
 
-    Returns {"clinician": rating_metrics or None, "model": rating_metrics or None, "pairs": held out, "without rating": pairs}; each
-    rating_metrics of those pairs that have both ratings.
+    Returns {"clinician": rating_metrics or None, "model": rating_metrics or None, "pairs": held out, "without rating": pairs}, and after
+    interruptions "rows done again"; each rating_metrics of those pairs that have both ratings.
     """
     from medray.data.shards import tables, write_resumable
 
@@ -132,7 +133,7 @@ def evaluate_rater(
             on_side, fn_kwargs={"side": "held_out", "config": config.model_dump()}, batch_format="pyarrow", batch_size=256, num_cpus=data_config.read_cpus)
         return held_out.map_batches(ScorePairs, **score_options(score_config, rater, data_config))
 
-    rows = write_resumable(pairs, target, committed, rated_pairs, score_config.rows_per_task, data_config.read_cpus)
+    rows, again = write_resumable(pairs, target, committed, rated_pairs, score_config.rows_per_task, data_config.read_cpus)
     columns: dict[str, dict[str, list]] = {}
     for table in tables(target, ["origin", "chosen_image_id", "chosen_rating", "rejected_rating", "error"]):
         for row in table.to_pylist():
@@ -142,7 +143,7 @@ def evaluate_rater(
                     of_origin[name].append(value)
     measured = {origin: rating_metrics(**columns[origin], bootstrap=bootstrap) if origin in columns else None for origin in ("clinician", "model")}
     rated = sum(len(of_origin["chosen"]) for of_origin in columns.values())
-    return {**measured, "pairs": rows, "without rating": rows - rated}
+    return {**measured, "pairs": rows, "without rating": rows - rated, **again}
 
 
 def calibration_plot(bins: Mapping[str, Sequence[Mapping[str, float]]], title: str = "calibration of the rating model") -> str:

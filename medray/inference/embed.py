@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from medray.config import DataConfig
 from medray.config.dialogues import DemonstrationsConfig
+from medray.data.begun import Begun
 from medray.records import EMBEDDED
 
 logger = logging.getLogger("medray")
@@ -36,8 +37,10 @@ class Embed:
         self.data_config = DataConfig.model_validate(data_config)
         torch.set_num_threads(max(1, int(config.cpus_per_actor)))
         self.encoder = load_encoder(encoder, config.precision)
+        self.begun = Begun()
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        self.begun(table.num_rows)
         rows = table.select(["sample_id", "image", "caption", "modality"]).to_pylist()
         images, errors = zip(*(self._decoded(row) for row in rows), strict=True) if rows else ((), ())
         good = [place for place, error in enumerate(errors) if error is None]

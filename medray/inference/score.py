@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from medray.config import DataConfig, ScoreConfig
+from medray.data.begun import Begun
 from medray.data.rater_inputs import InputError
 from medray.records import SCORED, conform
 
@@ -45,8 +46,10 @@ class Score:
         self.model = Rater.from_pretrained(rater).to(self.device, self.dtype)
         self.inputs = self.model.inputs(DataConfig.model_validate(data_config))
         self.decoders = ThreadPoolExecutor(threads)
+        self.begun = Begun()
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        self.begun(table.num_rows)
         rated = self.ratings(table.select(["image_id", "image", "context", "question", "answer"]).to_pylist())
         for name, kind in (("score", pa.float64()), ("error", pa.string()), ("cut", pa.list_(pa.string()))):
             table = table.append_column(name, pa.array([row[name] for row in rated], kind))
@@ -131,9 +134,9 @@ def score_exchanges(source: str | list[str], target: str, committed: str, rater:
     """
     from medray.data.shards import tables, write_resumable
 
-    rows = write_resumable(
+    rows, again = write_resumable(
         source, target, committed, lambda rows: rows.map_batches(Score, **score_options(config, rater, data_config)), config.rows_per_task, data_config.read_cpus)
-    counts: Counter[str] = Counter({"exchanges": rows, "without score": 0})
+    counts: Counter[str] = Counter({"exchanges": rows, "without score": 0, **again})
     for table in tables(target, ["score", "error", "cut"]):
         counts["without score"] += table["score"].null_count
         for cut in table["cut"].to_pylist():

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from medray.config import DataConfig, EngineConfig, ModelConfig, Placement, SamplingConfig
+from medray.data.begun import Begun
 from medray.inference.endpoint import EndpointDown, Usage
 from medray.inference.engine import EngineLost, Output, VLMEngine, image_key
 from medray.models.cache import localize
@@ -85,7 +86,7 @@ class RowWorker:
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(rows_in_flight)
         threading.Thread(target=self._loop.run_forever, name=f"{self.stage}-rows", daemon=True).start()
-        self.told = RowMetrics(self.stage)
+        self.begun, self.told = Begun(), RowMetrics(self.stage)
 
     async def row(self, row: dict[str, Any]) -> dict[str, Any]:
         """Work on one row; what it raises becomes the row's `error`."""
@@ -97,6 +98,7 @@ class RowWorker:
         return {**kept, "error": reason}
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        self.begun(table.num_rows)
         try:
             rows = self.run(self._rows(table.to_pylist()))
         except EngineLost:

@@ -78,11 +78,11 @@ def ask(stage: Stage, config: EvaluateJobConfig, questions: Mapping[str, dict[st
     """The questions of all benchmarks to one model; continues row by row."""
     from medray.data.shards import write_resumable
 
-    rows = write_resumable(
+    rows, again = write_resumable(
         [made["outputs"]["rows"] for made in questions.values()], stage.path("rows"), stage.path("committed"),
         lambda rows: rows.map_batches(**mapped), 8 * config.engine.rows_per_task, config.data.read_cpus, id_column="key",
     )
-    return {"rows": stage.path("rows"), "counts": {"answers": rows}}
+    return {"rows": stage.path("rows"), "counts": {"answers": rows, **again}}
 
 
 def take(stage: Stage, answers: str, questions: dict[str, Any]) -> dict[str, Any]:

@@ -55,11 +55,11 @@ def embed(stage: Stage, config: ClinicianPreferenceConfig, encoder: str, data: d
     from medray.inference.embed import embed_map
 
     embedder, options = embed_map(config.demonstrations, config.data, encoder)
-    rows = write_resumable(
+    rows, again = write_resumable(
         data["outputs"]["captioned"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(embedder, **options),
         8 * config.demonstrations.batch, config.data.read_cpus,
     )
-    return {"rows": stage.path("rows"), "counts": {"images": rows}}
+    return {"rows": stage.path("rows"), "counts": {"images": rows, **again}}
 
 
 def draw_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
@@ -102,13 +102,13 @@ def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Mo
 
     settings = config.generate.model_copy(update={"answers": answers})
     work, options = generate_map(settings, writer and writer.path, config.model, config.data, config.engine, demonstrations_of(demonstrations))
-    rows = write_resumable(
+    rows, again = write_resumable(
         images, stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options), config.engine.rows_per_task, config.data.read_cpus)
     ledger = stages.ledger_of(stage, config.generate)
     counts = unpack(stage.path("rows"), stage.dir)
     if not counts.get("exchanges"):
         raise StageError(f"none of {rows} images got a dialogue that can be used: {dict(counts)}")
-    return {**{part: stage.path(part) for part in ("conversations", "exchanges", "items")}, "ledger": ledger, "counts": {"images": rows, **counts}}
+    return {**{part: stage.path(part) for part in ("conversations", "exchanges", "items")}, "ledger": ledger, "counts": {"images": rows, **again, **counts}}
 
 
 def rate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
@@ -121,12 +121,12 @@ def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, w
     from medray.inference.rate import rate_map, rating_counts
 
     work, options = rate_map(config.rate, model and model.path, config.model, config.data, config.engine)
-    rows = write_resumable(
+    rows, again = write_resumable(
         written["outputs"]["exchanges"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options),
         8 * config.engine.rows_per_task, config.data.read_cpus,
     )
     ledger = stages.ledger_of(stage, config.rate)
-    return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"exchanges": rows, **rating_counts(stage.path("rows"))}}
+    return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"exchanges": rows, **again, **rating_counts(stage.path("rows"))}}
 
 
 def make_pairs(stage: Stage, config: ClinicianPreferenceConfig, rated: dict[str, Any]) -> dict[str, Any]:
@@ -216,13 +216,13 @@ def evaluate(stage: Stage, config: ClinicianPreferenceConfig, model: Model, name
     from medray.inference.worker import map_options
 
     arguments = {**stages.engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}
-    rows = write_resumable(
+    rows, again = write_resumable(
         data["outputs"]["questions"], stage.path("rows"), stage.path("committed"),
         lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), 8 * config.engine.rows_per_task, config.data.read_cpus,
     )
     scores = scored(stage.path("rows"), config.evaluate)
     differences = {other: compare(found["outputs"]["rows"], stage.path("rows"), config.evaluate)["accuracy"] for other, found in others.items()}
-    return {"rows": stage.path("rows"), "scores": scores, "differences": differences, "counts": {"questions": rows, "without answer": scores["errors"]}}
+    return {"rows": stage.path("rows"), "scores": scores, "differences": differences, "counts": {"questions": rows, **again, "without answer": scores["errors"]}}
 
 
 def win_rates(run: Run, config: ClinicianPreferenceConfig, data: dict[str, Any], scores: dict[str, dict[str, Any]]) -> dict[str, Any]:

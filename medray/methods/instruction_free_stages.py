@@ -111,7 +111,7 @@ def evaluate(
     arguments = {
         **stages.engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens, "option_likelihood": True, "options": stated_options,
     }
-    rows = write_resumable(
+    rows, again = write_resumable(
         [found[one] for one in sets], stage.path("answers"), stage.path("committed"),
         lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), 8 * config.engine.rows_per_task,
         config.data.read_cpus, id_column="key",
@@ -129,7 +129,7 @@ def evaluate(
         before = base["outputs"]["sets"]
         outputs["differences"] = {one: compare(before[one], stage.path("sets", one), config.evaluate)["accuracy"] for one in sets if one != "described"}
         outputs["retention"] = retention(before["general"], stage.path("sets", "general"), config.evaluate) if "general" in sets else None
-    return {**outputs, "counts": {"questions": rows, "without answer": sum(one["errors"] for one in scores.values())}}
+    return {**outputs, "counts": {"questions": rows, **again, "without answer": sum(one["errors"] for one in scores.values())}}
 
 
 def split_answers(stage: Stage, sets: list[str]) -> None:

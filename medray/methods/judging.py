@@ -82,10 +82,10 @@ def _judged(run: Run, config: EvaluateJobConfig, name: str, questions: dict[str,
             made = rows.map_batches(JudgeRows, fn_constructor_kwargs=arguments, batch_format="pyarrow", num_cpus=config.data.read_cpus, compute=pool)
             return made.map_batches(judge, **options)
 
-        rows = write_resumable(
+        rows, again = write_resumable(
             questions["outputs"]["rows"], stage.path("rows"), stage.path("committed"), judged, 8 * config.engine.rows_per_task, config.data.read_cpus,
         )
-        return {"rows": stage.path("rows"), "counts": {"questions": rows}}
+        return {"rows": stage.path("rows"), "counts": {"questions": rows, **again}}
 
     inputs = {"first": first and first["hash"], "second": second["hash"], "judge": config.judge}
     return run.stage(name, inputs, work)["outputs"]["rows"]

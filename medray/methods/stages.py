@@ -172,9 +172,9 @@ def self_play(stage: Stage, config: SelfTrainingConfig, model: Model, data: dict
             rows = rows.filter(_FreshShare(number, config.rounds), num_cpus=config.data.read_cpus)
         return rows.map_batches(SelfPlay, fn_constructor_kwargs=arguments, **map_options(config.engine))
 
-    rows = write_resumable(images, stage.path("rows"), stage.path("committed"), played, config.engine.rows_per_task, config.data.read_cpus)
+    rows, again = write_resumable(images, stage.path("rows"), stage.path("committed"), played, config.engine.rows_per_task, config.data.read_cpus)
     tally = _tally(stage.path("rows"), ["sample_id", "error", "questions", "dropped_questions"], _played)
-    return {"rows": stage.path("rows"), "counts": {"images": rows, **tally}}
+    return {"rows": stage.path("rows"), "counts": {"images": rows, **again, **tally}}
 
 
 class _FreshShare:
@@ -206,13 +206,13 @@ def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> d
 
     model = resolve_model(config.judge.model) if config.judge.kind in ("vllm", "rater") else None
     judge_class, options = judge_map(config.judge, model, config.model, config.data, config.engine)
-    rows = write_resumable(
+    rows, again = write_resumable(
         played["outputs"]["rows"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(judge_class, **options),
         config.engine.rows_per_task, config.data.read_cpus,
     )
     ledger = ledger_of(stage, config.judge)
     tally = _tally(stage.path("rows"), ["sample_id", "error", "verdicts"], _verdicts)
-    return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"images": rows, **tally, "retried requests": ledger["retries"]}}
+    return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"images": rows, **again, **tally, "retried requests": ledger["retries"]}}
 
 
 def ledger_of(stage: Stage, config: EndpointConfig) -> dict[str, Any]:
@@ -274,8 +274,8 @@ def reference_logps(stage: Stage, config: SelfTrainingConfig, model: Model, pair
             **config.dpo.place.options,
         )
 
-    rows = write_resumable(pairs["outputs"]["rows"], stage.path("rows"), stage.path("committed"), scored, 8 * config.dpo.reference_batch, config.data.read_cpus)
-    return {"rows": stage.path("rows"), "counts": {"pairs": rows}}
+    rows, again = write_resumable(pairs["outputs"]["rows"], stage.path("rows"), stage.path("committed"), scored, 8 * config.dpo.reference_batch, config.data.read_cpus)
+    return {"rows": stage.path("rows"), "counts": {"pairs": rows, **again}}
 
 
 def evaluate(stage: Stage, config: SelfTrainingConfig, model: Model, name: str, data: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def evaluate(stage: Stage, config: SelfTrainingConfig, model: Model, name: str, 
     from medray.inference.worker import map_options
 
     arguments = {**engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}
-    rows = write_resumable(
+    rows, again = write_resumable(
         data["outputs"]["questions"], stage.path("rows"), stage.path("committed"),
         lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), 8 * config.engine.rows_per_task,
         config.data.read_cpus,
@@ -297,7 +297,7 @@ def evaluate(stage: Stage, config: SelfTrainingConfig, model: Model, name: str, 
     if against and stage.run.exists("stages", f"90-evaluate-{against}", "manifest.json"):
         found = compare(stage.run.path("stages", f"90-evaluate-{against}", "rows"), stage.path("rows"), config.evaluate)
         difference = {"against": against, **found["accuracy"]}
-    return {"rows": stage.path("rows"), "scores": scores, "difference": difference, "counts": {"questions": rows, "without answer": scores["errors"]}}
+    return {"rows": stage.path("rows"), "scores": scores, "difference": difference, "counts": {"questions": rows, **again, "without answer": scores["errors"]}}
 
 
 def previous_model(name: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from medray.config import DataConfig, ModelConfig
+from medray.data.begun import Begun
 from medray.data.collate import Encoder, collate_dpo, normalise_pixels
 from medray.records import PREFERENCE_WITH_REFERENCE, conform
 
@@ -31,8 +32,10 @@ class Reference:
         self.info = self.encoder.dialogues.info()
         self.model = load_vlm(model_dir, self.config.precision, self.config.trust_remote_code, self.device)
         self.model_hash = model_hash
+        self.begun = Begun()
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        self.begun(table.num_rows)
         encoded = self.encoder(table).to_pylist()
         usable = [row for row in encoded if row["error"] is None]
         scores = dict(zip((row["sample_id"] for row in usable), self._logps(usable), strict=True)) if usable else {}

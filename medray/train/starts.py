@@ -40,9 +40,10 @@ class Start:
         self.fs.pipe_file(self.path, json.dumps(self.note).encode())
 
 
-def redone(stage_dir: str) -> dict[str, float]:
-    """What a training's interruptions cost: `restarts`, `steps done again`, `samples done again` and `seconds between starts` (from the last mark of
-    one to the beginning of the next); {} where there was no interruption."""
+def redone(stage_dir: str) -> dict[str, Any]:
+    """What a training's interruptions cost: `restarts`, `steps done again`, `samples done again`, `seconds between starts` (from the last mark of
+    one to the beginning of the next) and `workers` {"start 1": number, ...}; {} where there was no interruption. Workers that become more
+    are an interruption too: Ray Train starts the group anew."""
     fs, root = url_to_fs(stage_dir)
     notes = [json.loads(fs.cat_file(path)) for path in _notes(fs, posixpath.join(root, FOLDER))]
     pairs = list(itertools.pairwise(notes))
@@ -53,6 +54,7 @@ def redone(stage_dir: str) -> dict[str, float]:
         "steps done again": sum(max(0, before["step"] - after["from_step"]) for before, after in pairs),
         "samples done again": sum(max(0, before["samples"] - after["from_samples"]) for before, after in pairs),
         "seconds between starts": round(sum(max(0.0, after["began"] - before["marked"]) for before, after in pairs), 1),
+        "workers": {f"start {number}": note["workers"] for number, note in enumerate(notes, 1)},
     }
 
 

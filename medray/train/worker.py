@@ -292,7 +292,7 @@ class TrainResult:
 
     checkpoint: Any
     metrics: str
-    counts: dict[str, int]
+    counts: dict[str, Any]
     quarantine: dict[str, str]
     best: Any = None
     best_metrics: dict[str, Any] | None = None

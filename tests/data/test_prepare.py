@@ -128,10 +128,10 @@ def test_resumed_write_keeps_ids_exactly_once(ray_cluster, tmp_path):
         write("a", "b")
     committed = {row["key"] for path in (tmp_path / "committed").iterdir() if "pending" not in path.name for row in pq.read_table(path).to_pylist()}
     (tmp_path / "log").unlink()
-    assert write("b", "c") == len(committed | {f"{folder}-{part}{i}" for folder in "bc" for part in range(2) for i in range(8)})
+    assert write("b", "c").rows == len(committed | {f"{folder}-{part}{i}" for folder in "bc" for part in range(2) for i in range(8)})
     assert committed.isdisjoint((tmp_path / "log").read_text().split())
-    assert write("a", "b", "c") == 48
-    assert write("c", "a", stage=lambda _: pytest.fail("there was nothing left to do")) == 48
+    assert write("a", "b", "c") == (48, {})
+    assert write("c", "a", stage=lambda _: pytest.fail("there was nothing left to do")) == (48, {})
     assert sorted(row["key"] for row in table(tmp_path, "out", ["key"])) == [f"{folder}-{part}{i}" for folder in "abc" for part in range(2) for i in range(8)]
 
 

@@ -82,11 +82,11 @@ def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray
             Marked, fn_constructor_kwargs=kwargs, **map_options(engine), runtime_env={"env_vars": {"MEDRAY_TEST_RUN": talker}},
         )
 
-    failures = []
+    written, failures = [], []
 
     def work():
         try:
-            write_resumable(str(source), str(out), str(tmp_path / "checkpoint"), stage, engine.rows_per_task)
+            written.append(write_resumable(str(source), str(out), str(tmp_path / "checkpoint"), stage, engine.rows_per_task))
         except Exception as error:
             failures.append(error)
 
@@ -102,9 +102,10 @@ def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray
     thread.join(600)
     assert not thread.is_alive() and not failures
 
-    written = pyarrow.parquet.read_table(out).to_pylist()
-    assert sorted(row["sample_id"] for row in written) == sorted(row["sample_id"] for row in rows)
-    assert all(row["error"] is None for row in written)
+    found = pyarrow.parquet.read_table(out).to_pylist()
+    assert sorted(row["sample_id"] for row in found) == sorted(row["sample_id"] for row in rows)
+    assert all(row["error"] is None for row in found)
+    assert written[0].rows == 60 and 2 <= written[0].again["rows done again"] <= 60, "each of the two had a batch in work, or two"
     assert len(list(marks.iterdir())) == 3
     # The third engine came after both; it ends with the dataset's actors.
     assert all(gone(pid) for pid in engines(talker))

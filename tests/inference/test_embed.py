@@ -133,7 +133,7 @@ def test_a_killed_stage_goes_on_where_it_was(ray_cluster, tiny_encoder, png, tmp
         write_resumable(*arguments)
     before = [name for path in committed() for name in pq.read_table(path)["sample_id"].to_pylist()]
     assert before
-    assert write_resumable(*arguments) == 12
+    assert write_resumable(*arguments).rows == 12
     rows = pq.read_table(tmp_path / "out").to_pylist()
     assert sorted(row["sample_id"] for row in rows) == sorted([*(f"i{number}" for number in range(11)), "broken"])
     assert [row["sample_id"] for row in rows if row["embedding"] is None] == ["broken"]

@@ -20,7 +20,7 @@ def test_what_came_after_the_checkpoint_is_done_again(tmp_path):
     for number, (began, marked) in enumerate(((100.0, 160.0), (175.5, 176.0), (190.0, 250.0))):
         note = json.loads(files[number].read_text()) | {"began": began, "marked": marked}
         files[number].write_text(json.dumps(note))
-    assert redone(str(tmp_path)) == {"restarts": 2, "steps done again": 5, "samples done again": 20, "seconds between starts": 29.5}
+    assert redone(str(tmp_path)) == {"restarts": 2, "steps done again": 5, "samples done again": 20, "seconds between starts": 29.5, "workers": {"start 1": 2, "start 2": 1, "start 3": 2}}
 
 
 def test_a_start_from_a_later_checkpoint_than_the_last_mark_costs_nothing(tmp_path):

@@ -107,7 +107,7 @@ def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava,
     killer.start()
     result = run_training(str(tmp_path), dataset(tiny_llava, "sft", rows), dataset(tiny_llava, "sft", conversations(3)), len(rows), tiny_llava, MODEL, config)
     assert killed
-    cost = {name: result.counts[name] for name in ("restarts", "steps done again", "samples done again", "seconds between starts")}
+    cost = {name: result.counts[name] for name in ("restarts", "steps done again", "samples done again", "seconds between starts", "workers")}
     assert {name: count for name, count in result.counts.items() if name not in cost} == {"steps": 40, "samples": 80, "trained": 40, "quarantined": 1}
     assert cost["restarts"] >= 1 and cost["seconds between starts"] > 0 and cost["samples done again"] == 2 * cost["steps done again"]
     assert list(result.quarantine) == ["s003"]
