@@ -30,7 +30,7 @@ def settings(model: Hosted, config: ReplicaConfig, local: str | None = None) -> 
     """
     engine, place, (low, high) = model.engine, config.place, config.replicas
     _, cpus, gpus = config.bundle(engine)
-    bundle: dict[str, float] = {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **({"memory": int(place.memory_gib * 2**30)} if place.memory_gib else {})}
+    bundle: dict[str, float] = {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **({"memory": int(place.memory_gib * 2**30)} if place.memory_gib else {}), **place.resources}
     deployment: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0},  # the engine's bundle counts its CPUs
         "max_ongoing_requests": max(2 * int(config.target_ongoing_requests), engine.max_num_seqs), "max_queued_requests": config.queued,

@@ -24,6 +24,22 @@ def test_options_for_ray():
     assert Placement().options == {}
     assert PLACE.options == {"label_selector": SELECTOR, "memory": 1_610_612_736}
     assert Placement(memory_gib=1).options == {"memory": 2**30}
+    assert Placement(resources={"medray-train": 1}).options == {"resources": {"medray-train": 1}}
+
+
+def test_training_workers_take_custom_resources():
+    """Ray Train counts room for workers by resources, and not by labels."""
+    from medray.train.worker import scaling_of
+
+    config = SftConfig(num_workers=(1, 4), cpus_per_worker=2, place=Placement(labels={"medray-group": "train"}, resources={"medray-train": 1}))
+    scaling = scaling_of(config)
+    assert (scaling.resources_per_worker, scaling.label_selector) == ({"CPU": 2, "medray-train": 1}, {"medray-group": "train"})
+
+
+@pytest.mark.parametrize("name", ["CPU", "GPU", "memory", "object_store_memory"])
+def test_resources_with_fields_of_their_own_are_refused(name):
+    with pytest.raises(ConfigError, match=rf"sft\.place: .*resources: {name} is none of a cluster's own"):
+        load_config(SelfTrainingConfig, None, [f"sft.place.resources={{{name}: 1}}"])
 
 
 def test_the_configuration_takes_places():

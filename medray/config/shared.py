@@ -15,6 +15,7 @@ SELF_QUESTIONING_SYSTEM_PROMPT = (
     "precise answers, and can also take the part of the curious user and ask questions that the image can answer."
 )
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
+_RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY = re.compile(rf"(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?{_LABEL}")
 _LABEL_SELECTOR = re.compile(rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
@@ -87,6 +88,7 @@ class Placement(Section):
     labels: dict[str, str] = Field(default_factory=dict, description="Labels a node must have, as Ray's label selectors: value, !value, in(a,b) or !in(a,b).")
     accelerator: str | None = Field(None, description="Accelerator a node must have, by Ray's name (A100, H100, L4) or selector (in(A100,H100)); null for any. Short for the label ray.io/accelerator-type.")
     memory_gib: NonNegative = Field(0.0, description="Memory (not the GPU's) each worker or actor reserves (GiB); 0 reserves none.")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict, description="Custom resources each worker or actor takes, by the names under which nodes offer them. With [min, max] training workers give each group of nodes one: Ray Train does not look at labels when it counts how many workers there is room for.")
 
     @property
     def selector(self) -> dict[str, str]:
@@ -97,13 +99,16 @@ class Placement(Section):
     def options(self) -> dict[str, Any]:
         """As arguments of ray.remote and of Ray Data's map_batches; none where the work may run anywhere."""
         options: dict[str, Any] = {"label_selector": self.selector} if self.selector else {}
-        return options | ({"memory": int(self.memory_gib * 2**30)} if self.memory_gib else {})
+        options |= {"memory": int(self.memory_gib * 2**30)} if self.memory_gib else {}
+        return options | ({"resources": self.resources} if self.resources else {})
 
     @model_validator(mode="after")
     def _selectors(self):
         for key, value in self.selector.items():
             if not _LABEL_KEY.fullmatch(key) or not _LABEL_SELECTOR.fullmatch(value):
                 raise ValueError(f"{key}: {value!r} is no label selector; write a value, !value, in(a,b) or !in(a,b)")
+        for name in _RESOURCES & self.resources.keys():
+            raise ValueError(f"resources: {name} is none of a cluster's own; CPUs, GPUs and memory have fields of their own")
         return self
 
 

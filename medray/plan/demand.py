@@ -37,9 +37,16 @@ class Demand:
     gpus: float = 0.0
     memory_gib: float = 0.0
     labels: dict[str, str] = field(default_factory=dict)
+    resources: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What one place takes, by resource."""
+        return {"CPU": self.cpus, "GPU": self.gpus, "GiB": self.memory_gib, **self.resources}
 
     def __str__(self) -> str:
         parts = [f"{self.cpus:g} CPUs"] + [f"{self.gpus:g} GPUs"] * bool(self.gpus) + [f"{self.memory_gib:g} GiB"] * bool(self.memory_gib)
+        parts += [f"{amount:g} {name}" for name, amount in self.resources.items()]
         return f"{self.least} x ({', '.join(parts)})" + "".join(f" on {key}={value}" for key, value in self.labels.items())
 
 
@@ -58,13 +65,15 @@ def demands(config: Section) -> dict[str, list[Demand]]:
             found[name] = [_workers(name, section), reader, reader]  # one reads, one encodes
         elif isinstance(section, EngineConfig | ScoreConfig | DemonstrationsConfig):
             labels = cluster.data_labels | section.place.selector
-            pool = Demand(f"{name}.actors", *section.actors, section.cpus_per_actor, section.gpus_per_actor, section.place.memory_gib, labels)
+            pool = Demand(f"{name}.actors", *section.actors, section.cpus_per_actor, section.gpus_per_actor, section.place.memory_gib, labels, section.place.resources)
             found[name] = [pool, reader]
         elif isinstance(section, JudgeConfig | GenerateConfig | RateConfig) and section.kind in ("api", "random"):
             found[name] = [Demand(f"{name}.kind", 1, 1, CLIENT_CPUS, labels=cluster.data_labels), reader]  # the other kinds run in the engine's places
         if isinstance(section, DpoConfig):
             labels = cluster.data_labels | section.place.selector
-            actors = Demand(f"{name}.reference_workers", *section.reference_workers, section.cpus_per_worker, section.gpus_per_worker, section.place.memory_gib, labels)
+            actors = Demand(
+                f"{name}.reference_workers", *section.reference_workers, section.cpus_per_worker, section.gpus_per_worker, section.place.memory_gib, labels,
+                section.place.resources)
             found["reference"] = [actors, reader]
     return found
 
@@ -74,11 +83,13 @@ def served_demands(config: ServeConfig, engines: Mapping[str, EngineConfig]) -> 
     models = []
     for engine in engines.values():
         places, cpus, gpus = config.bundle(engine)
-        models.append(Demand("replicas", config.replicas[0] * places, config.replicas[1] * places, cpus, gpus, config.place.memory_gib, config.place.selector))
+        models.append(Demand(
+            "replicas", config.replicas[0] * places, config.replicas[1] * places, cpus, gpus, config.place.memory_gib, config.place.selector, config.place.resources))
     return {"endpoint": [*models, Demand("ingress_replicas", config.ingress_replicas, config.ingress_replicas, config.ingress_cpus)]}
 
 
 def _workers(name: str, section: LoopConfig) -> Demand:
     least = section.num_workers if isinstance(section.num_workers, int) else section.num_workers[0]
     return Demand(
-        f"{name}.num_workers", least, section.max_workers, section.cpus_per_worker, section.gpus_per_worker, section.place.memory_gib, section.place.selector)
+        f"{name}.num_workers", least, section.max_workers, section.cpus_per_worker, section.gpus_per_worker, section.place.memory_gib, section.place.selector,
+        section.place.resources)

@@ -6,10 +6,11 @@ machines have), and KubeRay's RayCluster, RayJob and RayService.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,16 @@ class Group:
     memory_gib: float
     labels: dict[str, str]
     most: int
+    resources: dict[str, float] = field(default_factory=dict)  # custom ones
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What an empty node offers, by resource."""
+        return {"CPU": self.cpus, "GPU": self.gpus, "GiB": self.memory_gib, **self.resources}
 
     def takes(self, demand: Demand) -> bool:
         """Whether an empty node can hold one place of this demand."""
-        return self.matches(demand.labels) and demand.cpus <= self.cpus and demand.gpus <= self.gpus and demand.memory_gib <= self.memory_gib
+        return self.matches(demand.labels) and all(amount <= self.amounts.get(name, 0) for name, amount in demand.amounts.items())
 
     def matches(self, selector: dict[str, str]) -> bool:
         return all(matches(self.labels.get(key), wanted) for key, wanted in selector.items())
@@ -115,7 +122,8 @@ def _on_premise(path: str | Path, config: dict[str, Any]) -> list[Group]:
 
 
 def _group(name: str, resources: dict[str, float], labels: dict[str, str], most: int) -> Group:
-    return Group(name, resources.get("CPU", 0), resources.get("GPU", 0), resources.get("memory", 0) / 2**30, labels, most)
+    custom = {key: amount for key, amount in resources.items() if key not in ("CPU", "GPU", "memory", "object_store_memory")}
+    return Group(name, resources.get("CPU", 0), resources.get("GPU", 0), resources.get("memory", 0) / 2**30, labels, most, custom)
 
 
 def _pod_group(name: str, spec: dict[str, Any], most: int) -> Group:
@@ -124,7 +132,8 @@ def _pod_group(name: str, spec: dict[str, Any], most: int) -> Group:
     cpus = float(start.get("num-cpus", math.ceil(quantity(limits["cpu"]))))
     gpus = float(start.get("num-gpus", quantity(limits.get("nvidia.com/gpu", 0))))
     memory = float(start["memory"]) if "memory" in start else HEAP_SHARE * quantity(limits["memory"])
-    return Group(name, cpus, gpus, memory / 2**30, spec.get("labels", {}), most)
+    custom = json.loads(start.get("resources", "{}").strip('"').replace("\\", ""))  # quoted twice, for the shell of the pod
+    return Group(name, cpus, gpus, memory / 2**30, spec.get("labels", {}), most, custom)
 
 
 def quantity(text: str | int | float) -> float:
@@ -153,27 +162,31 @@ def _nearest(demand: Demand, groups: Sequence[Group]) -> str:
     labelled = [group for group in groups if group.matches(demand.labels)]
     if not labelled:
         return "no group has such labels: " + ", ".join(f"{group.name} {group.labels}" for group in groups)
-    return "nodes with its labels have " + ", ".join(f"{group.name} {group.cpus:g} CPUs, {group.gpus:g} GPUs, {group.memory_gib:.0f} GiB" for group in labelled)
+    return "nodes with its labels have " + ", ".join(
+        ", ".join([f"{group.name} {group.cpus:g} CPUs", f"{group.gpus:g} GPUs", f"{group.memory_gib:.0f} GiB", *(f"{amount:g} {name}" for name, amount in group.resources.items())])
+        for group in labelled)
 
 
 def _pack(wanted: Sequence[Demand], groups: Sequence[Group]) -> bool:
     """Whether the places fit together, the largest first, each onto the fitting node with the fewest GPUs."""
-    nodes: dict[str, list[list[float]]] = {group.name: [] for group in groups}
+    nodes: dict[str, list[dict[str, float]]] = {group.name: [] for group in groups}
     by_gpus = sorted(groups, key=lambda group: (group.gpus, group.cpus))
     for demand in sorted(wanted, key=lambda demand: (demand.gpus, demand.cpus), reverse=True):
-        shape = (demand.cpus, demand.gpus, demand.memory_gib)
         for _ in range(demand.least):
-            if not any(group.takes(demand) and _take(nodes[group.name], group, shape) for group in by_gpus):
+            if not any(group.takes(demand) and _take(nodes[group.name], group, demand.amounts) for group in by_gpus):
                 return False
     return True
 
 
-def _take(nodes: list[list[float]], group: Group, shape: tuple[float, float, float]) -> bool:
+def _take(nodes: list[dict[str, float]], group: Group, place: dict[str, float]) -> bool:
     for free in nodes:
-        if all(part <= left for part, left in zip(shape, free, strict=True)):
-            free[:] = [left - part for part, left in zip(shape, free, strict=True)]
-            return True
-    if len(nodes) >= group.most:
-        return False
-    nodes.append([group.cpus - shape[0], group.gpus - shape[1], group.memory_gib - shape[2]])
+        if all(amount <= free.get(name, 0) for name, amount in place.items()):
+            break
+    else:
+        if len(nodes) >= group.most:
+            return False
+        free = dict(group.amounts)
+        nodes.append(free)
+    for name, amount in place.items():
+        free[name] = free.get(name, 0) - amount
     return True

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class FakeCluster:
 
     Args:
         folder: for configuration and logs.
-        groups: by name the CPUs and the greatest number of its nodes; a node's label medray-group is the name.
+        groups: by name the CPUs and the greatest number of its nodes; a node's label medray-group is the name, and it has
+            as many of a custom resource of that name as CPUs.
         idle_seconds: a node without work goes after so long.
         environment: variables of its processes, besides this process's own; RAY_AUTH_MODE=token asks for the token under its HOME.
 
@@ -49,13 +51,13 @@ class FakeCluster:
             "provider": {
                 "type": "external", "module": "medray.testbed.fake_provider.Provider",
                 "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
-                "launch_multiple": True, "head_node_id": _HEAD, "gcs_address": self.address,
+                "launch_multiple": True, "head_node_id": _HEAD, "gcs_address": self.address, "no_capacity": str(folder / "no_capacity"),
             },
             "head_node_type": "ray.head.default",
             "available_node_types": {
                 "ray.head.default": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
                 **{
-                    name: {"resources": {"CPU": cpus, "object_store_memory": 200 * 2**20}, "labels": {"medray-group": name}, "node_config": {}, "min_workers": 0, "max_workers": most}
+                    name: {"resources": {"CPU": cpus, name: cpus, "object_store_memory": 200 * 2**20}, "labels": {"medray-group": name}, "node_config": {}, "min_workers": 0, "max_workers": most}
                     for name, (cpus, most) in groups.items()
                 },
             },
@@ -115,6 +117,17 @@ class FakeCluster:
         for name, identity in self._raylets():
             found[name].append(identity)
         return found
+
+    @contextlib.contextmanager
+    def without_capacity(self, group: str) -> Iterator[None]:
+        """No further node of the group can be had for the time of the block, as happens with spot machines."""
+        gone = self.folder / "no_capacity" / group
+        gone.parent.mkdir(exist_ok=True)
+        gone.touch()
+        try:
+            yield
+        finally:
+            gone.unlink()
 
     def kill_node(self, group: str, runs: str = "") -> str:
         """SIGKILL a node, the oldest of its group that runs an actor of the class `runs` (any node where empty), with everything it started.

@@ -300,7 +300,7 @@ class TrainResult:
 
 def scaling_of(config: LoopConfig) -> ray.train.ScalingConfig:
     """The workers a stage asks for: how many, what each reserves, on which nodes."""
-    resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, "memory": config.place.options.get("memory", 0)}
+    resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, "memory": config.place.options.get("memory", 0), **config.place.resources}
     return ray.train.ScalingConfig(
         num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, label_selector=config.place.selector or None,
         resources_per_worker={name: amount for name, amount in resources.items() if amount or name == "CPU"},

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from medray.config import (
     ClinicianPreferenceConfig,
@@ -157,12 +159,34 @@ def test_label_rule_is_rays(ray_cluster):
 
 def test_groups_of_the_files():
     aws = {group.name: group for group in read_groups(ROOT / "cluster/aws.yaml")}
-    assert aws["train"] == Group("train", 96, 8, 640, {"medray-group": "train", "ray.io/accelerator-type": "A100", "ray.io/market-type": "spot"}, 2)
+    assert aws["train"] == Group("train", 96, 8, 640, {"medray-group": "train", "ray.io/accelerator-type": "A100", "ray.io/market-type": "spot"}, 2, {"medray-train": 8})
     assert (aws["head"].cpus, aws["head"].most) == (0, 1)
     pods = {group.name: group for group in read_groups(ROOT / "cluster/kuberay/rayjob.yaml")}
     assert (pods["train"].cpus, pods["train"].gpus, pods["train"].most) == (44, 4, 4)
     assert pods["train"].memory_gib == pytest.approx(0.7 * 512)
     assert pods["head"].cpus == 0
+    assert (pods["train"].resources, pods["generate"].resources) == ({"medray-train": 4}, {})
+
+
+def test_custom_resources_are_used_up():
+    groups = [Group("train", 8, 4, 0, {}, 1, {"medray-train": 2}), Group("generate", 8, 4, 0, {}, 1)]
+    workers = Demand("sft.num_workers", 2, 4, 1, 1, resources={"medray-train": 1})
+    assert misfits({"sft": [workers]}, groups) == []
+    (line,) = misfits({"sft": [replace(workers, least=3)]}, groups)
+    assert "needs at once 3 x (1 CPUs, 1 GPUs, 1 medray-train)" in line
+    (line,) = misfits({"sft": [workers]}, groups[1:])
+    assert line == "sft: sft.num_workers: no node takes 2 x (1 CPUs, 1 GPUs, 1 medray-train); nodes with its labels have generate 8 CPUs, 4 GPUs, 0 GiB"
+
+
+def test_custom_resources_are_read_as_ray_reads_them():
+    from ray.autoscaler._private.kuberay.autoscaling_config import _get_custom_resources
+
+    for name in ("raycluster", "rayjob"):
+        path = ROOT / f"cluster/kuberay/{name}.yaml"
+        (spec,) = [document["spec"] for document in yaml.safe_load_all(path.read_text()) if document["kind"].startswith("Ray")]
+        offered = {group["groupName"]: _get_custom_resources({}, group["rayStartParams"], group["groupName"]) for group in spec.get("rayClusterSpec", spec)["workerGroupSpecs"]}
+        assert offered == {group.name: group.resources for group in read_groups(path) if group.name != "head"}
+        assert offered["train"] == {"medray-train": 4}
     assert [group.most for group in read_groups(ROOT / "cluster/local.yaml")] == [1, 2]
 
 
