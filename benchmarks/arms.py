@@ -1,15 +1,17 @@
-"""What the studies of a method's arms share: one job per arm and seed, continued where it was stopped, and the tables.
+"""What the studies of a method's arms share: one run of the method per arm and seed, continued where it was stopped, and the tables.
 
 A study says which overrides of a job's configuration its arms are and which numbers of a run's results.json it shows;
-instruction_free_arms.py and clinician_preference_arms.py are the commands.
+instruction_free_arms.py and clinician_preference_arms.py are the commands. All runs of a study are made by one process in one
+Ray: on two cores a run is short, and starting a Ray and importing everything anew would be a sixth of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from self_training import T_975, interval
 
 from medray.config import Section, load_config
 from medray.evaluation import report
+from medray.methods.session import ray_session
 from medray.run import digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +37,7 @@ class Study:
 
     Attributes:
         job: name of the script in jobs/ and of its recipes' folder in configs/.
+        method: what that script calls: (configuration, run directory, shared directory).
         config_type: of the job's configuration.
         title: of the page.
         arms: overrides of the configuration, by arm.
@@ -46,6 +50,7 @@ class Study:
     """
 
     job: str
+    method: Callable[[Any, str, str], Any]
     config_type: type[Section]
     title: str
     arms: Mapping[str, Sequence[str]]
@@ -72,28 +77,32 @@ def folder_of(arm: str, seed: int, options: argparse.Namespace) -> Path:
 
 
 def run(study: Study, arm: str, seed: int, options: argparse.Namespace) -> None:
-    """Run or continue one arm and add it to the record, where it is not there with the same configuration.
-
-    Raises CalledProcessError where the job fails; its log is beside its folder.
-    """
+    """Run or continue one arm and add it to the record, where it is not there with the same configuration. Raises what the method raises."""
     folder = folder_of(arm, seed, options)
     overrides = [*study.arms[arm], f"seed={seed}", *options.overrides]
-    config = load_config(study.config_type, ROOT / options.config, overrides).model_dump(mode="json")
-    wanted = digest({"config": config, "data": options.data and Path(options.data).name})
+    wanted = fingerprint(load_config(study.config_type, ROOT / options.config, overrides), options)
     if any((line["arm"], line["seed"], line["config"]) == (arm, seed, wanted) for line in recorded(options)):
         return
+    source = [f"data.source={json.dumps(options.data)}"] if options.data else []
+    config = load_config(study.config_type, ROOT / options.config, [*source, *overrides])
+    shared = Path(options.runs, "shared")
     data = ["--data", options.data] if options.data else []
-    command = [
-        sys.executable, f"jobs/{study.job}.py", "--config", options.config, *data, "--run", str(folder.resolve()),
-        "--shared", str(Path(options.runs, "shared").resolve()), *(part for override in overrides for part in ("--set", override)),
-    ]
-    print("$ " + " ".join(["python", *(f"'{part}'" if " " in part else part for part in command[1:])]), flush=True)
-    with folder.with_suffix(".log").open("a") as log:
-        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
+    command = ["python", f"jobs/{study.job}.py", "--config", options.config, *data, "--run", str(folder), "--shared", str(shared)]
+    print("$ " + shlex.join([*command, *(part for override in overrides for part in ("--set", override))]), flush=True)
+    study.method(config, str(folder.resolve()), str(shared.resolve()))
     results = json.loads((folder / "results.json").read_text())
     line = {"arm": arm, "seed": seed, "config": wanted, "base": study.base(results), "tuned": study.tuned(results), "floors": study.floors(results)}
     with record_of(options).open("a") as record:
         record.write(json.dumps(line) + "\n")
+
+
+def fingerprint(config: Section, options: argparse.Namespace) -> str:
+    """Of what is not as medray has it by default, wherever it runs: fields that come later, and are left alone, change nothing."""
+    return digest({"config": _without_places(config.model_dump(mode="json", exclude_defaults=True)), "data": options.data and Path(options.data).name})
+
+
+def _without_places(value: Any) -> Any:
+    return {name: _without_places(item) for name, item in value.items() if name != "place"} if isinstance(value, dict) else value
 
 
 def record_of(options: argparse.Namespace) -> Path:
@@ -217,8 +226,11 @@ def main(study: Study, name: str, description: str | None) -> None:
     options = parser.parse_args()
     options.data = options.data and str(Path(options.data).resolve())
     Path(options.runs).mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds if not options.finished else ():
-        for arm in options.arms:
-            run(study, arm, seed, options)
+    if not options.finished:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+        with ray_session(load_config(study.config_type, ROOT / options.config, options.overrides).cluster):
+            for seed in options.seeds:
+                for arm in options.arms:
+                    run(study, arm, seed, options)
     print(write(study, options))
     print(json.dumps({"benchmark": name, "seeds": options.seeds, "arms": by_arm(options), "floors": floors(options)}))

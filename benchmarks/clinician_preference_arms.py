@@ -1,6 +1,6 @@
 """The arms of docs/results/clinician_preference.md: runs the jobs, prints the tables.
 
-Every arm is one `jobs/clinician_preference.py` command per seed, printed before it runs, in a run directory of its own under --runs. What
+Every arm is what one `jobs/clinician_preference.py` command per seed does, printed before it runs, in a run directory of its own under --runs. What
 arms have in common (data, dialogues, judgements, ratings, the rating models, the base model's answers) is made once per seed, in
 --runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done; what is done
 stands in a record, with which it continues on another machine too (--record).
@@ -30,6 +30,7 @@ from typing import Any
 from arms import Measures, Study, main, per_cent
 
 from medray.config import ClinicianPreferenceConfig
+from medray.methods.clinician_preference import clinician_preference
 
 SHARES = (10, 40, 80)
 W_GRID = (1, 10, 100, 200, 300, 400)
@@ -117,7 +118,7 @@ def floors(results: dict[str, Any]) -> dict[str, float | None]:
 
 
 STUDY = Study(
-    job="clinician_preference", config_type=ClinicianPreferenceConfig, title="Clinician preference alignment", arms=ARMS, against=against, columns=COLUMNS,
+    job="clinician_preference", method=clinician_preference, config_type=ClinicianPreferenceConfig, title="Clinician preference alignment", arms=ARMS, against=against, columns=COLUMNS,
     base=base, tuned=tuned, floors=floors, contrasts=CONTRASTS,
 )
 

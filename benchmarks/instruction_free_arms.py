@@ -1,6 +1,6 @@
 """The arms of docs/results/instruction_free.md: runs the jobs, prints the tables.
 
-Every arm is one `jobs/instruction_free.py` command per seed, printed before it runs, in a run directory of its own under --runs. What
+Every arm is what one `jobs/instruction_free.py` command per seed does, printed before it runs, in a run directory of its own under --runs. What
 arms have in common (the data, the base model's answers, the warm-up of equal k, seed and shuffling) is made once, in
 --runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done; what is done
 stands in a record, with which it continues on another machine too (--record).
@@ -18,6 +18,7 @@ from __future__ import annotations
 from arms import Study, main, per_cent
 
 from medray.config import InstructionFreeConfig
+from medray.methods.instruction_free import instruction_free
 
 TEXT = ["tune.instruction=Describe this medical scan."]
 PLAIN, SHUFFLED = ["tune.shuffling=none"], ["tune.shuffling=separator"]
@@ -66,7 +67,7 @@ CONTRASTS = {
 """The claims of the paper, as means of arms minus means of others."""
 
 STUDY = Study(
-    job="instruction_free", config_type=InstructionFreeConfig, title="Instruction-free tuning", arms=ARMS, against=lambda arm: "text", columns=COLUMNS,
+    job="instruction_free", method=instruction_free, config_type=InstructionFreeConfig, title="Instruction-free tuning", arms=ARMS, against=lambda arm: "text", columns=COLUMNS,
     base=lambda results: per_cent(results["measures"]["base"], COLUMNS), tuned=lambda results: {"": per_cent(results["measures"]["tuned"], COLUMNS)},
     floors=lambda results: results["floors"], contrasts=CONTRASTS,
 )

@@ -1,6 +1,7 @@
 """The studies' scripts: their arms are valid configurations in folders of their own, and the tables are those of the runs."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -72,28 +73,29 @@ def clinician_results(base, **arms):
     }
 
 
-def test_tables_of_recorded_runs(studies, tmp_path, monkeypatch):
+def test_tables_of_recorded_runs(studies, tmp_path):
     import arms
 
-    study = studies["clinician"]
     made = {
         ("random, 10 %", 0): clinician_results(0.2, random=0.5), ("mixture, 10 %", 0): clinician_results(0.2, selected=0.6),
         ("random, 10 %", 1): clinician_results(0.2, random=0.4), ("mixture, 10 %", 1): clinician_results(0.2, selected=0.6), ("w grid", 0): clinician_results(0.2),
     }
+    def method(config, run, shared):  # the method itself has tests of its own
+        folder = Path(run)
+        folder.mkdir(exist_ok=True)
+        jobs.append(config)
+        (folder / "results.json").write_text(json.dumps(next(results for (arm, seed), results in made.items() if arms.folder_of(arm, seed, options) == folder)))
+
+    study = dataclasses.replace(studies["clinician"], method=method)
     options = argparse.Namespace(
         runs=str(tmp_path), record=None, data=None, arms=list(study.arms), seeds=[0, 1, 2], overrides=["tune.epochs=1"], config=str(ROOT / study.config))
     jobs = []
-
-    def job(command, **_):
-        folder = Path(command[command.index("--run") + 1])
-        folder.mkdir(exist_ok=True)
-        jobs.append(folder)
-        (folder / "results.json").write_text(json.dumps(next(results for (arm, seed), results in made.items() if arms.folder_of(arm, seed, options) == folder)))
-
-    monkeypatch.setattr(arms.subprocess, "run", job)  # the job itself has a test of its own
     for _ in range(2):  # the second time all is in the record
         for arm, seed in made:
             arms.run(study, arm, seed, options)
+    assert [(config.seed, config.tune.epochs) for config in jobs] == [(seed, 1) for _, seed in made]
+    options.overrides = ["tune.epochs=1", "tune.place.labels={medray-group: train}"]  # where it runs makes no other run of it
+    arms.run(study, "w grid", 0, options)
     assert len(jobs) == len(made)
     options.overrides = ["tune.epochs=2"]  # of another configuration it is another run
     arms.run(study, "w grid", 0, options)
