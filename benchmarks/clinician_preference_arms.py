@@ -10,8 +10,8 @@ stands in a record, with which it continues on another machine too (--record).
     python benchmarks/clinician_preference_arms.py --runs runs/arms-cells --finished     # the tables of what is finished
 
 Arms: dialogues at random, or selected by a rating model that learned from the rating VLM alone, the clinicians alone, or both (the mixture),
-at 10, 40 and 80 %; all dialogues; the grid of the weight w (rating models only, nothing is tuned); both ways without demonstrations; and the
-mixture's scores relative to those of the same question and answer (select.relative_to, an extension).
+at 10, 40 and 80 %; all dialogues; the mixture with other weights w of the clinicians' pairs (rating models only, nothing is tuned); both ways without
+demonstrations; and the mixture's scores relative to those of the same question and answer (select.relative_to, an extension).
 Without --data the arms are run on the synthetic cells. The clinicians are simulated from true attributes: `clinicians.error_rate` is
 the share of their ticks that are wrong.
 
@@ -34,7 +34,6 @@ from medray.methods.clinician_preference import clinician_preference
 
 SHARES = (10, 40, 80)
 W_GRID = (1, 10, 100, 200, 300, 400)
-GRID = "w grid"
 BARE = "without demonstrations"
 RELATIVE = "relative"
 
@@ -46,7 +45,8 @@ def _arms() -> Iterator[tuple[str, list[str]]]:
         for learned_from in ("model", "clinician", "mixture"):
             yield f"{learned_from}, {share} %", ["evaluate.arms=[selected]", f"rater.train_on={learned_from}", *kept]
     yield "all", ["evaluate.arms=[all]"]
-    yield GRID, ["evaluate.arms=[]", f"weights={list(W_GRID)}"]
+    for weight in W_GRID:
+        yield f"w {weight}", ["evaluate.arms=[]", f"rater.clinician_weight={weight}"]
     yield f"random, 40 %, {BARE}", ["evaluate.arms=[random]", "select.fraction=0.4", "with_demonstrations=false"]
     yield f"mixture, 40 %, {BARE}", ["evaluate.arms=[selected]", "select.fraction=0.4", "with_demonstrations=false"]
     for share in SHARES[:2]:
@@ -89,7 +89,7 @@ def measures(results: dict[str, Any], model: str | None, rater: dict[str, Any] |
     found = {
         "all": scores["overall"].get("accuracy"), **{kind: scores["by_type"].get(kind, {}).get("accuracy") for kind in ("open", "closed", "mcq")},
         "win rate": results["win_rates"].get(f"{model} against base", {}).get("win_rate"), "right": truth["right"].get("written" if model == "all" else model or ""),
-        "alignment": None, "pairs": None, **{name: found.get("rating model") if rater is results["rater"] else None for name, found in auc.items()},
+        "alignment": None, "pairs": None, **{name: found.get("rating model") if rater else None for name, found in auc.items()},
     }
     variety = results["variety"].get(model or "")
     found["variety"] = variety and variety["kept"] / results["counts"][f"10-select-{model}"]["exchanges kept"]
@@ -100,12 +100,9 @@ def measures(results: dict[str, Any], model: str | None, rater: dict[str, Any] |
 
 
 def tuned(results: dict[str, Any]) -> dict[str, Measures]:
-    """Of the arm's model; or, of the grid, of the rating model of each weight."""
-    rater = results["rater"]
+    """Of the arm's model; or, where nothing is tuned, of its rating model."""
     model = next((name for name in results["scores"] if name != "base"), None)
-    if model is None:
-        return {f", w {one['weight']:g}": measures(results, None, one) for one in rater["weights"]}
-    return {"": measures(results, model, rater if model == "selected" else None)}
+    return {"": measures(results, model, None if model in ("random", "all") else results["rater"])}
 
 
 def base(results: dict[str, Any]) -> Measures | None:

@@ -66,8 +66,7 @@ def clinician_results(base, **arms):
 
     rater = {"weight": 100.0, "clinician": {"pair_accuracy": score(0.8)}, "model": None}
     return {
-        "scores": {"base": scores(base), **{name: scores(value) for name, value in arms.items()}} if arms else {}, "win_rates": {}, "rater": {**rater, "weights": [
-            {**rater, "weight": 1.0, "clinician": {"pair_accuracy": score(0.6)}}, rater]},
+        "scores": {"base": scores(base), **{name: scores(value) for name, value in arms.items()}} if arms else {}, "win_rates": {}, "rater": rater,
         "truth": {"right": {"written": 0.7, "selected": 0.9}, "auc": {"rating model": 0.75}, "auc, not in the caption": {"rating model": None}},
         "variety": {arm: {"before": 90.0, "kept": 30.0} for arm in arms}, "counts": {f"10-select-{arm}": {"exchanges kept": 60} for arm in arms},
     }
@@ -78,7 +77,7 @@ def test_tables_of_recorded_runs(studies, tmp_path):
 
     made = {
         ("random, 10 %", 0): clinician_results(0.2, random=0.5), ("mixture, 10 %", 0): clinician_results(0.2, selected=0.6),
-        ("random, 10 %", 1): clinician_results(0.2, random=0.4), ("mixture, 10 %", 1): clinician_results(0.2, selected=0.6), ("w grid", 0): clinician_results(0.2),
+        ("random, 10 %", 1): clinician_results(0.2, random=0.4), ("mixture, 10 %", 1): clinician_results(0.2, selected=0.6), ("w 100", 0): clinician_results(0.2),
     }
     def method(config, run, shared):  # the method itself has tests of its own
         folder = Path(run)
@@ -95,17 +94,17 @@ def test_tables_of_recorded_runs(studies, tmp_path):
             arms.run(study, arm, seed, options)
     assert [(config.seed, config.tune.epochs) for config in jobs] == [(seed, 1) for _, seed in made]
     options.overrides = ["tune.epochs=1", "tune.place.labels={medray-group: train}"]  # where it runs makes no other run of it
-    arms.run(study, "w grid", 0, options)
+    arms.run(study, "w 100", 0, options)
     assert len(jobs) == len(made)
     options.overrides = ["tune.epochs=2"]  # of another configuration it is another run
-    arms.run(study, "w grid", 0, options)
+    arms.run(study, "w 100", 0, options)
     assert len(jobs) == len(made) + 1
     found = arms.by_arm(options)
-    assert list(found) == ["zero-shot", "random, 10 %", "mixture, 10 %", "w grid, w 1", "w grid, w 100"]
+    assert list(found) == ["zero-shot", "random, 10 %", "mixture, 10 %", "w 100"]
     assert (found["mixture, 10 %"][1]["all"], found["mixture, 10 %"][1]["open"], found["mixture, 10 %"][1]["right"]) == (60, 30, 90)
     assert (found["mixture, 10 %"][0]["alignment"], found["mixture, 10 %"][0]["truth"], found["random, 10 %"][0]["alignment"]) == (80, 75, None)
     assert (found["mixture, 10 %"][0]["variety"], found["zero-shot"][0]["variety"]) == (50, None)
-    assert [found[f"w grid, w {w}"][0]["alignment"] for w in (1, 100)] == [60, 80]
+    assert (found["w 100"][0]["alignment"], found["w 100"][0]["truth"], found["w 100"][0]["all"]) == (80, 75, None)
     differences = arms.differences(study, found)
     assert {seed: round(values["all"], 6) for seed, values in differences["mixture, 10 % minus random, 10 %"].items()} == {0: 10, 1: 20}
     text = arms.write(study, options)
