@@ -124,20 +124,51 @@ def test_kubernetes_takes_every_document(name):
     assert {"PodDisruptionBudget", {"raycluster": "RayCluster", "rayjob": "RayJob", "rayservice": "RayService"}[name]} <= {one["kind"] for one in documents}
 
 
+HEAD = ("spec", "headGroupSpec")
+WORKERS = ("spec", "workerGroupSpecs", 0)
+
+
 @pytest.mark.parametrize(
-    ("where", "value", "message"),
+    ("name", "where", "value", "message"),
     [
-        (("spec", "autoscalerOptions", "idleTimeoutSecond"), 60, "idleTimeoutSecond"),
-        (("spec", "authOptions", "mode"), "tokens", "tokens"),
-        (("spec", "workerGroupSpecs", 0, "maxReplicas"), "8", "integer"),
-        (("spec", "workerGroupSpecs", 0, "rayStartParams", "num-cpus"), 4, "string"),
-        (("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resource"), {}, "resource"),
-        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "livenessProbe", "httpGet", "paths"), "/", "paths"),
-        (("spec", "headGroupSpec", "template", "spec", "containers"), [{"image": "x"}], "name"),
+        ("raycluster", ("spec", "autoscalerOptions", "idleTimeoutSecond"), 60, "idleTimeoutSecond"),
+        ("raycluster", ("spec", "authOptions", "mode"), "tokens", "tokens"),
+        ("raycluster", ("spec", "managedBy"), "kuberay", "kuberay"),
+        ("raycluster", (*WORKERS, "maxReplicas"), "8", "integer"),
+        ("raycluster", (*WORKERS, "rayStartParams", "num-cpus"), 4, "string"),
+        ("raycluster", (*WORKERS, "labels", "medray-group"), "data,train", "does not match"),
+        ("raycluster", (*WORKERS, "template", "spec", "containers", 0, "resource"), {}, "resource"),
+        ("raycluster", (*WORKERS, "template", "metadata"), {"generateName": "data-"}, "generateName"),
+        ("raycluster", (*HEAD, "template", "spec", "containers", 0, "livenessProbe", "httpGet", "paths"), "/", "paths"),
+        ("raycluster", (*HEAD, "template", "spec", "containers"), [{"image": "x"}], "name"),
+        ("raycluster", (*HEAD, "template", "spec", "containers"), [], "non-empty|too short"),
+        ("raycluster", ("metadata", "name"), "1st", "does not match"),
+        ("raycluster", ("spec", "rayVersion"), "2.51.1", "token needs rayVersion"),
+        ("raycluster", (*HEAD, "template", "spec", "restartPolicy"), "Always", "head: autoscaler v2 needs restartPolicy"),
+        ("raycluster", (*HEAD, "template", "spec", "containers", 0, "env"), [{"name": "RAY_enable_autoscaler_v2", "value": "1"}], "say the same"),
+        ("raycluster", (*HEAD, "template", "spec", "containers", 0, "env"), [{"name": "RAY_REDIS_ADDRESS", "value": "redis:6379"}], "gcsFaultToleranceOptions"),
+        ("raycluster", (*HEAD, "resources"), {"CPU": "0"}, "head: resources and rayStartParams"),
+        ("raycluster", (*WORKERS, "rayStartParams", "labels"), "medray-group=data", "data: labels are a field of the group"),
+        ("raycluster", (*WORKERS, "minReplicas"), 9, "data: minReplicas is above"),
+        ("raycluster", (*WORKERS, "suspend"), True, "data: suspend needs the feature gate"),
+        ("rayjob", ("spec", "backoffLimit"), -1, "minimum"),
+        ("rayjob", ("spec", "deletionStrategy"), {"onSuccess": {"policy": "DeleteCluster"}}, "not valid under any"),
+        ("rayjob", ("spec", "deletionStrategy"), {"deletionRules": [{"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}]}, "RayJobDeletionPolicy"),
+        ("rayjob", ("spec", "shutdownAfterJobFinishes"), False, "ttlSecondsAfterFinished needs"),
+        ("rayjob", ("spec", "clusterSelector"), {"ray.io/cluster": "medray"}, "clusterSelector goes with no backoffLimit"),
+        ("rayjob", ("spec", "submissionMode"), "InteractiveMode", "InteractiveMode goes with no"),
+        ("rayjob", ("spec", "submissionMode"), "SidecarMode", "SidecarMode goes with no"),
+        ("rayjob", ("spec", "runtimeEnvYAML"), "working_dir", "no mapping"),
+        ("rayjob", ("spec", "rayClusterSpec", "autoscalerOptions", "version"), "v3", "v3"),
+        ("rayjob", ("metadata", "name"), "m" * 48, "too long"),
+        ("rayservice", ("spec", "upgradeStrategy", "type"), "Recreate", "Recreate"),
+        ("rayservice", ("spec", "upgradeStrategy", "type"), "NewClusterWithIncrementalUpgrade", "RayServiceIncrementalUpgrade"),
+        ("rayservice", ("spec", "upgradeStrategy", "clusterUpgradeOptions"), {"stepSizePercent": 10, "intervalSeconds": 30}, "gatewayClassName"),
+        ("rayservice", ("spec", "rayClusterConfig", "headGroupSpec", "headService"), {"metadata": {"name": "head"}}, "headService"),
     ],
 )
-def test_a_mistake_in_a_manifest_is_found(where, value, message):
-    document = copy.deepcopy(read("raycluster")[-1])
+def test_a_mistake_in_a_manifest_is_found(name, where, value, message):
+    document = copy.deepcopy(read(name)[-1])
     inner = document
     for key in where[:-1]:
         inner = inner[key]
@@ -158,6 +189,8 @@ def test_clusters_on_kubernetes_are_guarded(name):
         (container,) = group["template"]["spec"]["containers"]
         assert container["resources"]["limits"] == container["resources"]["requests"], "a pod that may be evicted for memory takes its rows with it"
         assert container["image"].endswith("-gpu" if "nvidia.com/gpu" in container["resources"]["limits"] else "-cpu")
+        if "resources" in group["rayStartParams"]:  # quoted as Ray's autoscaler wants them KubeRay cannot read them, and adds no GPUs from the limits
+            assert group["rayStartParams"]["num-gpus"] == container["resources"]["limits"]["nvidia.com/gpu"]
     budgets = [one["spec"] for one in read(name) if one["kind"] == "PodDisruptionBudget"]
     labels = {"ray.io/cluster": document["metadata"]["name"], "ray.io/node-type": "head"} | cluster["headGroupSpec"]["template"].get("metadata", {}).get("labels", {})
     assert any(one["selector"]["matchLabels"].items() <= labels.items() for one in budgets), "a budget that selects no pod guards nothing"
