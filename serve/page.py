@@ -16,11 +16,12 @@ from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from medray.config import DataConfig
-from medray.data.images import decode
+from medray.data.images import LARGEST_SQUARE, decode
 from medray.data.judgement_files import export_all, judgement_rows, progress_of
 from medray.data.judgement_store import KeyUsed, NotAssigned, Store, Word
 from medray.data.judgement_tables import ID_LENGTH
@@ -33,6 +34,8 @@ COOKIE = "medray_clinician"
 SESSION_SECONDS = 12 * 3600
 MAX_BODY_BYTES = 2**20
 MAX_TEXT = 20_000  # characters of an edited text
+# Items were checked on their way in, under the limits of whoever brought them: a job may allow larger images than the defaults do.
+_STORED = DataConfig(max_image_bytes=2**32, max_image_pixels=LARGEST_SQUARE, max_aspect=LARGEST_SQUARE, min_image_side=1)
 
 
 def _storable(text: str) -> str:
@@ -177,7 +180,7 @@ def displayable(data: bytes) -> tuple[bytes, int, dict[str, str]]:
         kind, mode = image.format, image.mode
     if kind not in ("JPEG", "PNG") or mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
         buffer = io.BytesIO()
-        decode(data, DataConfig()).save(buffer, "PNG")
+        decode(data, _STORED).save(buffer, "PNG")
         data, kind = buffer.getvalue(), "PNG"
     return data, 200, {"Content-Type": f"image/{kind.lower()}"}
 
@@ -211,5 +214,6 @@ def _answer_errors(app: FastAPI) -> None:
         return refused(409, str(error), "conflict")
 
     @app.exception_handler(OperationalError)
-    async def _(_request: Request, _error: OperationalError) -> Response:
+    @app.exception_handler(PoolTimeout)
+    async def _(_request: Request, _error: Exception) -> Response:
         return refused(503, "the database does not answer; try again", "unavailable", {"Retry-After": "5"})

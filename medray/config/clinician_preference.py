@@ -37,6 +37,7 @@ class TunedModelConfig(PlainModelConfig):
 class CaptionedDataConfig(DataConfig):
     """Images with what is known of them: captions and in-text mentions, or attribute tables."""
 
+    max_unlabelled: PositiveInt | None = Field(None, description="At most this many images that have neither caption nor attributes.")
     label_fraction: Probability = Field(1.0, description="Share of the training images with a caption or attributes that dialogues are written about (paper: all).")
 
 

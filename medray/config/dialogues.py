@@ -16,7 +16,7 @@ from medray.config.shared import EndpointConfig, Placement, SamplingConfig
 class DemonstrationsConfig(Section):
     """Diverse images for the clinicians: embeddings, k-means, a draw over clusters and modalities."""
 
-    encoder: str = Field("testbed:encoder", description="CLIP-family encoder of image and caption: a transformers folder or hub id, testbed:encoder, or open_clip:NAME (needs the package open_clip_torch; paper: BiomedCLIP, open_clip:hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224).")
+    encoder: str = Field("testbed:encoder", description="CLIP-family encoder of image and caption: a transformers folder or hub id, testbed:encoder, or open_clip:NAME@TAG, open_clip:hf-hub:ORG/NAME, open_clip:local-dir:FOLDER (needs the package open_clip_torch; paper: BiomedCLIP, open_clip:hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224).")
     precision: Literal["bf16", "fp32"] = Field("fp32", description="Precision of the encoder's forward pass; embeddings are stored in 32 bits.")
     batch: PositiveInt = Field(64, description="Images per forward pass.")
     actors: tuple[PositiveInt, PositiveInt] = Field((1, 1), description="[min, max] encoder actors.")

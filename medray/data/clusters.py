@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from medray.config.dialogues import DemonstrationsConfig
 from medray.data.ordering import Ordered, batches_of, hash64, hashed
@@ -41,18 +39,6 @@ class Clusters:
         # |x - c|^2 without |x|^2, which all centres share.
         distances_NK = (self.centres**2).sum(1) - 2 * embeddings @ self.centres.T
         return distances_NK.argmin(1).astype(np.int32)
-
-    def save(self, path: str) -> None:
-        """One Parquet file, a row per centre."""
-        fs, inner = url_to_fs(path)
-        with fs.open(inner, "wb") as handle:
-            pq.write_table(pa.table({"cluster": np.arange(len(self.centres)), "centre": list(self.centres)}), handle)
-
-    @classmethod
-    def load(cls, path: str) -> Clusters:
-        fs, inner = url_to_fs(path)
-        with fs.open(inner, "rb") as handle:
-            return cls(np.stack(pq.read_table(handle)["centre"].to_numpy()).astype(np.float32))
 
 
 def fit_clusters(embedded: str, config: DemonstrationsConfig) -> Clusters:
@@ -156,7 +142,7 @@ def _embedded(uri: str) -> Iterator[pa.Table]:
 
 
 def spread(drawn: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """{modality: {"images", "clusters"}} of drawn rows, for the report."""
+    """{modality: {"images", "clusters"}} of drawn rows: over how many clusters the images of a modality are spread."""
     found: dict[str, list[int]] = defaultdict(list)
     for row in drawn:
         found[row["modality"]].append(row["cluster"])

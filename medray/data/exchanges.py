@@ -1,4 +1,4 @@
-"""Dialogues as exchanges (a question and its answer) and back; what generation wrote, in the forms others read (pure, and streamed).
+"""Exchanges (a question and its answer) as dialogues; what generation wrote, in the forms others read (pure, and streamed).
 
 Ids: dialogue "{image}/d{k}" holds the k-th answers to the questions about an image, exchange "{dialogue}#{turn}" is one of them.
 """
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from medray.data.dialogues import turns_of
 from medray.data.shards import empty_folder, stored_rows, tables, write_shard
-from medray.records import CLINICIAN_ITEM, CONVERSATION, EXCHANGE, check_turns
+from medray.records import CLINICIAN_ITEM, CONVERSATION, EXCHANGE
 
 Row = dict[str, Any]
 
@@ -27,6 +27,15 @@ def exchange_id(dialogue_id: str, turn: int) -> str:
 def normal(text: str) -> str:
     """What texts that say the same have in common: their letters and digits, in lower case."""
     return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def same_answer(one: str, other: str) -> bool:
+    """Whether two answers differ in nothing but case, blanks and a full stop at the end: between them there is nothing to choose."""
+    return _plain(one) == _plain(other)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
 
 
 def kind_of_error(error: str | None) -> str:
@@ -42,22 +51,6 @@ def known_of(row: Mapping[str, Any]) -> str | None:
     """
     caption, context = ((row.get(name) or "").strip() for name in ("caption", "context"))
     return (context if f"{context}\n".startswith(f"{caption}\n") else f"{caption}\n{context}".strip()) or None
-
-
-def exchange_rows(conversation: Mapping[str, Any], modality: str | None = None, context: str | None = None) -> list[Row]:
-    """The exchanges of a row of records.CONVERSATION, in order; a system turn belongs to none.
-
-    Raises ValueError, with the reason, for turns that are no dialogue (none, a question without an answer, ...).
-    """
-    problem = check_turns(conversation["turns"] or [])
-    if problem is not None:
-        raise ValueError(f"{conversation['sample_id']}: {problem}")
-    said = [turn["text"] for turn in conversation["turns"] if turn["role"] != "system"]
-    base = {"dialogue_id": conversation["sample_id"], "image_id": conversation["image_id"], "image": conversation["image"], "modality": modality, "context": context}
-    return [
-        {"sample_id": exchange_id(conversation["sample_id"], turn), "turn": turn, **base, "question": question, "answer": answer}
-        for turn, (question, answer) in enumerate(zip(said[::2], said[1::2], strict=True))
-    ]
 
 
 def conversation_row(exchanges: Sequence[Mapping[str, Any]]) -> Row:
@@ -139,7 +132,7 @@ def _items(row: Row) -> Iterator[Row]:
     name = f"{row['sample_id']}/d0"
     for turn, one in enumerate(row["rounds"] or []):
         answers = one["answers"]
-        if len(answers) == 2 and all(answers) and answers[0].strip() != answers[1].strip():
+        if len(answers) == 2 and all(answers) and not same_answer(*answers):
             yield {
                 "item_id": exchange_id(name, turn), "image_id": row["sample_id"], "image": row["image"], "modality": row["modality"], "caption": row["caption"],
                 "context": row["context"], "dialogue_id": name, "turn": turn, "question": one["question"], "answer_a": answers[0], "answer_b": answers[1],

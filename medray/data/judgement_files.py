@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
@@ -44,6 +45,7 @@ Row = dict[str, Any]
 
 _NEEDED = ("item_id", "image", "question", "answer_a", "answer_b")
 _TEXTS = ("image_id", "modality", "caption", "context", "dialogue_id", "question", "answer_a", "answer_b")
+_ATTEMPTS = 50  # at as many imports that run at the same time
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 log = logging.getLogger(__name__)
@@ -182,13 +184,15 @@ def _changed(item_id: str, uri: str) -> DataError:
 
 def _insert_new(engine: Engine, good: dict[str, Row], bad: dict[str, str], uri: str) -> int:
     """Insert what is not there yet; returns how many items that were. Raises DataError for an item with other contents."""
-    while True:
+    for attempt in itertools.count(1):
         try:
             with writing(engine) as connection:
                 return _insert_in(connection, good, bad, uri)
-        except IntegrityError:
+        except IntegrityError as error:
             # Another import put one of them there between our look and our insert; what it wrote is seen now.
-            continue
+            if attempt == _ATTEMPTS:
+                raise DataError(f"items: the database takes some ids of {uri} for the same, such as ids that differ only in case; give them ids that differ more") from error
+    raise AssertionError
 
 
 def _insert_in(connection: Connection, good: dict[str, Row], bad: dict[str, str], uri: str) -> int:

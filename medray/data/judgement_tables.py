@@ -100,8 +100,10 @@ def open_database(url: str) -> Engine:
         sqlite = parsed.get_backend_name() == "sqlite"
         if sqlite and parsed.database in (None, "", ":memory:"):
             raise ConfigError(f"database: {url} is kept in memory and would be lost; give a file: sqlite:////path/to/judgements.db")
+        # Who waited for a lock on an item must see what was committed meanwhile, and not all databases do so by default.
+        settings: dict[str, Any] = {"connect_args": {"timeout": 60}} if sqlite else {"isolation_level": "READ COMMITTED"}
         # Errors name what they were about to store, and may reach a log: no texts in them.
-        engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args={"timeout": 60} if sqlite else {})
+        engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True, **settings)
     except (ArgumentError, ModuleNotFoundError) as error:
         raise ConfigError(f"database: {error}; give an SQLAlchemy URL such as sqlite:///judgements.db or postgresql+psycopg://user@host/name") from None
     if sqlite:

@@ -6,6 +6,7 @@ and tick each answer good or not; one tick makes a preference pair, and what the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from medray.data.exchanges import known_of
+from medray.data.exchanges import known_of, same_answer
 
 Row = dict[str, Any]
 
@@ -24,12 +25,12 @@ FINGERPRINTED = ("image_id", "question", "answer_a", "answer_b")
 def judged(rows: Iterable[Row]) -> list[Row]:
     """One records.JUDGEMENT row per item and clinician, the last word of each, in order of item and clinician.
 
-    The last is the one with the latest `judged_at`; of equal times the later row. Holds the judgements, which have no images.
+    The last is the one with the latest `judged_at`; of equal times the later row; one without a time comes before those that have one. Holds the judgements, which have no images.
     """
     last: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = (row["item_id"], row["clinician"])
-        if key not in last or row["judged_at"] >= last[key]["judged_at"]:
+        if key not in last or _when(row) >= _when(last[key]):
             last[key] = row
     return [last[key] for key in sorted(last)]
 
@@ -37,22 +38,24 @@ def judged(rows: Iterable[Row]) -> list[Row]:
 def preference_rows(items: Iterable[Row], judgements: Iterable[Row], counts: Counter | None = None) -> Iterator[Row]:
     """records.RATING_PAIR rows: the answer a clinician called good over the one they did not, in their own words where they edited.
 
-    Two good answers, or none, say nothing about which is better: no pair.
+    Two good answers, or none, say nothing about which is better: no pair; nor do two that an edit has made the same.
 
     Args:
         items: records.CLINICIAN_ITEM rows; streamed. An item that comes twice is taken once.
         judgements: records.JUDGEMENT rows, also histories.
-        counts: gets pairs, both_good, neither_good, skipped, not_answerable, and unknown_item for judgements whose item is not there.
+        counts: gets pairs, both_good, neither_good, edited_to_the_same, skipped, not_answerable, and unknown_item for judgements whose item is not there.
     """
     counts = Counter() if counts is None else counts
     for item, words in _with_judgements(items, judgements, counts):
         for word in words:
             outcome = choice(word)
-            if outcome in ("a", "b"):
+            if outcome not in ("a", "b"):
+                counts[{"both": "both_good", "neither": "neither_good"}.get(outcome, outcome)] += 1
+            elif same_answer(*(_texts(item, word, side)[1] for side in "ab")):
+                counts["edited_to_the_same"] += 1
+            else:
                 counts["pairs"] += 1
                 yield _pair(item, word, chosen=outcome)
-            else:
-                counts[{"both": "both_good", "neither": "neither_good"}.get(outcome, outcome)] += 1
 
 
 def demonstration_rows(items: Iterable[Row], judgements: Iterable[Row], counts: Counter | None = None) -> Iterator[Row]:
@@ -106,23 +109,32 @@ def _with_judgements(items: Iterable[Row], judgements: Iterable[Row], counts: Co
     counts["unknown_item"] += sum(map(len, words.values()))
 
 
+def _when(word: Row) -> tuple[bool, Any]:
+    return word["judged_at"] is not None, word["judged_at"]
+
+
+def _image_id(item: Row) -> str:
+    """An item's image needs no id of its own; what is made of it does: images are told apart, and held out, by it."""
+    return item["image_id"] or hashlib.sha256(item["image"]).hexdigest()[:32]
+
+
 def _pair(item: Row, word: Row, chosen: str) -> Row:
     rejected = "b" if chosen == "a" else "a"
     row = {"sample_id": f"{item['item_id']}/{word['clinician']}", "origin": "clinician", "judge": word["clinician"]}
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         question, answer = _texts(item, word, side)
-        row |= {f"{name}_image_id": item["image_id"], f"{name}_image": item["image"], f"{name}_context": known_of(item)}
+        row |= {f"{name}_image_id": _image_id(item), f"{name}_image": item["image"], f"{name}_context": known_of(item)}
         row |= {f"{name}_question": question, f"{name}_answer": answer, f"{name}_score": None}
     return row
 
 
 def _demonstration(item: Row, side: str, accepting: list[Row]) -> Row:
     edited = [word for word in accepting if word["edited_question"] is not None or word[f"edited_{side}"] is not None]
-    word = max(edited or accepting, key=lambda word: word["judged_at"])
+    word = max(edited or accepting, key=_when)
     question, answer = _texts(item, word, side)
     dialogue, turn = (item["item_id"], 0) if item["dialogue_id"] is None else (item["dialogue_id"], item["turn"] or 0)
     return {
-        "sample_id": f"{dialogue}#{turn}", "dialogue_id": dialogue, "turn": turn, "image_id": item["image_id"], "image": item["image"],
+        "sample_id": f"{dialogue}#{turn}", "dialogue_id": dialogue, "turn": turn, "image_id": _image_id(item), "image": item["image"],
         "modality": item["modality"], "context": known_of(item), "question": question, "answer": answer,
     }
 

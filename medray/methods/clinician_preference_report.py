@@ -173,8 +173,9 @@ def _clinicians(clinicians: dict[str, Any]) -> str:
 
 
 def _drawn(shared: Run, made: Manifests) -> str:
-    return f'<div class="plots">{shared.read_text(made["drawn"]["outputs"]["picture"].removeprefix(shared.uri).lstrip("/"))}</div>'
-
+    outputs = made["drawn"]["outputs"]
+    spread = [[modality, found["images"], found["clusters"]] for modality, found in outputs["spread"].items()]
+    return report.table(["modality", "images", "clusters they are of"], spread) + f'<div class="plots">{shared.read_text(outputs["picture"].removeprefix(shared.uri).lstrip("/"))}</div>'
 
 def _rater(rater: dict[str, Any]) -> str:
     from medray.evaluation.rating import calibration_plot

@@ -10,13 +10,12 @@ from typing import Any
 from medray.config import ClinicianPreferenceConfig, RaterConfig
 from medray.errors import DataError, StageError
 from medray.methods import stages
-from medray.methods.stages import Model
+from medray.methods.stages import HOW_ASKED, Model
 from medray.run import Run, Stage
 
 # Fields of sections that say how the work is done, and not what comes out.
 _HOW_DATA = {"read_cpus", "encoders", "unlabelled_per_round"}
 _HOW_EMBED = {"batch", "actors", "cpus_per_actor", "gpus_per_actor"}
-_HOW_ASK = {"concurrency", "retries", "timeout", "usd_per_million_input", "usd_per_million_output"}
 _DRAW = {"clusters", "kmeans_batch", "passes", "draw", "picture_points", "seed"}
 _HOW_SCORE = {"actors", "cpus_per_actor", "gpus_per_actor", "batch", "rows_per_task"}
 ORDERS = {"selected": "score", "random": "random"}  # of an arm: select.order
@@ -77,12 +76,12 @@ def draw(stage: Stage, config: ClinicianPreferenceConfig, data: dict[str, Any], 
     images = clusters.take_rows(data["outputs"]["captioned"], {row["sample_id"] for row in drawn}, stage.path("drawn"))
     picture = cluster_plot(embedded["outputs"]["rows"], found, drawn, config.demonstrations)
     stage.run.write_text(picture, stage.folder, "clusters.svg")
-    return {"drawn": stage.path("drawn"), "picture": stage.path("clusters.svg"), "counts": {**counts, "drawn": images}}
+    return {"drawn": stage.path("drawn"), "picture": stage.path("clusters.svg"), "spread": clusters.spread(drawn), "counts": {**counts, "drawn": images}}
 
 
 def generate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
     """What dialogues depend on beside images and demonstrations."""
-    return {"config": config.generate.settings(*_HOW_ASK, "answers"), "writer": model and model.hash, "model": model and config.model.settings("path")}
+    return {"config": config.generate.settings(*HOW_ASKED, "answers"), "writer": model and model.hash, "model": model and config.model.settings("path")}
 
 
 def candidates(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | None, drawn: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Mo
 
 
 def rate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
-    return {"config": config.rate.settings(*_HOW_ASK), "rater": model and model.hash, "model": model and config.model.settings("path")}
+    return {"config": config.rate.settings(*HOW_ASKED), "rater": model and model.hash, "model": model and config.model.settings("path")}
 
 
 def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, written: dict[str, Any]) -> dict[str, Any]:
@@ -233,5 +232,5 @@ def win_rates(run: Run, config: ClinicianPreferenceConfig, data: dict[str, Any],
         return {}
     questions = {"hash": data["hash"], "outputs": {"rows": data["outputs"]["questions"]}}
     rivals = {arm: scores[arm] for arm in ("random", "selected") if arm in scores}
-    found = [judge_models(run, config, "held-out", questions, folders)["win_rates"] for folders in (scores, rivals) if len(folders) > 1]
+    found = [judge_models(run, config, "held-out", questions, folders, chats=False)["win_rates"] for folders in (scores, rivals) if len(folders) > 1]
     return {name: rate for rates in found for name, rate in rates.items()}

@@ -7,10 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from medray.config import EvaluateJobConfig
+from medray.config import ClinicianPreferenceConfig, EvaluateJobConfig
 from medray.data.shards import stored_rows
 from medray.evaluation.exchange import answers
 from medray.evaluation.win_rate import QUESTION_COLUMNS, judge_rows, win_rate
+from medray.methods.stages import judge_inputs
 from medray.records import SELF_PLAY
 from medray.run import Run, Stage
 
@@ -41,10 +42,15 @@ class JudgeRows:
         return chat_rows(questions, self.second) if self.first is None else judge_rows(questions, self.first, self.second)
 
 
-def judge_models(run: Run, config: EvaluateJobConfig, name: str, questions: dict[str, Any], folders: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def judge_models(
+    run: Run, config: EvaluateJobConfig | ClinicianPreferenceConfig, name: str, questions: dict[str, Any], folders: Mapping[str, dict[str, Any]], chats: bool = True,
+) -> dict[str, Any]:
     """{"win_rates": {"b against a": ...}, "chats": {model: ...}} of one benchmark; chats need a judge that writes scores.
 
     Both are empty, and no judge starts, where it has no open question.
+
+    Args:
+        chats: also have every model's answers scored against the references.
     """
     from medray.evaluation.chat_score import chat_score
 
@@ -56,7 +62,7 @@ def judge_models(run: Run, config: EvaluateJobConfig, name: str, questions: dict
     for model in others:
         rows = _judged(run, config, f"30-{name}-{model}-against-{base}", questions, folders[base], folders[model])
         found["win_rates"][f"{model} against {base}"] = win_rate(stored_rows(rows, _VERDICT_COLUMNS), asked, config.evaluate)
-    if config.judge.scoring == "scores":
+    if chats and config.judge.scoring == "scores":
         for model in folders:
             rows = _judged(run, config, f"30-{name}-{model}-against-references", questions, None, folders[model])
             found["chats"][model] = chat_score(stored_rows(rows, _VERDICT_COLUMNS), asked, config.evaluate)
@@ -87,5 +93,5 @@ def _judged(run: Run, config: EvaluateJobConfig, name: str, questions: dict[str,
         )
         return {"rows": stage.path("rows"), "counts": {"questions": rows, **again}}
 
-    inputs = {"first": first and first["hash"], "second": second["hash"], "judge": config.judge}
+    inputs = {"first": first and first["hash"], "second": second["hash"], **judge_inputs(config)}
     return run.stage(name, inputs, work)["outputs"]["rows"]

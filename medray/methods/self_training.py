@@ -65,7 +65,7 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
                 lambda stage, model=model, number=number: stages.self_play(stage, config, model, data, number),
             )
             judged = run.stage(
-                f"{number}2-judge", {"rows": played["hash"], "config": stages.judge_inputs(config)},
+                f"{number}2-judge", {"rows": played["hash"], **stages.judge_inputs(config)},
                 lambda stage, played=played: stages.judge(stage, config, played),
             )
             pairs = run.stage(

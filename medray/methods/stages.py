@@ -23,6 +23,8 @@ from medray.config import (
 from medray.run import Run, Stage, digest
 
 PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig that only the pairs stage reads
+LOCAL_JUDGES = ("vllm", "rater")  # the kinds of judge whose model is a folder of ours, not a name at an endpoint
+HOW_ASKED = {"concurrency", "retries", "timeout", "usd_per_million_input", "usd_per_million_output"}  # of an EndpointConfig, what no reply depends on
 AnyMethodConfig = SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig
 BLOCKS_PER_ENCODER = 12  # of rows under way between files and training workers: read ahead, in work, encoded
 
@@ -41,9 +43,10 @@ def data_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
             "max_eval": config.evaluate.max_images, "seed": config.sft.seed, "eval_rows": config.sft.eval_rows}
 
 
-def judge_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
-    """What a verdict depends on: how requests are sent, and what is later made of the scores, are left out."""
-    return config.judge.settings("concurrency", "retries", "timeout", *PAIR_RULES)
+def judge_inputs(config: SelfTrainingConfig | ClinicianPreferenceConfig | EvaluateJobConfig) -> dict[str, Any]:
+    """What a verdict depends on, with the weights of a local judge: how requests are sent and paid, and what is later made of the scores, are left out."""
+    weights = local_model(config.judge.model).hash if config.judge.kind in LOCAL_JUDGES else None
+    return {"config": config.judge.settings(*HOW_ASKED, *PAIR_RULES), "weights": weights}
 
 
 def pair_rules(config: SelfTrainingConfig) -> dict[str, Any]:
@@ -204,7 +207,7 @@ def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> d
     from medray.inference.judge import judge_map
     from medray.models.vlm import resolve_model
 
-    model = resolve_model(config.judge.model) if config.judge.kind in ("vllm", "rater") else None
+    model = resolve_model(config.judge.model) if config.judge.kind in LOCAL_JUDGES else None
     judge_class, options = judge_map(config.judge, model, config.model, config.data, config.engine)
     rows, again = write_resumable(
         played["outputs"]["rows"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(judge_class, **options),

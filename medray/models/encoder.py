@@ -55,9 +55,9 @@ class Encoder:
 
 
 class OpenClipEncoder:
-    """A model of open_clip, by its name there or "hf-hub:org/name"; see Encoder.
+    """A model of open_clip: "NAME@TAG" (an architecture and the weights for it), "hf-hub:org/name" or "local-dir:FOLDER"; see Encoder.
 
-    Raises ConfigError where open_clip is not installed.
+    Raises ConfigError where open_clip is not installed, or knows no such model.
     """
 
     def __init__(self, name: str, precision: str, device: str):
@@ -65,7 +65,11 @@ class OpenClipEncoder:
             import open_clip
         except ImportError as error:
             raise ConfigError(f"demonstrations.encoder: {OPEN_CLIP}{name} needs the package open_clip_torch on every node: pip install 'medray[open-clip]'") from error
-        model, self.preprocess = open_clip.create_model_from_pretrained(name, precision=precision, device=device)
+        name, _, tag = (name, "", "") if ":" in name else name.partition("@")
+        try:
+            model, self.preprocess = open_clip.create_model_from_pretrained(name, pretrained=tag or None, precision=precision, device=device)
+        except (RuntimeError, OSError, ValueError) as error:  # what open_clip and the hub raise for a name, a tag or weights that are not there
+            raise ConfigError(f"demonstrations.encoder: {OPEN_CLIP}{name} cannot be loaded: {error}. Give NAME@TAG as in open_clip.list_pretrained(), hf-hub:org/name or local-dir:FOLDER") from error
         self.model, self.device = model.eval(), device
         self.dtype = open_clip.get_input_dtype(precision)
         self.tokenizer = open_clip.get_tokenizer(name)

@@ -289,13 +289,15 @@ const keys = {
   "?": () => at("help").showModal(),
 };
 
+const heldKeys = "+=-[],."; // what a key that is held down may do again: change the view, and nothing that is said of an item
+
 function onKey(event) {
   const target = event.target;
   const writing = target.matches("textarea, input[type=password]");
   if (at("help").open || at("sign-in").hidden === false) return;
   if (event.key === "Escape" && target.matches("textarea")) return editAll(false);
   if (event.key === "Enter" && event.ctrlKey && !at("work").hidden) return save("judged");
-  if (writing || event.ctrlKey || event.altKey || event.metaKey || event.repeat && event.key === "Enter") return undefined;
+  if (writing || event.ctrlKey || event.altKey || event.metaKey || event.repeat && !heldKeys.includes(event.key)) return undefined;
   if (event.key === "Enter" && target.closest("button, a, summary")) return undefined;
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (!Object.hasOwn(keys, key) || (event.key !== "Enter" && !at("shortcuts").checked)) return undefined;

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from medray.config.dialogues import DemonstrationsConfig
-from medray.data.clusters import Clusters, assign, draw, fit_clusters, spread, take_rows
+from medray.data.clusters import assign, draw, fit_clusters, spread, take_rows
 from medray.errors import DataError
 from medray.records import EMBEDDED
 
@@ -42,8 +42,6 @@ def test_clusters_are_found_and_do_not_depend_on_how_shards_are_cut(tmp_path):
     assert sorted(nearest) == [0, 1, 2, 3]
     assert np.abs(first.centres - CENTRES[nearest]).max() < 0.15
     assert not np.array_equal(first.centres, fit_clusters(str(tmp_path / "a"), config.model_copy(update={"seed": 1})).centres)
-    first.save(str(tmp_path / "centres.parquet"))
-    assert np.array_equal(Clusters.load(str(tmp_path / "centres.parquet")).centres, first.centres)
 
 
 def test_rows_without_an_embedding_are_counted_and_belong_nowhere(tmp_path):

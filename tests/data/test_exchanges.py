@@ -7,41 +7,34 @@ import pytest
 from medray.data.exchanges import (
     conversation_row,
     demonstrations_of,
-    exchange_rows,
     kind_of_error,
     known_of,
+    same_answer,
     unpack,
 )
 from medray.records import CLINICIAN_ITEM, CONVERSATION, EXCHANGE, GENERATED
 
 
-def conversation(*texts, system=None):
-    turns = [{"role": "user" if place % 2 == 0 else "assistant", "text": text} for place, text in enumerate(texts)]
-    return {"sample_id": "i1/d0", "image_id": "i1", "image": b"png", "turns": [{"role": "system", "text": system}] * (system is not None) + turns}
+def exchanges_of(*texts):
+    return [
+        {"sample_id": f"i1/d0#{turn}", "dialogue_id": "i1/d0", "turn": turn, "image_id": "i1", "image": b"png" if turn == 0 else None, "question": question, "answer": answer}
+        for turn, (question, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True))
+    ]
 
 
-def test_there_and_back():
-    row = conversation("What?", "A cell.", "How many?", "One.")
-    exchanges = exchange_rows(row, "smear", "A smear.")
-    assert [(one["sample_id"], one["turn"], one["question"], one["answer"]) for one in exchanges] == [("i1/d0#0", 0, "What?", "A cell."), ("i1/d0#1", 1, "How many?", "One.")]
-    assert all(one["modality"] == "smear" and one["context"] == "A smear." and one["dialogue_id"] == "i1/d0" for one in exchanges)
-    assert pa.Table.from_pylist(exchanges, schema=EXCHANGE).num_rows == 2
-    assert conversation_row(exchanges[::-1]) == row
-    assert exchange_rows(conversation("What?", "A cell.", system="Be exact."))[0]["question"] == "What?"
-
-
-def test_a_dialogue_of_a_hundred_turns_keeps_its_order():
-    texts = [f"text {number}" for number in range(200)]
-    exchanges = exchange_rows(conversation(*texts))
-    assert len(exchanges) == 100
+@pytest.mark.parametrize("turns", [1, 2, 100])
+def test_a_dialogue_keeps_its_order(turns):
+    texts = [f"text {number}" for number in range(2 * turns)]
     # As text, "i1/d0#10" comes before "i1/d0#2": turns are numbers.
-    assert [turn["text"] for turn in conversation_row(sorted(exchanges, key=lambda one: one["sample_id"]))["turns"]] == texts
+    row = conversation_row(sorted(exchanges_of(*texts), key=lambda one: one["sample_id"]))
+    assert [turn["text"] for turn in row["turns"]] == texts
+    assert [turn["role"] for turn in row["turns"]] == ["user", "assistant"] * turns
+    assert (row["sample_id"], row["image_id"], row["image"]) == ("i1/d0", "i1", b"png")
 
 
-@pytest.mark.parametrize(("texts", "reason"), [((), "no turns"), (("What?",), "the last turn has no answer"), (("What?", " "), "turn 1: empty assistant text")])
-def test_what_is_no_dialogue_is_named(texts, reason):
-    with pytest.raises(ValueError, match=f"i1/d0: {reason}"):
-        exchange_rows(conversation(*texts))
+@pytest.mark.parametrize(("one", "other", "same"), [("Yes", "yes.", True), ("a  cell", "A cell", True), ("<5 mm", ">5 mm", False), ("1.5", "15", False), ("No", "Yes", False)])
+def test_answers_between_which_there_is_nothing_to_choose(one, other, same):
+    assert same_answer(one, other) is same_answer(other, one) is same
 
 
 def generated(name, rounds, error=None, dropped=(), **more):

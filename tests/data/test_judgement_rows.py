@@ -24,6 +24,9 @@ def test_the_last_word_counts():
     rows = [word("i", "x", (True, False), at=5), word("i", "x", (False, True), at=9), word("i", "y", (True, True), at=1), word("i", "x", (True, True), at=2)]
     assert [(row["clinician"], row["good_a"], row["good_b"]) for row in judged(rows)] == [("x", False, True), ("y", True, True)]
     assert judged([word("i", "x", (True, False)), word("i", "x", status="skipped")])[0]["status"] == "skipped"
+    without_time = word("i", "x", status="skipped", judged_at=None)
+    assert judged([word("i", "x", (True, False)), without_time])[0]["status"] == "judged"
+    assert judged([without_time, without_time | {"status": "not_answerable"}])[0]["status"] == "not_answerable"
 
 
 def test_one_tick_makes_a_pair_in_the_clinicians_words():
@@ -43,6 +46,21 @@ def test_one_tick_makes_a_pair_in_the_clinicians_words():
     assert first["chosen_context"] == first["rejected_context"] == "A cell.\nSeen in an elderly man."
     assert (second["chosen_answer"], second["rejected_answer"], second["chosen_context"]) == ("A lymphocyte.", "A monocyte.", "A cell.")
     assert second["chosen_image"] == second["rejected_image"] == items[1]["image"] and second["chosen_score"] is None
+
+
+def test_an_edit_that_makes_both_answers_the_same_leaves_no_pair():
+    said = [word("item-1", "x", (True, False), edited_a="A large  monocyte", edited_b="a large monocyte."), word("item-2", "x", (True, False))]
+    counts = Counter()
+    (row,) = preference_rows([item(1), item(2)], said, counts)
+    assert (row["sample_id"], counts["pairs"], counts["edited_to_the_same"]) == ("item-2/x", 1, 1)
+
+
+def test_images_without_an_id_are_told_apart():
+    said = [word("item-1", "x", (True, False)), word("item-2", "x", (True, False)), word("item-3", "x", (True, False))]
+    items = [item(1, image_id=None, image=b"one"), item(2, image_id=None, image=b"two"), item(3, image_id=None, image=b"one")]
+    first, second, third = (row["chosen_image_id"] for row in preference_rows(items, said))
+    assert first and second and first == third != second
+    assert [row["image_id"] for row in demonstration_rows(items, said)] == [first, second, third]
 
 
 def test_items_of_older_runs_say_their_caption_once():

@@ -1,6 +1,8 @@
 """Images and captions as vectors, by a tiny CLIP and a tiny SigLIP with random weights."""
 
 import io
+import json
+import sys
 import time
 
 import numpy as np
@@ -92,11 +94,39 @@ def test_batches_do_not_matter(tiny_encoder, png):
             assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-4)
 
 
-def test_what_cannot_embed_is_named(tiny_llava):
+def test_what_cannot_embed_is_named(tiny_llava, monkeypatch):
     with pytest.raises(ConfigError, match="give a CLIP or SigLIP class model"):
         Embed(tiny_llava, DemonstrationsConfig(), DataConfig())
+    with pytest.raises(ConfigError, match=r"open_clip:ViT-B-32 cannot be loaded: .*NAME@TAG"):
+        Embed("open_clip:ViT-B-32", DemonstrationsConfig(), DataConfig())  # an architecture without weights
+    with pytest.raises(ConfigError, match="open_clip:no-such-model cannot be loaded"):
+        Embed("open_clip:no-such-model@openai", DemonstrationsConfig(), DataConfig())
+    monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ConfigError, match="open_clip_torch"):
-        Embed("open_clip:ViT-B-32", DemonstrationsConfig(), DataConfig())
+        Embed("open_clip:ViT-B-32@openai", DemonstrationsConfig(), DataConfig())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_of_open_clip(tmp_path, png, precision):
+    import open_clip
+
+    layers = {"width": 16, "layers": 2}
+    shape = {"embed_dim": 12, "vision_cfg": {"image_size": 32, "patch_size": 8, "head_width": 8, **layers}, "text_cfg": {"context_length": 16, "vocab_size": 49408, "heads": 2, **layers}}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**shape)
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    mean_std = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": mean_std}))
+    table = Embed(f"open_clip:local-dir:{tmp_path}", DemonstrationsConfig(precision=precision), DataConfig())(images(png, 2))
+    vectors = np.array([row["embedding"] for row in table.to_pylist()[:2]])
+    preprocess = open_clip.image_transform(32, is_train=False, **mean_std)
+    with torch.inference_mode():
+        expected = torch.cat([
+            model.encode_image(preprocess(Image.open(io.BytesIO(png(0))).convert("RGB"))[None], normalize=True)[0],
+            model.encode_text(open_clip.get_tokenizer("ViT-B-32", context_length=16)(["a round cell"]), normalize=True)[0],
+        ])
+    assert vectors[0] == pytest.approx(expected.numpy(), abs=1e-4 if precision == "fp32" else 0.05)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 
 
 @pytest.mark.ray

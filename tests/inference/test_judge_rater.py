@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -21,9 +22,11 @@ from medray.inference.judge import judge_map
 from medray.inference.judge_rater import RaterJudge
 from medray.inference.pairs import EMPTY, IDENTICAL
 from medray.inference.score import Score
+from medray.methods import stages
 from medray.models.rater import Rater
 from medray.preflight import check_self_training
 from medray.records import SELF_PLAY
+from medray.run import Run
 from medray.testbed.tiny_clip import random_clip
 
 
@@ -83,3 +86,44 @@ def test_preflight_wants_a_rating_model(rater):
     check_self_training(load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", ["judge.kind=rater", "judge.scoring=scores", f"judge.model={rater}"]))
     with pytest.raises(ConfigError, match=r"judge\.model: testbed:expert holds no rating model"):
         check_self_training(load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", ["judge.kind=rater", "judge.scoring=scores"]))
+
+
+def judged_by(rater, *more):
+    return load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", [
+        "judge.kind=rater", "judge.scoring=scores", f"judge.model={rater}", "judge.min_margin=0", "judge.min_chosen_score=null", "engine.cpus_per_actor=1", *more])
+
+
+@pytest.mark.ray
+def test_its_verdicts_become_pairs(ray_cluster, rater, tmp_path):
+    """The two stages of self-training that it has to do with, on Ray."""
+    config = judged_by(rater)
+    rows = [row(number, ("What is the shape?", "round", "oval"), ("What is it?", "a cell", "a cell")) for number in range(6)]
+    (tmp_path / "played").mkdir()
+    pq.write_table(pa.Table.from_pylist([*rows, row(6, ("What?", "a", "b"), image=b"no picture")], schema=SELF_PLAY), tmp_path / "played/a.parquet")
+    run = Run(tmp_path / "run")
+    judged = run.stage("12-judge", stages.judge_inputs(config), lambda stage: stages.judge(stage, config, {"outputs": {"rows": str(tmp_path / "played")}}))
+    assert judged["outputs"]["ledger"]["usd"] == 0
+    assert judged["outputs"]["counts"] == {"images": 7, "verdicts": 13, "without verdict": 7, "quarantined": 0, "retried requests": 0}
+    pairs = run.stage("13-pairs", {}, lambda stage: stages.make_pairs(stage, config, judged))
+    made = pq.read_table(run.path("stages", "13-pairs", "rows")).to_pylist()
+    assert {one["sample_id"].partition("/")[0] for one in made} == {f"i{number}" for number in range(6)}
+    assert len(made) == pairs["outputs"]["counts"]["pairs"] == 6
+    scorer = Score(rater, ScoreConfig(), DataConfig())
+    for one in made:
+        better, worse = (
+            found["score"] for found in scorer.ratings([
+                {"image_id": "i", "image": one["image"], "context": None, "question": one["prompt"], "answer": one[side]} for side in ("chosen", "rejected")]))
+        assert better > worse
+        assert (one["chosen_score"], one["rejected_score"], one["judge"]) == (pytest.approx(better, abs=1e-5), pytest.approx(worse, abs=1e-5), f"rater:{rater}")
+
+
+def test_a_rating_model_trained_anew_judges_anew(rater, tmp_path):
+    folder = tmp_path / "rater"
+    Rater.from_pretrained(rater).save_pretrained(folder)
+    before = stages.judge_inputs(judged_by(folder))
+    assert stages.judge_inputs(judged_by(folder, "judge.concurrency=3", "judge.retries=1", "judge.usd_per_million_input=9", "judge.min_margin=2")) == before
+    assert stages.judge_inputs(judged_by(folder, "judge.seed=1")) != before
+    other = Rater.from_pretrained(rater)
+    other.mlp[0].bias.data += 1
+    other.save_pretrained(folder)
+    assert stages.judge_inputs(judged_by(folder)) != before

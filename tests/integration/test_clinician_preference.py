@@ -17,7 +17,7 @@ SMALL = [
     "data.testbed_rows=60", "data.max_labelled=30", "demonstrations.clusters=4", "demonstrations.draw=16", "generate.rounds=[2, 3]", "pairs.max_pairs=60",
     "rater.epochs=2", "rater.micro_batch=16", "rater.hidden=[16]", "rater.checkpoint_every=1", "tune.epochs=1", "tune.eval_rows=2", "evaluate.arms=[selected]",
     "evaluate.max_images=2", "evaluate.bootstrap=50", "verify.rows=0", "engine.rows_per_task=4",
-    "select.aggregate=mean", "judge={kind: vllm, scoring: likelihood, model: testbed:expert}",
+    "weights=[1, 10]", "select.aggregate=mean", "judge={kind: vllm, scoring: likelihood, model: testbed:expert}",
 ]
 # By stage what is there when it is killed: its beginning, rows, or a checkpoint. A start of the job takes half a minute: all are killed where
 # MEDRAY_KILL_ALL is set; else one, when some of its rows are there (tests/train/test_rater.py kills the rating model's training).
@@ -25,7 +25,7 @@ KILLED = {"05-generate": "committed/*"}
 if os.environ.get("MEDRAY_KILL_ALL"):
     KILLED = {
         "00-data": "inputs.json", "01-embed": "committed/*", "02-draw": "inputs.json", "03-candidates": "committed/*", "04-clinicians": "inputs.json", **KILLED, "06-rate": "committed/*",
-        "07-pairs": "inputs.json", "08-rater": "train/training/checkpoint_*/progress.json", "09-score": "committed/*", "10-select-selected": "inputs.json",
+        "07-pairs": "inputs.json", "08-rater-w1": "train/training/checkpoint_*/progress.json", "09-score": "committed/*", "10-select-selected": "inputs.json",
         "11-tune-selected": "train/training/checkpoint_*/progress.json", "90-evaluate-selected": "committed/*",
     }
 
@@ -94,16 +94,28 @@ def test_clinicians_shape_the_dialogues_and_the_rating_model(finished):
     shown = {name for row in rows(run, "05-generate/rows", columns=["demonstrations"]) for name in row["demonstrations"] or []}
     assert shown
     assert shown <= accepted
-    counts = manifest(run, "08-rater")["outputs"]["counts"]
+    counts = manifest(run, "08-rater-w1")["outputs"]["counts"]
     assert counts["train, clinician"] + counts["held_out, clinician"] == len(pairs)
 
 
-def test_the_rating_model_loads_and_its_best_epoch_is_named(finished):
-    run, _ = finished
-    rater = manifest(run, "08-rater")["outputs"]
-    assert Rater.from_pretrained(rater["model"]).hidden == (16,)
-    assert rater["best_epoch"] in (0, 1)
-    assert rater["counts"]["samples"] == 2 * rater["counts"]["trained"]
+def test_rating_models_of_two_weights_are_trained_and_the_better_aligned_goes_on(finished):
+    run, done = finished
+    alignment, logits = {}, {}
+    for weight in (1, 10):
+        rater = manifest(run, f"08-rater-w{weight}")["outputs"]
+        assert rater["weight"] == weight
+        assert rater["best_epoch"] in (0, 1)
+        assert rater["counts"]["samples"] == 2 * rater["counts"]["trained"]
+        alignment[weight] = (rater["quality"]["clinician"] or rater["quality"]["model"])["pair_accuracy"]["value"]
+        loaded = Rater.from_pretrained(rater["model"])
+        assert loaded.hidden == (16,)
+        logits[weight] = loaded.mlp[0].weight.detach()
+    assert not logits[1].equal(logits[10])
+    found = json.loads((run / "results.json").read_text())["rater"]
+    assert {one["weight"]: (one["clinician"] or one["model"])["pair_accuracy"]["value"] for one in found["weights"]} == alignment
+    best = max(alignment, key=alignment.get)  # of equal ones the first
+    assert found["weight"] == best
+    assert summary_of(done)["rating_model"] == str(run / f"stages/08-rater-w{best}/model")
 
 
 def test_what_is_selected_is_tuned_on_once_per_epoch(finished):

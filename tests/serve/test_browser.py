@@ -127,6 +127,11 @@ def test_a_session_with_the_keyboard_alone(page, served):
     assert page.progress() == "3 judged, 0 skipped, 9 left"
     assert sum(row["good_a"] is False and row["good_b"] is False for row in stored(served[1], "key").values()) == 1
 
+    # A key that is held down says nothing of the items that come next.
+    held = "return document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], repeat: true, bubbles: true, cancelable: true}))"
+    left_alone = {key: page.browser.execute_script(held, key) for key in ("1", "s", "n", "u", "e", "Enter", "+")}
+    assert left_alone == dict.fromkeys(("1", "s", "n", "u", "e", "Enter"), True) | {"+": False}
+
     # In a text, keys write.
     page.press("e")
     page.press("n2s")
