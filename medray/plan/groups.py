@@ -22,8 +22,6 @@ from medray.config.serving import ServeConfig
 from medray.errors import ConfigError
 from medray.plan.demand import Demand
 
-# Of a Kubernetes container's memory Ray keeps 30 % for the object store; the rest can be reserved.
-HEAP_SHARE = 0.7
 _UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -131,7 +129,7 @@ def _pod_group(name: str, spec: dict[str, Any], most: int) -> Group:
     limits, start = container["resources"]["limits"], spec.get("rayStartParams", {})
     cpus = float(start.get("num-cpus", math.ceil(quantity(limits["cpu"]))))
     gpus = float(start.get("num-gpus", quantity(limits.get("nvidia.com/gpu", 0))))
-    memory = float(start["memory"]) if "memory" in start else HEAP_SHARE * quantity(limits["memory"])
+    memory = float(start.get("memory", quantity(limits["memory"])))  # KubeRay starts Ray with the whole limit, object store or not
     custom = json.loads(start.get("resources", "{}").strip('"').replace("\\", ""))  # quoted twice, for the shell of the pod
     return Group(name, cpus, gpus, memory / 2**30, spec.get("labels", {}), most, custom)
 

@@ -163,7 +163,7 @@ def test_groups_of_the_files():
     assert (aws["head"].cpus, aws["head"].most) == (0, 1)
     pods = {group.name: group for group in read_groups(ROOT / "cluster/kuberay/rayjob.yaml")}
     assert (pods["train"].cpus, pods["train"].gpus, pods["train"].most) == (44, 4, 4)
-    assert pods["train"].memory_gib == pytest.approx(0.7 * 512)
+    assert pods["train"].memory_gib == 512
     assert pods["head"].cpus == 0
     assert (pods["train"].resources, pods["generate"].resources) == ({"medray-train": 4}, {})
 
