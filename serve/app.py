@@ -145,5 +145,8 @@ def build(config: ServeConfig) -> Application:
             bind_kwargs={"model": model.model_dump(mode="json", exclude={"about"}), "config": of_replicas.model_dump(mode="json")})
         for model in models
     }
-    ingress = Ingress.options(num_replicas=config.ingress_replicas, ray_actor_options={"num_cpus": config.ingress_cpus}, graceful_shutdown_timeout_s=config.drain_seconds)
+    # ray.serve.llm has a time limit of its own, of ten minutes, which would come first where ours is longer.
+    variables = {"RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT": str(config.limits.seconds + 60)}
+    actor = {"num_cpus": config.ingress_cpus, "runtime_env": {"env_vars": variables}}
+    ingress = Ingress.options(num_replicas=config.ingress_replicas, ray_actor_options=actor, graceful_shutdown_timeout_s=config.drain_seconds)
     return ingress.bind(handles, plain, [model.model_dump(mode="json") for model in models], holders, examples_of(config))

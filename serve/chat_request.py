@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from medray.config.serving import LimitsConfig
 
 _COUNTS = {f"{end}{what}" for end in ("min", "max") for what in ("Items", "Length", "Properties", "Contains")}
+# Beyond any limit that can be configured with sense, and checked while the body is read: each item in vain costs a kilobyte, and an error.
+_MOST_MESSAGES, _MOST_PARTS, _MOST_STOPS = 10_000, 1000, 64
+_FIELDS = 10_000  # commas of a body outside its texts and its schema
 _LARGEST_COUNT = 1000  # of these in a schema: a grammar grows with them
 _DEEPEST = 16
 
@@ -59,7 +62,7 @@ class ImagePart(_Part):
 
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(max_length=_MOST_PARTS)
     name: str | None = None
 
     @model_validator(mode="before")
@@ -100,7 +103,7 @@ class StructuredOutputs(_Part):
 
 class ChatRequest(_Part):
     model: str | None = None
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=_MOST_MESSAGES)
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
@@ -114,7 +117,7 @@ class ChatRequest(_Part):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=_MOST_STOPS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -133,8 +136,11 @@ class ChatRequest(_Part):
 _DROPPED = {"user", "metadata", "store"}
 
 
-def parsed(body: bytes) -> ChatRequest:
+def parsed(body: bytes, limits: LimitsConfig) -> ChatRequest:
     """The request in a body. Raises ApiError (400) that names the field."""
+    # Before it is read: in memory a number of one digit takes fifteen times its two bytes, and an error of its own. Commas of texts are within their limits.
+    if body.count(b",") > limits.text_chars + limits.schema_bytes + _FIELDS:
+        raise ApiError(f"the body has more than {limits.text_chars + limits.schema_bytes + _FIELDS} commas, more than its texts and fields can have", code="limit_exceeded")
     try:
         value = json.loads(body.decode())  # of bytes it would also read UTF-16, and surrogates
         if b"\\ud" in body.lower():
@@ -162,7 +168,7 @@ def _named(error: ValidationError) -> ApiError:
 
 def check(request: ChatRequest, limits: LimitsConfig) -> None:
     """Raises ApiError (400) where a limit is passed or fields do not go together."""
-    texts = [part.text for message in request.messages for part in message.content if isinstance(part, TextPart)]
+    texts = ["\n".join(part.text for part in message.content if isinstance(part, TextPart)) for message in request.messages]
     images = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
     for what, found, most, param in (
         ("messages", len(request.messages), limits.messages, "messages"), ("characters", sum(map(len, texts)), limits.text_chars, "messages"),

@@ -63,7 +63,7 @@ class Endpoint:
             async with asyncio.timeout(self.config.limits.seconds):
                 if wait := self.rates.wait(who):
                     raise _limited(wait)
-                body = parsed(await request.body())
+                body = parsed(await request.body(), self.config.limits)
                 model = self._model(body.model)
                 asked = model.name
                 check(body, self.config.limits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
@@ -42,11 +41,9 @@ def _first(uri: str, most: int) -> list[dict[str, Any]]:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
-    from PIL import Image
+    from medray.config import DataConfig
+    from medray.data.images import decode, png_url
 
-    from medray.data.images import png_url
-
-    with Image.open(io.BytesIO(row["image"])) as image:
-        small = image.convert("RGB")  # drops whatever the file tells beside its pixels
-        small.thumbnail((_SIDE, _SIDE))
+    small = decode(row["image"], DataConfig())  # as models see it, and without whatever the file tells beside its pixels
+    small.thumbnail((_SIDE, _SIDE))
     return {"question": row["question"], "reference": row["reference"] or "", "image": png_url(small)}

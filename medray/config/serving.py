@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from medray.config.section import PositiveInt, Section
@@ -76,7 +77,7 @@ class ReplicaConfig(Section):
     @property
     def of_replicas(self) -> ReplicaConfig:
         """What a replica depends on: one whose settings here are the same is not replaced."""
-        return ReplicaConfig.model_validate(self.model_dump(include=set(ReplicaConfig.model_fields)))
+        return ReplicaConfig.model_validate({**self.model_dump(include=set(ReplicaConfig.model_fields)), "limits": {"tokens": self.limits.tokens, "images": self.limits.images}})
 
 
 class ServeConfig(ReplicaConfig):
@@ -87,11 +88,23 @@ class ServeConfig(ReplicaConfig):
     base: bool = Field(True, description="Serve base models too.")
     models: list[ServedModel] = Field(default_factory=list, description="Models that belong to no run.")
     keys: str | None = Field(None, description="File made by python -m serve.tokens; none: the environment variable MEDRAY_KEYS.")
+    revision: str = Field("", description="Any text. Ray Serve leaves alone what is deployed with equal settings: another text makes `serve deploy` read keys, models and runs again.")
     open: bool = Field(False, description="Ask for no key. Only where nobody else can reach the port.")
     ingress_replicas: PositiveInt = Field(1, description="Processes that take requests, check them and decode images.")
     ingress_cpus: Annotated[float, Field(ge=0)] = Field(0.5, description="Logical CPUs of each.")
     title: str = Field("medray", description="Of the web page.")
     examples: Annotated[int, Field(ge=0, le=50)] = Field(6, description="Held-out questions of the first run that the page offers to try, of one image each.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_command_line(cls, given: Any) -> Any:
+        """`serve run` hands on words: replicas=[1,4] is a list all the same."""
+        if not isinstance(given, dict):
+            return given
+        try:
+            return {name: yaml.safe_load(value) if isinstance(value, str) and value[:1] in ("[", "{") else value for name, value in given.items()}
+        except yaml.YAMLError as error:
+            raise ValueError(f"a list or map cannot be read: {error}") from None
 
     @field_validator("runs")
     @classmethod

@@ -55,17 +55,14 @@ def tune(stage: Stage, config: InstructionFreeConfig, base: Model, data: dict[st
     Args:
         proxy: address of the warm-up's proxy; None where the instruction is a text.
     """
-    from medray.models.vlm import model_hash
-
-    outputs = _train(stage, config, base, data, config.tune, proxy, with_model=True)
-    return {**outputs, "model": stage.path("model"), "model_hash": model_hash(stage.path("model"))}
+    return _train(stage, config, base, data, config.tune, proxy, with_model=True)
 
 
 def _train(
     stage: Stage, config: InstructionFreeConfig, base: Model, data: dict[str, Any], train: InstructionFreeTrainConfig, proxy: str | None, with_model: bool,
 ) -> dict[str, Any]:
     from medray.data.shards import count_rows
-    from medray.train.worker import export_merged, export_proxy, run_training
+    from medray.train.worker import export_proxy, run_training
 
     rows, held_out = data["outputs"]["descriptions"], data["outputs"]["eval_descriptions"]
     train_ds, eval_ds = (stages.encoded(uri, base.path, config, "description", train) if count_rows(uri) else None for uri in (rows, held_out))
@@ -75,7 +72,7 @@ def _train(
     )
     outputs = {"counts": result.counts, "metrics": stage.path("metrics.jsonl")}
     if with_model:
-        stage.publish("model", lambda folder: export_merged(result.checkpoint, base.path, folder, config.model, train))
+        outputs |= stages.export(stage, config, base, train, result.checkpoint)
     if train.instruction is None:
         # Not among the model's own files: what loads the model would take it for weights.
         stage.publish("proxy", lambda folder: export_proxy(result.checkpoint, f"{folder}/{PROXY_FILE}"))

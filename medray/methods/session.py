@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -40,6 +41,13 @@ def start_ray(**arguments: Any) -> None:
             logger.warning("Ray did not start in time (the machine is busy); attempt %d of %d", attempt + 1, STARTS)
 
 
+def _not_of_the_job(variables: dict[str, str]) -> dict[str, str]:
+    """Without those that `ray job submit` was given for this job: they hold for its workers too, and Ray takes none twice, equal or not."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    given = (submitted.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in variables.items() if name not in given}
+
+
 @contextlib.contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
     """Join the cluster at `config.address` (or RAY_ADDRESS), else start a local Ray, for the time of the block.
@@ -62,7 +70,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             "object_store_memory": int(config.object_store_gib * 2**30) if config.object_store_gib else None,
         }
         variables = {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        runtime_env: dict[str, Any] = {"env_vars": variables}
+        runtime_env: dict[str, Any] = {"env_vars": _not_of_the_job(variables)}
         if local:
             runtime_env["worker_process_setup_hook"] = "medray._worker_setup.quiet"
         on_stop = signal.getsignal(signal.SIGTERM)

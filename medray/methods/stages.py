@@ -98,8 +98,7 @@ def tune(
         held_out: conversations of an evaluation loss (default: those of the run's data stage).
     """
     from medray.data.shards import count_rows
-    from medray.models.vlm import model_hash
-    from medray.train.worker import export_merged, run_training
+    from medray.train.worker import run_training
 
     held_out = held_out or stage.run.path("stages", "00-data", "eval_conversations")
     has_eval = objective == "sft" and train.eval_rows > 0 and count_rows(held_out) > 0
@@ -107,10 +106,31 @@ def tune(
         stage.path("train"), encoded(rows_uri, model.path, config, objective), encoded(held_out, model.path, config, "sft") if has_eval else None,
         rows=count_rows(rows_uri), model_dir=model.path, model_config=config.model, train_config=train, objective=objective,
     )
-    stage.publish("model", lambda folder: export_merged(result.checkpoint, model.path, folder, config.model, train))
+    exported = export(stage, config, model, train, result.checkpoint)
     keep_logs(stage, result)
-    path = stage.path("model")
-    return {"model": path, "model_hash": model_hash(path), "counts": result.counts, "metrics": stage.path("metrics.jsonl")}
+    return {**exported, "counts": result.counts, "metrics": stage.path("metrics.jsonl")}
+
+
+def export(stage: Stage, config: AnyMethodConfig, base: Model, train: TrainConfig, checkpoint: Any) -> dict[str, Any]:
+    """Merge a checkpoint's adapters and write the model into the stage, where a training worker has room: a 7B model takes 40 GB of host memory
+    for it, and the job's own process may be on a small head. Returns `model` and `model_hash`."""
+    import ray
+
+    options = {**train.place.options, "num_cpus": train.cpus_per_worker}
+    task = ray.remote(_export).options(**options).remote(stage.run.uri, stage.folder, base.path, config.model.model_dump(), train, checkpoint)
+    return {"model": stage.path("model"), "model_hash": ray.get(task)}
+
+
+def _export(run_uri: str, folder: str, base: str, model_config: dict[str, Any], train: TrainConfig, checkpoint: Any) -> str:
+    from medray.config import ModelConfig
+    from medray.models.vlm import model_hash
+    from medray.train.worker import export_merged
+
+    def made(scratch: str) -> str:
+        export_merged(checkpoint, base, scratch, ModelConfig.model_validate(model_config), train)
+        return model_hash(scratch)  # before it is sent anywhere
+
+    return Stage(Run(run_uri), folder).publish("model", made)
 
 
 def keep_logs(stage: Stage, result: Any) -> None:

@@ -7,7 +7,9 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from medray.config import SelfTrainingConfig, load_config
 from medray.errors import ConfigError, MedrayError
@@ -18,9 +20,11 @@ from medray.plan.estimate import Plan, Stage, listed_ids_gib, self_training
 from medray.plan.groups import misfits, read_groups, read_served
 from medray.plan.shapes import Shape, shape_of
 from medray.plan.work import Lengths, pair_tokens
+from medray.reference import JOBS
 
 # The paper's: 60,000 dialogues are the share of LLaVA-Med's instructions it fine-tunes on, 10,000 images are questioned.
 SCALES = {"paper": (60_000, 10_000), "internet": (100_000_000, 100_000_000)}
+_MAY_BE_ZERO = {"start", "endpoint"}  # seconds; the other assumptions are divided by
 EXAMPLES = """examples:
   python -m medray.plan --config configs/self_train/llava-1.5-7b.yaml --device a100-80gb --gpus 4
   python -m medray.plan --config configs/self_train/qwen2.5-vl-7b.yaml --scale internet --device h100-80gb --gpus 512 --cpus 4096 \\
@@ -39,11 +43,11 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--fits", metavar="YAML", help="only say whether every stage can begin on the nodes of this cluster file")
     arguments.add_argument("--serve", metavar="YAML", help="with --fits: whether the endpoint of this Serve config (or RayService) can begin there with runs of the recipe, rather than the job")
     arguments.add_argument("--device", default="a100-80gb", help=f"accelerator: {', '.join(DEVICES)} (default: a100-80gb)")
-    arguments.add_argument("--gpus", type=int, default=4, help="accelerators there are (default: 4); stages use what the recipe's limits allow")
-    arguments.add_argument("--cpus", type=int, default=32, help="CPUs of the data nodes (default: 32)")
+    arguments.add_argument("--gpus", type=_positive(int), default=4, help="accelerators there are (default: 4); stages use what the recipe's limits allow")
+    arguments.add_argument("--cpus", type=_positive(int), default=32, help="CPUs of the data nodes (default: 32)")
     arguments.add_argument("--scale", choices=SCALES, default="paper", help="labelled and unlabelled images: " + ", ".join(f"{name} {rows[0]:,} and {rows[1]:,}" for name, rows in SCALES.items()))
-    arguments.add_argument("--labelled", type=float, help="dialogues that are trained on, instead of the scale's")
-    arguments.add_argument("--unlabelled", type=float, help="images questioned per round, instead of the scale's")
+    arguments.add_argument("--labelled", type=_positive(float), help="dialogues that are trained on, instead of the scale's")
+    arguments.add_argument("--unlabelled", type=_positive(float), help="images questioned per round, instead of the scale's")
     arguments.add_argument("--usd-per-gpu-hour", type=float, help="price of one accelerator and its share of the machine (default: see medray/plan/devices.py)")
     arguments.add_argument("--gain", action="append", default=[], metavar="NAME=VALUE", help=f"replace an assumption: {_names(Gains)}")
     arguments.add_argument("--length", action="append", default=[], metavar="NAME=VALUE", help=f"replace a mean length in tokens: {_names(Lengths)}")
@@ -52,12 +56,24 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+def _positive(kind: type) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
+        return value
+
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0; 1 where a stage would wait for ever or does not fit its device; 2 for a bad configuration."""
     options = parser().parse_args(argv)
     try:
         if options.fits:
             return say_fits(options)
+        job = options.job or Path(options.config).resolve().parent.name
+        if job in JOBS and JOBS[job] is not SelfTrainingConfig:
+            raise ConfigError(f"--config {options.config}: time and cost are estimated of self_train's recipes only; of {job}, --fits says whether it can begin")
         config = load_config(SelfTrainingConfig, options.config, options.overrides)
         return say_plan(config, plan_of(options), options)
     except MedrayError as error:
@@ -66,8 +82,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def say_fits(options: argparse.Namespace) -> int:
-    from medray.reference import JOBS
-
     job = options.job or Path(options.config).resolve().parent.name
     if job not in JOBS:
         raise ConfigError(f"--job: {job} is none of {', '.join(JOBS)}")
@@ -105,10 +119,23 @@ def say_plan(config: SelfTrainingConfig, plan: Plan, options: argparse.Namespace
     fits = all(sum(parts.values()) <= plan.device.memory_gib for parts in held.values()) and all(math.isfinite(stage.seconds) for stage in stages)
     if options.json:
         rows = [{**dataclasses.asdict(stage), "bound": stage.bound} for stage in stages]
-        print(json.dumps({"model": config.model.path, "parameters": shape.parameters, "memory_gib": held, "stages": rows, "total": total, "fits": fits}))
+        found = {"model": config.model.path, "parameters": shape.parameters, "memory_gib": held, "stages": rows, "total": total, "fits": fits}
+        print(json.dumps(_json(found), allow_nan=False))
     else:
         print(text(config, shape, plan, stages, held, total, options))
     return 0 if fits else 1
+
+
+def _json(value: Any) -> Any:
+    """What never ends is null: JSON has no infinity."""
+    match value:
+        case dict():
+            return {name: _json(item) for name, item in value.items()}
+        case list():
+            return [_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def memories(config: SelfTrainingConfig, shape: Shape, plan: Plan) -> dict[str, dict[str, float]]:
@@ -171,6 +198,8 @@ def _replaced(section, settings: list[str]):
             values[name] = known[name](value)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"{setting!r}: write it as name=number; names are {', '.join(known)}") from error
+        if not (values[name] > 0 or (values[name] == 0 and name in _MAY_BE_ZERO)):
+            raise ConfigError(f"{setting!r}: must be greater than 0")
     return dataclasses.replace(section, **values)
 
 

@@ -112,14 +112,14 @@ def generating(name: str, shape: Shape, config: SelfTrainingConfig, each: work.G
     engine, device, gains = config.engine, plan.device, plan.gains
     engines = max(1, min(plan.gpus // engine.tensor_parallel_size, engine.actors[1]))
     cache = memory.engine_memory(shape, config.model, engine, device.memory_gib)["cache"]
-    batch = memory.concurrent_sequences(shape, engine, cache, each.context)
+    element = 2 if config.model.precision == "bf16" else 4
+    batch = memory.concurrent_sequences(shape, engine, cache, each.context, element)
     prompts = images * each.prefill / (engines * engine.tensor_parallel_size * device.peak * gains.prefill)
     if batch < 1:
         return _stage(name, plan, {"accelerator memory: the engine does not fit": math.inf}, engines * engine.tensor_parallel_size)
     steps = images * each.sampled / (engines * batch)
     one = replace(each, sampled=1.0)
     computing = batch * work.decoding(shape, one) / (engine.tensor_parallel_size * device.peak * gains.prefill)
-    element = 2 if config.model.precision == "bf16" else 4
     read = shape.language.parameters * element + batch * each.context * shape.language.cache_bytes(element)
     reading = read / (engine.tensor_parallel_size * device.bandwidth * gains.decoding)
     parts = {"accelerators that read prompts": prompts, "memory bandwidth of decoding" if reading >= computing else "accelerators that decode": steps * max(reading, computing)}

@@ -73,9 +73,13 @@ def engine_memory(shape: Shape, model: ModelConfig, config: EngineConfig, memory
     return {"weights": weights, "working": working, "cache": memory_gib * config.memory_utilization - weights - working}
 
 
-def concurrent_sequences(shape: Shape, config: EngineConfig, cache_gib: float, context: float) -> float:
-    """Sequences of `context` tokens an engine decodes at once: what the cache of all its devices holds, at most max_num_seqs."""
-    held = cache_gib * config.tensor_parallel_size * GIB / (shape.language.cache_bytes() * context)
+def concurrent_sequences(shape: Shape, config: EngineConfig, cache_gib: float, context: float, element: int = 2) -> float:
+    """Sequences of `context` tokens an engine decodes at once: what the cache of all its devices holds, at most max_num_seqs.
+
+    Args:
+        element: bytes of a number in the cache.
+    """
+    held = cache_gib * config.tensor_parallel_size * GIB / (shape.language.cache_bytes(element) * context)
     return max(0.0, min(held, config.max_num_seqs))
 
 

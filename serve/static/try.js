@@ -185,7 +185,7 @@ $("ask").addEventListener("submit", (event) => {
   send();
 });
 $("question-box").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !running) $("ask").requestSubmit();
 });
 $("stop").addEventListener("click", () => running?.abort());
 $("file").addEventListener("change", () => read($("file").files[0]));

@@ -74,7 +74,7 @@ def cells(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(cluster, s3, cells):
+def run(cluster, s3, cells, tmp_path_factory):
     """The run's directory on S3 after its job lost a machine, was stopped and was submitted again."""
     _, fs = s3
     place = f"{BUCKET}/runs/first"
@@ -86,6 +86,11 @@ def run(cluster, s3, cells):
     ]
     entry = ["python", "jobs/self_train.py", "--data", str(cells), "--run", run, *(part for override in overrides for part in ("--set", override))]
 
+    # A key, and two variables that the job would set by itself.
+    variables = tmp_path_factory.mktemp("environment") / "env.yaml"
+    variables.write_text(yaml.safe_dump({"env_vars": {"OPENAI_API_KEY": "sk-none", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "RAY_TRAIN_V2_ENABLED": "1"}}))
+    submission = ["--working-dir", ".", "--runtime-env", str(variables), "--", *entry]
+
     def state(identity):
         found = cluster.job("status", identity).stdout
         assert "failed" not in found, found[-6000:]
@@ -93,7 +98,7 @@ def run(cluster, s3, cells):
 
     def submitted():
         """The id of the job; None while the head's job agent is not up yet."""
-        return re.search(r"'(raysubmit_\w+)'", cluster.job("submit", "--no-wait", "--working-dir", ".", "--", *entry, check=False).stdout)
+        return re.search(r"'(raysubmit_\w+)'", cluster.job("submit", "--no-wait", *submission, check=False).stdout)
 
     def written(what):
         return set(fs.glob(f"{place}/stages/01-sq_sft/{what}"))
@@ -114,7 +119,7 @@ def run(cluster, s3, cells):
     assert "was stopped" in wait_for(lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job", pause=5), cluster.job("logs", first).stdout[-4000:]
     assert not fs.exists(f"{place}/results.json")
 
-    second = cluster.job("submit", "--working-dir", ".", "--", *entry, check=False)
+    second = cluster.job("submit", *submission, check=False)
     assert second.returncode == 0, second.stdout[-6000:]
     assert "stage 00-data: done before" in second.stdout
     assert "stage 01-sq_sft: continues (attempt 2)" in second.stdout

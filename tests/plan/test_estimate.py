@@ -163,5 +163,12 @@ def test_the_command():
     words = plan("--config", "configs/self_train/llava-1.5-7b.yaml", "--device", "l4-24gb", "--set", "sft.zero_stage=0", "--set", "sft.micro_batch=64")
     assert words.returncode == 1
     assert "DOES NOT FIT" in words.stdout and "bottleneck: " in words.stdout and "assumed: " in words.stdout
+    for arguments, said in ((("--gpus", "0"), "0 is not greater than 0"), (("--labelled", "-5"), "-5 is not greater than 0"), (("--gain", "training=0"), "must be greater than 0")):
+        refused = plan("--config", "configs/self_train/llava-1.5-7b.yaml", *arguments)
+        assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr
+    other = plan("--config", "configs/clinician_preference/qwen2.5-vl-7b.yaml")
+    assert other.returncode == 2 and "of clinician_preference, --fits says" in other.stderr
+    small = plan("--config", "configs/self_train/llava-1.5-7b.yaml", "--device", "l4-24gb", "--set", "engine.memory_utilization=0.5", "--json")
+    assert json.loads(small.stdout, parse_constant=pytest.fail)["fits"] is False
     wrong = plan("--config", "configs/self_train/llava-1.5-7b.yaml", "--gain", "trainig=1")
     assert wrong.returncode == 2 and "names are training, prefill" in wrong.stderr

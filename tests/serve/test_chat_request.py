@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tracemalloc
 
 import pytest
 
@@ -54,7 +55,7 @@ def schema(**inside):
 ])
 def test_what_is_not_of_the_form_is_named(fields, param, code):
     with pytest.raises(ApiError) as error:
-        parsed(body(**fields))
+        parsed(body(**fields), LIMITS)
     assert (error.value.status, error.value.param, error.value.code) == (400, param, code)
     assert error.value.message.startswith(param.split(".")[0])
 
@@ -62,21 +63,21 @@ def test_what_is_not_of_the_form_is_named(fields, param, code):
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"model": "\\ud800', '{"model": 1}'.encode("utf-16"), b'{"\xed\xa0\x80": 1, "messages": []}'])
 def test_what_is_no_json(data):
     with pytest.raises(ApiError, match="not JSON") as error:
-        parsed(data)
+        parsed(data, LIMITS)
     assert error.value.code == "invalid_json"
 
 
 def test_half_of_a_surrogate_pair_is_no_text_and_a_whole_one_is():
     for words in ("\ud83d", "a \udc00"):
         with pytest.raises(ApiError, match="surrogate"):
-            parsed(body(messages=[user(words)]))
-    assert parsed(body(messages=[user("\U0001f600")])).messages[0].content[0].text == "\U0001f600"
+            parsed(body(messages=[user(words)]), LIMITS)
+    assert parsed(body(messages=[user("\U0001f600")]), LIMITS).messages[0].content[0].text == "\U0001f600"
 
 
 @pytest.mark.parametrize("data", [b"[]", b"null", b"7"])
 def test_json_that_is_no_request(data):
     with pytest.raises(ApiError) as error:
-        parsed(data)
+        parsed(data, LIMITS)
     assert error.value.status == 400
 
 
@@ -84,6 +85,7 @@ def test_json_that_is_no_request(data):
     ({"messages": [user("a")] * 5}, "messages"),
     ({"messages": [user("a" * 101)]}, "messages"),
     ({"messages": [user(text("a" * 60), text("b" * 60))]}, "messages"),
+    ({"messages": [user(*[text("")] * 102)]}, "messages"),  # a newline between each two
     ({"messages": [user(PICTURE, PICTURE, text("x"))]}, "messages"),
     ({"messages": [user(PICTURE), user(PICTURE)]}, "messages"),
     ({"messages": [{"role": "system", "content": [PICTURE]}, user("x")]}, "messages"),
@@ -103,27 +105,46 @@ def test_json_that_is_no_request(data):
     ({"response_format": schema(maxLength=float("nan"))}, "response_format.json_schema"),
 ])
 def test_what_passes_a_limit_is_named(fields, param):
-    request = parsed(body(**fields))
+    request = parsed(body(**fields), LIMITS)
     with pytest.raises(ApiError) as error:
         check(request, LIMITS)
     assert (error.value.status, error.value.param) == (400, param)
 
 
+@pytest.mark.parametrize(("data", "param"), [
+    (b'{"messages":[' + b"0," * 2_000_000 + b"0]}", None),
+    (b'{"messages":[{"role":"user","content":[' + b'{"type":"text","text":""},' * 200_000 + b'{}]}]}', None),
+    (b"{" + b",".join(b'"f%d":0' % number for number in range(200_000)) + b"}", None),
+    (b'{"messages":[' + b"0," * 10_100 + b"0]}", "messages"),
+    (body(messages=[user(*[text("")] * 1001)]), "messages.0.content"),
+    (body(stop=["x"] * 65), "stop"),
+], ids=["messages", "parts", "fields", "fewer messages", "fewer parts", "stops"])
+def test_a_body_of_very_many_things_costs_little(data, param):
+    """What is refused for their number is refused once, not once for each."""
+    tracemalloc.start()
+    with pytest.raises(ApiError) as error:
+        parsed(data, LIMITS)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (error.value.status, error.value.param) == (400, param)
+    assert most < 4 * len(data) + 8 * 2**20
+
+
 def test_a_count_too_large_for_a_float():
     with pytest.raises(ApiError, match="maxLength: at most 1000"):
-        check(parsed(body(response_format=schema(maxLength=10**400))), LimitsConfig())
+        check(parsed(body(response_format=schema(maxLength=10**400)), LIMITS), LimitsConfig())
 
 
 def test_an_answer_may_come_back_with_its_empty_fields():
     """As vLLM gives it and the openai client keeps it."""
     answer = {"role": "assistant", "content": "It is round.", "refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": [], "reasoning": None}
     for sent in (answer, answer | {"annotations": [], "reasoning_content": None, "tool_calls": None, "name": None}):
-        made = asyncio.run(prepared(parsed(body(messages=[user("a"), sent, user("b")])), LIMITS, "", None))
+        made = asyncio.run(prepared(parsed(body(messages=[user("a"), sent, user("b")]), LIMITS), LIMITS, "", None))
         assert made["messages"] == [user("a"), {"role": "assistant", "content": "It is round."}, user("b")]
     for changes, param in (({"tool_calls": [{}]}, "messages.0.tool_calls"), ({"audio": {}}, "messages.0.audio"), ({"reasoning": ""}, "messages.0.reasoning"), ({"content": None}, "messages.0.content"),
                            ({"role": "user"}, "messages.0.refusal")):
         with pytest.raises(ApiError) as error:
-            parsed(body(messages=[answer | changes]))
+            parsed(body(messages=[answer | changes]), LIMITS)
         assert error.value.param == param
 
 
@@ -132,7 +153,7 @@ def test_a_schema_too_deep():
     for _ in range(9):
         deep = {"type": "object", "properties": {"x": deep}}
     with pytest.raises(ApiError, match="nested"):
-        check(parsed(body(response_format=schema(**deep))), LimitsConfig())
+        check(parsed(body(response_format=schema(**deep)), LIMITS), LimitsConfig())
 
 
 def test_all_that_is_allowed_goes_through():
@@ -141,7 +162,7 @@ def test_all_that_is_allowed_goes_through():
         "stop": ["a", "b"], "logprobs": True, "top_logprobs": 3, "stream": True, "stream_options": {"include_usage": True},
         "response_format": schema(type="object", properties={"pattern": {"type": "string", "maxLength": 20}}),
     }
-    request = parsed(body(**fields, max_completion_tokens=9, user="u", metadata={"a": "b"}, store=False))
+    request = parsed(body(**fields, max_completion_tokens=9, user="u", metadata={"a": "b"}, store=False), LIMITS)
     check(request, LIMITS.model_copy(update={"schema_bytes": 10_000}))
     made = asyncio.run(prepared(request, LIMITS, "", None))
     assert made == {"model": "tuned", "messages": [user("hi")], "max_completion_tokens": 9, **fields}
@@ -151,7 +172,7 @@ def test_images_are_loaded_and_stand_before_their_text_as_in_tuning():
     async def load(url):
         return url + "!"
 
-    request = parsed(body(messages=[user(text("What"), PICTURE, text("is it?"))], max_tokens=5))
+    request = parsed(body(messages=[user(text("What"), PICTURE, text("is it?"))], max_tokens=5), LIMITS)
     made = asyncio.run(prepared(request, LIMITS, "Be brief.", load))
     shown = {"type": "image_url", "image_url": {"url": "data:picture!"}}
     assert made["messages"] == [{"role": "system", "content": "Be brief."}, user(shown, text("What"), text("is it?"))]
@@ -159,7 +180,7 @@ def test_images_are_loaded_and_stand_before_their_text_as_in_tuning():
 
 
 def test_a_system_message_of_the_caller_stands_alone():
-    request = parsed(body(messages=[{"role": "developer", "content": "Mine."}, user("hi")]))
+    request = parsed(body(messages=[{"role": "developer", "content": "Mine."}, user("hi")]), LIMITS)
     made = asyncio.run(prepared(request, LIMITS, "Ours.", None))
     assert made["messages"] == [{"role": "system", "content": "Mine."}, user("hi")]
 
@@ -169,5 +190,5 @@ def test_a_bad_image_is_named_by_its_place():
         raise ApiError("no image")
 
     with pytest.raises(ApiError) as error:
-        asyncio.run(prepared(parsed(body(messages=[user("a"), user(text("x"), PICTURE)])), LIMITS, "", load))
+        asyncio.run(prepared(parsed(body(messages=[user("a"), user(text("x"), PICTURE)]), LIMITS), LIMITS, "", load))
     assert error.value.param == "messages.1.content.1.image_url.url"

@@ -1,5 +1,7 @@
-"""The commands of docs/clinician_page.md, as they stand there."""
+"""The commands of docs/clinician_page.md and docs/serving.md, as they stand there."""
 
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -15,8 +17,10 @@ import pytest
 from medray.methods.session import SLOW_START, STARTS
 from tests.integration.conftest import BIN, answer_of, wait_for
 from tests.jobs import ROOT
+from tests.serve.test_app import make_run
 
 pytestmark = pytest.mark.ray
+ADDRESS = "http://127.0.0.1:8000"
 
 
 def commands(page):
@@ -25,39 +29,66 @@ def commands(page):
     return [shlex.split(line, comments=True) for line in block.strip().splitlines()]
 
 
-def test_the_clinician_page_begins_as_documented(tmp_path, write_items):
+@contextlib.contextmanager
+def served(words, folder, log):
+    """What a `serve run` command serves on port 8000, started anew where the machine was too busy; ended by Ctrl-C."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", 8000)) == 0:
             pytest.skip("something listens on port 8000 already")
-    write_items(tmp_path / "DIR", 2)
-    # A Ray of its own; from another folder than the repository's only here, to keep that clean.
-    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
-    first, lead, serve_run = commands("docs/clinician_page.md")
-    tokens = [
-        subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1] for words in (first, lead)]
-    log = tmp_path / "log"
 
     def start():
         with log.open("w") as handle:
-            return subprocess.Popen([BIN / serve_run[0], *serve_run[1:]], cwd=tmp_path, env=environment, stdout=handle, stderr=handle, start_new_session=True)
+            return subprocess.Popen([BIN / words[0], *words[1:]], cwd=folder, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
 
-    page, starts = start(), 1
+    process, starts = start(), 1
 
-    def served():
-        nonlocal page, starts
-        if page.poll() is not None:
+    def answered():
+        nonlocal process, starts
+        if process.poll() is not None:
             said = log.read_text()
             assert starts < STARTS and (SLOW_START in said or "not available after" in said), said[-3000:]  # Ray, or Serve's proxy, on a machine at work
-            page, starts = start(), starts + 1
-        answer = answer_of("http://127.0.0.1:8000")
+            process, starts = start(), starts + 1
+        answer = answer_of(f"{ADDRESS}/health") or answer_of(ADDRESS)
         return answer is not None and answer.status_code == 200
 
     try:
-        wait_for(served, "page", 900, pause=1)
-        for token in tokens:
-            answer = httpx.get("http://127.0.0.1:8000/api/next", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        wait_for(answered, "page", 900, pause=1)
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+
+
+def environment():
+    """A Ray of its own; from another folder than the repository's only here, to keep that clean."""
+    return os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
+
+
+def token(words, folder):
+    return subprocess.run([sys.executable, *words[1:]], cwd=folder, env=environment(), capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def test_the_clinician_page_begins_as_documented(tmp_path, write_items):
+    write_items(tmp_path / "DIR", 2)
+    first, lead, serve_run = commands("docs/clinician_page.md")
+    tokens = [token(words, tmp_path) for words in (first, lead)]
+    with served(serve_run, tmp_path, tmp_path / "log"):
+        for one in tokens:
+            answer = httpx.get(f"{ADDRESS}/api/next", headers={"Authorization": f"Bearer {one}"}, timeout=60)
             assert answer.status_code == 200 and "Which cell is this?" in answer.text
         assert Path(tmp_path, "judgements.db").is_file()
-    finally:
-        page.send_signal(signal.SIGINT)
-        page.wait(120)
+
+
+def test_the_endpoint_begins_as_documented(tmp_path):
+    """Its answer is streamed to curl. The two words beside the documented ones spare the machine a second engine."""
+    make_run(tmp_path / "runs/demo", "generalist")
+    made, serve_run = commands("docs/serving.md")
+    key = token(made, tmp_path)
+    with served([*serve_run, "base=false", "replicas=[1,2]"], tmp_path, tmp_path / "log"):
+        wait_for(lambda: answer_of(f"{ADDRESS}/ready").status_code == 200, "model", 900, pause=1)
+        body = json.dumps({"model": "tuned", "messages": [{"role": "user", "content": "What is this?"}], "max_tokens": 4, "stream": True})
+        command = ["curl", "-sN", f"{ADDRESS}/v1/chat/completions", "-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json", "-d", body]
+        lines = [line for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() if line]
+        assert lines[-1] == "data: [DONE]"
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+        assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
