@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,4 +88,7 @@ def check_ready_to_serve(run, model):
     card = ModelCard.load(Path(model, "README.md"))
     assert NOT_A_DEVICE in card.text
     assert card.data.eval_results
+    assert re.search(r"## Data\n(.*\n)+- 00-data: .*\d", card.text)
+    assert re.search(r"\d\.\d+ \[\d\.\d+, \d\.\d+\]", card.text), "an interval"
+    assert "## Limits" in card.text and "```yaml\nmodel:" in card.text
     assert all(example["image"].startswith("data:image/png") and example["question"] for example in examples_of(config))

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from medray import __version__
-from medray.config import Section
+from medray.config import ClinicianPreferenceConfig, RaterConfig, Section
 from medray.config.section import without_passwords
 from medray.methods.stages import AnyMethodConfig, Model
 from medray.run import Run
@@ -105,6 +105,40 @@ def card(config: AnyMethodConfig, method: Method, name: str, results: dict[str, 
         f"processor = AutoProcessor.from_pretrained(FOLDER)\n```\n\nImages {'are padded to a square first' if config.model.pad_to_square else 'go in as they are'}"
         + (f"; conversations begin with the system prompt `{config.model.system_prompt}`" if config.model.system_prompt else "") + ".\n",
         "## Configuration\n", f"```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False).strip()}\n```\n",
+    ])
+
+
+def rater_card(config: ClinicianPreferenceConfig, rater: RaterConfig, counts: Mapping[str, Any], quality: Mapping[str, Any], clinicians: str) -> str:
+    """The card of a rating model.
+
+    Args:
+        counts: pairs it was trained on and measured with, as in its stage's manifest.
+        quality: by origin of the held-out pairs, what evaluation.rating.evaluate_rater measured; None where there is none.
+        clinicians: who judged, in one line.
+    """
+    from huggingface_hub import ModelCardData
+
+    encoder, source = _public(rater.encoder), _public(config.data.source, hub=False)
+    measured = {f"{origin} pairs ordered as judged": found["pair_accuracy"] for origin, found in quality.items() if found}
+    metadata = ModelCardData(
+        tags=["medical", "medray", "rating-model", *CLINICIAN_PREFERENCE.tags], model_name=f"{encoder}, rating model",
+        base_model=rater.encoder if encoder == rater.encoder and not encoder.startswith("testbed:") else None,
+        eval_results=_eval_results({name: score["value"] for name, score in measured.items()}, source))
+    results = [f"- {name}: {score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for name, score in measured.items()] or ["- none: no pair was held out"]
+    said = [
+        NOT_A_DEVICE, "It prefers what its clinicians and its strong model preferred, their mistakes included.",
+        "Easy questions and common answers score higher: compare scores of like questions.",
+        f"The numbers above are of pairs about held-out images of {source} only, which also chose the epoch.",
+    ]
+    return "\n".join([
+        f"---\n{metadata.to_yaml().strip()}\n---\n", f"# {encoder}, rating model\n", f"> {NOT_A_DEVICE}\n",
+        f"Rates a question and its answer about an image; of two, the higher rated is the one that clinicians are expected to prefer ([arXiv {CLINICIAN_PREFERENCE.paper}]"
+        f"(https://arxiv.org/abs/{CLINICIAN_PREFERENCE.paper})). Trained with medray {__version__}, `jobs/{CLINICIAN_PREFERENCE.job}.py`, on {source}. {clinicians}\n",
+        "## Results\n", "Brackets hold 95 % bootstrap intervals over images.\n", "\n".join(results) + "\n",
+        "## Data\n", "\n".join(f"- {what}: {number}" for what, number in counts.items() if not isinstance(number, dict)) + "\n",
+        "## Limits\n", "\n".join(f"- {sentence}" for sentence in said) + "\n",
+        "## Use\n", "```python\nfrom medray.models.rater import Rater\n\nrater = Rater.from_pretrained(FOLDER)\n```\n",
+        "## Configuration\n", f"```yaml\n{yaml.safe_dump(_settings(rater), sort_keys=False).strip()}\n```\n",
     ])
 
 
