@@ -12,6 +12,7 @@ from medray.config.section import PositiveInt, Section
 from medray.config.shared import EngineConfig, Placement
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TEXTS = {"run", "keys", "title", "revision"}  # of ServeConfig's fields
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?")
 
 
@@ -102,7 +103,7 @@ class ServeConfig(ReplicaConfig):
         if not isinstance(given, dict):
             return given
         try:
-            return {name: yaml.safe_load(value) if isinstance(value, str) and value[:1] in ("[", "{") else value for name, value in given.items()}
+            return {name: yaml.safe_load(value) if isinstance(value, str) and value[:1] in ("[", "{") and name not in _TEXTS else value for name, value in given.items()}
         except yaml.YAMLError as error:
             raise ValueError(f"a list or map cannot be read: {error}") from None
 

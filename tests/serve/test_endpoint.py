@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from medray.config import EngineConfig
 from medray.config.serving import LimitsConfig, ServeConfig
+from medray.methods.model_card import NOT_A_DEVICE
 from serve.chat_request import ApiError
 from serve.endpoint import Endpoint, make_app
 from serve.hosted import Hosted
@@ -108,6 +109,7 @@ def test_what_needs_no_key(endpoint):
     client = endpoint()
     for path in ("/", "/health", "/ready", "/static/try.js", "/static/try.css"):
         assert send(client, "GET", path, headers={"Authorization": ""}).status_code == 200, path
+    assert NOT_A_DEVICE in send(client, "GET", "/").text, "to be read before a key is asked for"
     assert "no-store" in send(client, "GET", "/").headers["Cache-Control"] and "script-src 'self'" in send(client, "GET", "/").headers["Content-Security-Policy"]
 
 

@@ -105,3 +105,16 @@ def test_replicas_go_where_they_are_placed(run_dir):
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"model mine: .*no config.json"):
         hosted(ServeConfig(models=[{"name": "mine", "path": str(tmp_path)}]))
+
+
+def test_lists_and_maps_of_a_command_line():
+    config = ServeConfig.model_validate({"run": "r", "replicas": "[0,4]", "title": "[a] page", "limits": "{tokens: 9, hosts: [a.example]}", "engine": "{max_num_seqs: 3}"})
+    assert (config.replicas, config.title, config.limits.tokens, config.limits.hosts, config.engine.max_num_seqs) == ((0, 4), "[a] page", 9, ["a.example"], 3)
+    with pytest.raises(ValueError, match="cannot be read"):
+        ServeConfig.model_validate({"run": "r", "replicas": "[0,"})
+
+
+def test_a_replica_is_replaced_for_its_own_settings_only():
+    before = ServeConfig(run="r").of_replicas
+    assert ServeConfig(run="r", revision="2", limits={"hosts": ["a.example"], "seconds": 900, "text_chars": 5}).of_replicas == before
+    assert ServeConfig(run="r", limits={"tokens": 5}).of_replicas != before
