@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import yaml
 
-from medray.methods.session import SLOW_START, STARTS
+from medray.methods.session import STARTS
 
 _HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # the provider numbers the nodes after it
 _BIN = Path(sys.executable).parent
@@ -83,7 +83,7 @@ class FakeCluster:
         while not self._head_started(command, environment):
             self.__exit__()
             said = (self.folder / "head.log").read_text()
-            if SLOW_START not in said or attempt == STARTS:
+            if attempt == STARTS:  # on a machine at work Ray gives up in many words
                 raise RuntimeError(f"the fake cluster's head did not start:\n{said[-3000:]}")
             attempt += 1
         return self

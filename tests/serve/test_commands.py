@@ -48,7 +48,7 @@ def served(words, folder, log):
             said = log.read_text()
             assert starts < STARTS and (SLOW_START in said or "not available after" in said), said[-3000:]  # Ray, or Serve's proxy, on a machine at work
             process, starts = start(), starts + 1
-        answer = answer_of(f"{ADDRESS}/health") or answer_of(ADDRESS)
+        answer = answer_of(ADDRESS)
         return answer is not None and answer.status_code == 200
 
     try:
@@ -56,7 +56,11 @@ def served(words, folder, log):
         yield
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(120)
+        try:
+            process.wait(120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def environment():
