@@ -24,7 +24,7 @@ into --runs, prints the Markdown tables (mean over seeds, 95 % t-interval over s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from arms import Measures, Study, main, per_cent
@@ -57,16 +57,16 @@ ARMS = dict(_arms())
 """Overrides of the configuration by arm."""
 
 
-def _at_every_share(name: str) -> list[str]:
-    return [f"{name}, {share} %" for share in SHARES]
+def _at(shares: Iterable[int], name: str, end: str = "") -> list[str]:
+    return [f"{name}, {share} %{end}" for share in shares]
 
 
+_TWO = {"all shares": SHARES, "10 and 40 %": SHARES[:2]}
 CONTRASTS = {
-    f"{one} minus {other}, all shares": (_at_every_share(one), _at_every_share(other))
-    for one, other in (("mixture", "random"), ("model", "random"), ("clinician", "random"), ("mixture", "model"), ("mixture", "clinician"))
+    f"{one} minus {other}, {named}": (_at(shares, one), _at(shares, other))
+    for one, other in (("mixture", "random"), ("model", "random"), ("clinician", "random"), ("mixture", "model"), ("mixture", "clinician")) for named, shares in _TWO.items()
 } | {"with demonstrations minus without": (["random, 40 %", "mixture, 40 %"], [f"random, 40 %, {BARE}", f"mixture, 40 %, {BARE}"])} | {
-    f"mixture, relative, minus {other}, 10 and 40 %": ([f"mixture, {share} %, {RELATIVE}" for share in SHARES[:2]], [f"{other}, {share} %" for share in SHARES[:2]])
-    for other in ("random", "mixture")
+    f"mixture, relative, minus {other}, 10 and 40 %": (_at(SHARES[:2], "mixture", f", {RELATIVE}"), _at(SHARES[:2], other)) for other in ("random", "mixture")
 }
 """The claims of the paper, as means of arms minus means of others."""
 
