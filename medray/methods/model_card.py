@@ -13,6 +13,7 @@ import yaml
 from medray import __version__
 from medray.config import ClinicianPreferenceConfig, RaterConfig, Section
 from medray.config.section import without_passwords
+from medray.data.rater_pairs import ORIGINS
 from medray.methods.stages import AnyMethodConfig, Model
 from medray.run import Run
 
@@ -113,13 +114,13 @@ def rater_card(config: ClinicianPreferenceConfig, rater: RaterConfig, counts: Ma
 
     Args:
         counts: pairs it was trained on and measured with, as in its stage's manifest.
-        quality: by origin of the held-out pairs, what evaluation.rating.evaluate_rater measured; None where there is none.
+        quality: what evaluation.rating.evaluate_rater measured.
         clinicians: who judged, in one line.
     """
     from huggingface_hub import ModelCardData
 
     encoder, source = _public(rater.encoder), _public(config.data.source, hub=False)
-    measured = {f"{origin} pairs ordered as judged": found["pair_accuracy"] for origin, found in quality.items() if found}
+    measured = {f"{origin} pairs ordered as judged": found["pair_accuracy"] for origin in ORIGINS if (found := quality.get(origin))}
     metadata = ModelCardData(
         tags=["medical", "medray", "rating-model", *CLINICIAN_PREFERENCE.tags], model_name=f"{encoder}, rating model",
         base_model=rater.encoder if encoder == rater.encoder and not encoder.startswith("testbed:") else None,

@@ -77,14 +77,14 @@ def test_models_are_named_by_their_place_in_the_run(tmp_path):
 
 def test_a_rating_models_card():
     config = ClinicianPreferenceConfig(data={"source": "/secret/wbc"})
-    text = rater_card(config, config.rater, {"train, clinician": 61, "train, model": 1579}, {"clinician": {"pair_accuracy": S}, "model": None}, "The clinicians were simulated.")
+    text = rater_card(config, config.rater, {"train, clinician": 61, "train, model": 1579}, {"clinician": {"pair_accuracy": S}, "model": None, "pairs": 9, "without rating": 1}, "The clinicians were simulated.")
     metadata, body = parts(text)
     assert {one.metric_type: one.metric_value for one in metadata.eval_results} == {"clinician_pairs_ordered_as_judged": 0.7123}
     for piece in (NOT_A_DEVICE, "2406.13173", "0.712 [0.700, 0.720]", "- train, clinician: 61", "The clinicians were simulated.", "Rater.from_pretrained", "their mistakes included"):
         assert piece in body, piece
     assert "secret" not in text
     assert RaterConfig.model_validate(yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0])) == config.rater
-    assert parts(rater_card(config, config.rater, {}, {"clinician": None}, ""))[0].eval_results is None
+    assert parts(rater_card(config, config.rater, {}, {"clinician": None, "model": None, "pairs": 0, "without rating": 0}, ""))[0].eval_results is None
 
 
 def test_no_number_no_metadata():
