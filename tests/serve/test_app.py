@@ -324,17 +324,25 @@ def test_another_run_takes_over_without_a_failed_request(endpoint, client, by_tr
     _, _, deploy = endpoint
     run = make_run(tmp_path / "run", "generalist")
     before = ask(client).choices[0].message.content
-    stop, failures, answers = threading.Event(), [], []
+    stop, failures, answers, streams = threading.Event(), [], [], []
 
-    def keep_asking():
+    def answer():
+        answers.append(ask(client).choices[0].message.content)
+
+    def stream():
+        """One that goes on for longer; a replica that is replaced finishes it."""
+        chunks = list(ask(client, text="Describe this image.", stream=True, max_tokens=64, temperature=1.5, seed=len(streams)))
+        streams.append(chunks[-1].choices[0].finish_reason)
+
+    def keep_asking(once):
         while not stop.is_set():
             try:
-                answers.append(ask(client).choices[0].message.content)
+                once()
             except openai.OpenAIError as error:
                 failures.append(error)
-            time.sleep(0.2)
+            time.sleep(0.1)
 
-    threads = [threading.Thread(target=keep_asking) for _ in range(2)]
+    threads = [threading.Thread(target=keep_asking, args=[once]) for once in (answer, answer, stream, stream)]
     for thread in threads:
         thread.start()
     try:
@@ -344,7 +352,7 @@ def test_another_run_takes_over_without_a_failed_request(endpoint, client, by_tr
         stop.set()
         for thread in threads:
             thread.join()
-    assert not failures and before in answers
+    assert not failures and before in answers and streams and set(streams) <= {"stop", "length"}
     after = ask(client).choices[0].message.content
     assert after != before and after.strip() == by_transformers("expert", SelfTrainingConfig().model.system_prompt)[0]
     assert [model.id for model in client.models.list()] == ["tuned", "earlier"] and ask(client, "earlier").choices[0].message.content == before
