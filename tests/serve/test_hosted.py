@@ -1,13 +1,19 @@
 """Which models an app serves."""
 
+import base64
+import io
 import json
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
-from medray.config import EngineConfig, SelfTrainingConfig
+from medray.config import DataConfig, EngineConfig, SelfTrainingConfig
 from medray.config.serving import ReplicaConfig, ServeConfig
+from medray.data.images import decode
 from medray.errors import ConfigError
+from serve.examples import _shown
 from serve.hosted import Hosted, hosted
 
 
@@ -118,3 +124,14 @@ def test_a_replica_is_replaced_for_its_own_settings_only():
     before = ServeConfig(run="r").of_replicas
     assert ServeConfig(run="r", revision="2", limits={"hosts": ["a.example"], "seconds": 900, "text_chars": 5}).of_replicas == before
     assert ServeConfig(run="r", limits={"tokens": 5}).of_replicas != before
+
+
+def test_examples_look_as_models_see_them():
+    """Sixteen bits by their own range, upright: the page sends on what it shows."""
+    stream, turned = io.BytesIO(), Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.arange(40 * 20, dtype=np.uint16).reshape(20, 40)).save(stream, "PNG", exif=turned)
+    shown = _shown({"question": "Q?", "reference": None, "image": stream.getvalue()})
+    found = Image.open(io.BytesIO(base64.b64decode(shown["image"].partition(",")[2])))
+    assert found.size == (20, 40) and np.array_equal(np.asarray(found), np.asarray(decode(stream.getvalue(), DataConfig())))
+    assert np.asarray(found).min() == 0 and np.asarray(found).max() == 255
