@@ -2,7 +2,8 @@
 
 A study says which overrides of a job's configuration its arms are and which numbers of a run's results.json it shows;
 instruction_free_arms.py and clinician_preference_arms.py are the commands. All runs of a study are made by one process in one
-Ray: on two cores a run is short, and starting a Ray and importing everything anew would be a sixth of it.
+Ray,
+so that nothing is started and imported anew for each.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Study:
         against: arm -> the arm it is compared with, None for none.
         columns: the measures in the tables, in per cent.
         base: results.json -> measures of the base model, None where it has none.
-        tuned: results.json -> measures of the arm, by what is put after its name: "" where a run is one line of the table.
+        tuned: results.json -> measures of the arm.
         floors: results.json -> what can be had without a look at the image, as shares.
         contrasts: arms whose mean is compared with the mean of others on the same seeds, by name: one question, more runs.
     """
@@ -57,7 +58,7 @@ class Study:
     against: Callable[[str], str | None]
     columns: Sequence[str]
     base: Callable[[dict[str, Any]], Measures | None]
-    tuned: Callable[[dict[str, Any]], dict[str, Measures]]
+    tuned: Callable[[dict[str, Any]], Measures]
     floors: Callable[[dict[str, Any]], Mapping[str, float | None]]
     contrasts: Mapping[str, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)
 
@@ -131,8 +132,7 @@ def by_arm(options: argparse.Namespace) -> ByArm:
     for arm, seed, line in finished(options):
         if line["base"] is not None:
             arms.setdefault(BASE, {0: line["base"]})
-        for suffix, measures in line["tuned"].items():
-            arms.setdefault(arm + suffix, {})[seed] = measures
+        arms.setdefault(arm, {})[seed] = line["tuned"]
     return arms
 
 

@@ -99,10 +99,10 @@ def measures(results: dict[str, Any], model: str | None, rater: dict[str, Any] |
     return per_cent(found, COLUMNS)
 
 
-def tuned(results: dict[str, Any]) -> dict[str, Measures]:
+def tuned(results: dict[str, Any]) -> Measures:
     """Of the arm's model; or, where nothing is tuned, of its rating model."""
     model = next((name for name in results["scores"] if name != "base"), None)
-    return {"": measures(results, model, None if model in ("random", "all") else results["rater"])}
+    return measures(results, model, None if model in ("random", "all") else results["rater"])
 
 
 def base(results: dict[str, Any]) -> Measures | None:

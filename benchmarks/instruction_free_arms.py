@@ -68,7 +68,7 @@ CONTRASTS = {
 
 STUDY = Study(
     job="instruction_free", method=instruction_free, config_type=InstructionFreeConfig, title="Instruction-free tuning", arms=ARMS, against=lambda arm: "text", columns=COLUMNS,
-    base=lambda results: per_cent(results["measures"]["base"], COLUMNS), tuned=lambda results: {"": per_cent(results["measures"]["tuned"], COLUMNS)},
+    base=lambda results: per_cent(results["measures"]["base"], COLUMNS), tuned=lambda results: per_cent(results["measures"]["tuned"], COLUMNS),
     floors=lambda results: results["floors"], contrasts=CONTRASTS,
 )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import logging
 from collections import Counter
@@ -184,15 +183,13 @@ def _changed(item_id: str, uri: str) -> DataError:
 
 def _insert_new(engine: Engine, good: dict[str, Row], bad: dict[str, str], uri: str) -> int:
     """Insert what is not there yet; returns how many items that were. Raises DataError for an item with other contents."""
-    for attempt in itertools.count(1):
+    for _ in range(_ATTEMPTS):
         try:
             with writing(engine) as connection:
                 return _insert_in(connection, good, bad, uri)
         except IntegrityError as error:
-            # Another import put one of them there between our look and our insert; what it wrote is seen now.
-            if attempt == _ATTEMPTS:
-                raise DataError(f"items: the database takes some ids of {uri} for the same, such as ids that differ only in case; give them ids that differ more") from error
-    raise AssertionError
+            clash = error  # Another import put one of them there between our look and our insert; what it wrote is seen now.
+    raise DataError(f"items: the database takes some ids of {uri} for the same, such as ids that differ only in case; give them ids that differ more") from clash
 
 
 def _insert_in(connection: Connection, good: dict[str, Row], bad: dict[str, str], uri: str) -> int:

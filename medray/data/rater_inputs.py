@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,20 +34,15 @@ class RatingText:
     cut: tuple[str, ...]
 
 
-def rating_text(
-    question: str, answer: str, context: str | None, tokenizer: Any, max_length: int, special: tuple[list[int], list[int]] | None = None,
-) -> RatingText:
+def rating_text(question: str, answer: str, context: str | None, tokenizer: Any, max_length: int) -> RatingText:
     """The exchange as the rating model reads it: question, answer, then as much of the context as there is room for.
 
     Where question and answer alone are too long, the longer of them is cut, to no less than half of the room. No text becomes a special
     token, whatever it spells.
 
-    Args:
-        special: special_ids of the tokenizer, for who has them already.
-
     Raises InputError for an empty question or answer.
     """
-    before, after = special or special_ids(tokenizer)
+    before, after = special_ids(tokenizer)
     room = max_length - len(before) - len(after)
     parts = {}
     for name, text in (("question", question), ("answer", answer), ("context", context)):
@@ -63,6 +59,7 @@ def rating_text(
     return RatingText([*before, *kept["question"], *kept["answer"], *kept["context"], *after], cut)
 
 
+@lru_cache(maxsize=8)  # it is asked for every text, and takes as long as the rest of it
 def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids a tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
@@ -96,10 +93,9 @@ class RaterInputs:
     def __init__(self, tokenizer: Any, image_processor: Any, max_length: int, square: bool, limits: DataConfig, pad_to: int | None = None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.max_length, self.square, self.limits, self.pad_to = max_length, square, limits, pad_to
-        self._special = special_ids(tokenizer)
 
     def text(self, question: str, answer: str, context: str | None) -> RatingText:
-        return rating_text(question, answer, context, self.tokenizer, self.max_length, self._special)
+        return rating_text(question, answer, context, self.tokenizer, self.max_length)
 
     def pixels(self, image: bytes | None) -> np.ndarray:
         """uint8 [3, H, W] of encoded image bytes. Raises ImageError."""

@@ -59,17 +59,20 @@ def judge_models(
     found: dict[str, Any] = {"win_rates": {}, "chats": {}}
     if not asked:
         return found
+    judge = judge_inputs(config)  # once: it reads a local judge's weights
     for model in others:
-        rows = _judged(run, config, f"30-{name}-{model}-against-{base}", questions, folders[base], folders[model])
+        rows = _judged(run, config, judge, f"30-{name}-{model}-against-{base}", questions, folders[base], folders[model])
         found["win_rates"][f"{model} against {base}"] = win_rate(stored_rows(rows, _VERDICT_COLUMNS), asked, config.evaluate)
     if chats and config.judge.scoring == "scores":
         for model in folders:
-            rows = _judged(run, config, f"30-{name}-{model}-against-references", questions, None, folders[model])
+            rows = _judged(run, config, judge, f"30-{name}-{model}-against-references", questions, None, folders[model])
             found["chats"][model] = chat_score(stored_rows(rows, _VERDICT_COLUMNS), asked, config.evaluate)
     return found
 
 
-def _judged(run: Run, config: EvaluateJobConfig, name: str, questions: dict[str, Any], first: dict | None, second: dict[str, Any]) -> str:
+def _judged(
+    run: Run, config: EvaluateJobConfig | ClinicianPreferenceConfig, judge: dict[str, Any], name: str, questions: dict[str, Any], first: dict | None, second: dict[str, Any],
+) -> str:
     """Judged rows (records.JUDGED); continues row by row."""
     from medray.data.shards import write_resumable
     from medray.inference.judge import judge_map
@@ -81,17 +84,17 @@ def _judged(run: Run, config: EvaluateJobConfig, name: str, questions: dict[str,
         import ray.data
 
         model = resolve_model(config.judge.model) if config.judge.kind == "vllm" else None
-        judge, options = judge_map(config.judge, model, config.model, config.data, config.engine)
+        judge_class, options = judge_map(config.judge, model, config.model, config.data, config.engine)
         pool = ray.data.ActorPoolStrategy(size=1)  # it holds the answers of both models
 
         def judged(rows: Any) -> Any:
             made = rows.map_batches(JudgeRows, fn_constructor_kwargs=arguments, batch_format="pyarrow", num_cpus=config.data.read_cpus, compute=pool)
-            return made.map_batches(judge, **options)
+            return made.map_batches(judge_class, **options)
 
         rows, again = write_resumable(
             questions["outputs"]["rows"], stage.path("rows"), stage.path("committed"), judged, 8 * config.engine.rows_per_task, config.data.read_cpus,
         )
         return {"rows": stage.path("rows"), "counts": {"questions": rows, **again}}
 
-    inputs = {"first": first and first["hash"], "second": second["hash"], **judge_inputs(config)}
+    inputs = {"first": first and first["hash"], "second": second["hash"], **judge}
     return run.stage(name, inputs, work)["outputs"]["rows"]

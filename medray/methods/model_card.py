@@ -93,20 +93,18 @@ def card(config: AnyMethodConfig, method: Method, name: str, results: dict[str, 
     scores = _metrics(results, name)
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="image-text-to-text", tags=["medical", "medray", *method.tags], model_name=f"{base}, {method.name.lower()} ({name})",
-        base_model=config.model.path if base == config.model.path and not base.startswith("testbed:") else None, eval_results=_eval_results(scores, source),
+        base_model=_hub_id(config.model.path), eval_results=_eval_results(scores, source),
     )
     counts = [f"- {stage}: " + ", ".join(f"{what} {number}" for what, number in found.items() if not isinstance(number, dict)) for stage, found in results["counts"].items() if found]
     said = [NOT_A_DEVICE, *method.limits, *limits, f"The numbers above are of held-out images of {source} only; other devices, stains, patients and languages may give others."]
-    return "\n".join([
-        f"---\n{metadata.to_yaml().strip()}\n---\n", f"# {base}, {method.name.lower()} ({name})\n", f"> {NOT_A_DEVICE}\n",
-        f"{base}, tuned on {source} by {method.name.lower()} ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper})) with medray {__version__}, `jobs/{method.job}.py`. {method.says}\n",
-        "## Results\n", "Of all models of the run, on held-out images; brackets hold 95 % bootstrap intervals over images.\n", f"```\n{results['table'].strip()}\n```\n",
-        "## Data\n", "Rows by stage:\n", "\n".join(counts) + "\n", "## Limits\n", "\n".join(f"- {sentence}" for sentence in said) + "\n",
-        "## Use\n", f"```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\nmodel = AutoModelForImageTextToText.from_pretrained(FOLDER)\n"
-        f"processor = AutoProcessor.from_pretrained(FOLDER)\n```\n\nImages {'are padded to a square first' if config.model.pad_to_square else 'go in as they are'}"
-        + (f"; conversations begin with the system prompt `{config.model.system_prompt}`" if config.model.system_prompt else "") + ".\n",
-        "## Configuration\n", f"```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False).strip()}\n```\n",
-    ])
+    use = "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\nmodel = AutoModelForImageTextToText.from_pretrained(FOLDER)\nprocessor = AutoProcessor.from_pretrained(FOLDER)\n```"
+    shown = "are padded to a square first" if config.model.pad_to_square else "go in as they are"
+    system = f"; conversations begin with the system prompt `{config.model.system_prompt}`" if config.model.system_prompt else ""
+    return _sheet(
+        metadata, f"{base}, {method.name.lower()} ({name})",
+        f"{base}, tuned on {source} by {method.name.lower()} ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper})) with medray {__version__}, `jobs/{method.job}.py`. {method.says}",
+        results=f"Of all models of the run, on held-out images; brackets hold 95 % bootstrap intervals over images.\n\n```\n{results['table'].strip()}\n```",
+        data="Rows by stage:\n\n" + "\n".join(counts), limits=said, use=f"{use}\n\nImages {shown}{system}.", section=config)
 
 
 def rater_card(config: ClinicianPreferenceConfig, rater: RaterConfig, counts: Mapping[str, Any], quality: Mapping[str, Any], clinicians: str) -> str:
@@ -123,7 +121,7 @@ def rater_card(config: ClinicianPreferenceConfig, rater: RaterConfig, counts: Ma
     measured = {f"{origin} pairs ordered as judged": found["pair_accuracy"] for origin in ORIGINS if (found := quality.get(origin))}
     metadata = ModelCardData(
         tags=["medical", "medray", "rating-model", *CLINICIAN_PREFERENCE.tags], model_name=f"{encoder}, rating model",
-        base_model=rater.encoder if encoder == rater.encoder and not encoder.startswith("testbed:") else None,
+        base_model=_hub_id(rater.encoder),
         eval_results=_eval_results({name: score["value"] for name, score in measured.items()}, source))
     results = [f"- {name}: {score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for name, score in measured.items()] or ["- none: no pair was held out"]
     said = [
@@ -131,16 +129,28 @@ def rater_card(config: ClinicianPreferenceConfig, rater: RaterConfig, counts: Ma
         "Easy questions and common answers score higher: compare scores of like questions.",
         f"The numbers above are of pairs about held-out images of {source} only, which also chose the epoch.",
     ]
-    return "\n".join([
-        f"---\n{metadata.to_yaml().strip()}\n---\n", f"# {encoder}, rating model\n", f"> {NOT_A_DEVICE}\n",
+    return _sheet(
+        metadata, f"{encoder}, rating model",
         f"Rates a question and its answer about an image; of two, the higher rated is the one that clinicians are expected to prefer ([arXiv {CLINICIAN_PREFERENCE.paper}]"
-        f"(https://arxiv.org/abs/{CLINICIAN_PREFERENCE.paper})). Trained with medray {__version__}, `jobs/{CLINICIAN_PREFERENCE.job}.py`, on {source}. {clinicians}\n",
-        "## Results\n", "Brackets hold 95 % bootstrap intervals over images.\n", "\n".join(results) + "\n",
-        "## Data\n", "\n".join(f"- {what}: {number}" for what, number in counts.items() if not isinstance(number, dict)) + "\n",
-        "## Limits\n", "\n".join(f"- {sentence}" for sentence in said) + "\n",
-        "## Use\n", "```python\nfrom medray.models.rater import Rater\n\nrater = Rater.from_pretrained(FOLDER)\n```\n",
-        "## Configuration\n", f"```yaml\n{yaml.safe_dump(_settings(rater), sort_keys=False).strip()}\n```\n",
-    ])
+        f"(https://arxiv.org/abs/{CLINICIAN_PREFERENCE.paper})). Trained with medray {__version__}, `jobs/{CLINICIAN_PREFERENCE.job}.py`, on {source}. {clinicians}",
+        results="Brackets hold 95 % bootstrap intervals over images.\n\n" + "\n".join(results),
+        data="\n".join(f"- {what}: {number}" for what, number in counts.items() if not isinstance(number, dict)), limits=said,
+        use="```python\nfrom medray.models.rater import Rater\n\nrater = Rater.from_pretrained(FOLDER)\n```", section=rater)
+
+
+def _sheet(metadata: Any, title: str, about: str, results: str, data: str, limits: list[str], use: str, section: Section) -> str:
+    """What all cards look like; `section` is the configuration that is shown."""
+    parts = {
+        "Results": results, "Data": data, "Limits": "\n".join(f"- {sentence}" for sentence in limits), "Use": use,
+        "Configuration": f"```yaml\n{yaml.safe_dump(_settings(section), sort_keys=False).strip()}\n```",
+    }
+    head = [f"---\n{metadata.to_yaml().strip()}\n---\n", f"# {title}\n", f"> {NOT_A_DEVICE}\n", f"{about}\n"]
+    return "\n".join([*head, *(line for name, text in parts.items() for line in (f"## {name}\n", f"{text}\n"))])
+
+
+def _hub_id(reference: str) -> str | None:
+    """The reference where a hub knows it; no folder, address or bundled model."""
+    return reference if _public(reference) == reference and not reference.startswith("testbed:") else None
 
 
 def _settings(section: Section) -> dict[str, Any]:
