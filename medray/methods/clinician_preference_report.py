@@ -65,8 +65,6 @@ def write_report(
     """
     timeline = timeline_of(run, shared)
     by_model = {name: one["outputs"]["scores"] for name, one in scores.items()}
-    judged = made["clinicians"]["outputs"]
-    clinicians = config.clinicians
     results = {
         "accuracy": {name: found["overall"]["accuracy"] for name, found in by_model.items()}, "scores": by_model,
         "differences": {name: one["outputs"]["differences"] for name, one in scores.items()},
@@ -75,9 +73,7 @@ def write_report(
             "weight": raters[chosen]["outputs"]["weight"], **raters[chosen]["outputs"]["quality"],
             "weights": [{"weight": one["outputs"]["weight"], **one["outputs"]["quality"]} for one in raters.values()],
         },
-        "clinicians": {
-            "kind": clinicians.kind, "error_rate": clinicians.error_rate if clinicians.kind == "simulated" else None, **judged["counts"], "agreement": judged["agreement"],
-        },
+        "clinicians": clinicians_of(config, made["clinicians"]),
         "truth": against_truth(config, made, kept),
         **{part: {arm: one["outputs"][part] for arm, one in kept.items() if part in one["outputs"]} for part in ("mix", "variety")},
         **recorded(timeline),
@@ -101,6 +97,12 @@ def table(results: dict[str, Any]) -> str:
         shares = (f"{arm} {'none can be checked' if share is None else f'{share:.3f}'}" for arm, share in results["truth"]["right"].items())
         lines.append(f"right answers in the dialogues: {', '.join(shares)}")
     return "\n".join(lines)
+
+
+def clinicians_of(config: ClinicianPreferenceConfig, judged: dict[str, Any]) -> dict[str, Any]:
+    """Who judged and what, as in results.json, of the manifest of their stage."""
+    asked, found = config.clinicians, judged["outputs"]
+    return {"kind": asked.kind, "error_rate": asked.error_rate if asked.kind == "simulated" else None, **found["counts"], "agreement": found["agreement"]}
 
 
 def who(clinicians: dict[str, Any]) -> str:

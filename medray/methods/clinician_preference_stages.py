@@ -10,6 +10,7 @@ from typing import Any
 from medray.config import ClinicianPreferenceConfig, RaterConfig
 from medray.errors import DataError, StageError
 from medray.methods import stages
+from medray.methods.clinician_preference_report import clinicians_of, who
 from medray.methods.model_card import CARD, rater_card
 from medray.methods.stages import HOW_ASKED, Model
 from medray.run import Run, Stage
@@ -167,8 +168,8 @@ def train_rater(stage: Stage, config: ClinicianPreferenceConfig, rater: RaterCon
     stages.keep_logs(stage, result)
     quality = evaluate_rater(
         both, stage.path("held_out"), stage.path("held_out_committed"), stage.path("model"), rater, config.score, config.data, config.evaluate.bootstrap)
-    kind = "The clinicians were simulated from true attributes." if config.clinicians.kind == "simulated" else "The clinicians were people."
-    stage.run.write_text(rater_card(config, rater, result.counts, quality, kind), stage.folder, "model", CARD)
+    clinicians = f"The clinicians were {who(clinicians_of(config, judged))}."
+    stage.run.write_text(rater_card(config, rater, result.counts, quality, clinicians), stage.folder, "model", CARD)
     return {
         "model": stage.path("model"), "metrics": stage.path("metrics.jsonl"), "counts": result.counts, "weight": rater.clinician_weight,
         "selected_by": result.selected_by, "best_epoch": result.best_epoch, "quality": quality,

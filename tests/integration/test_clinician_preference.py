@@ -107,7 +107,7 @@ def test_rating_models_of_two_weights_are_trained_and_the_better_aligned_goes_on
         assert rater["best_epoch"] in (0, 1)
         assert rater["counts"]["samples"] == 2 * rater["counts"]["trained"]
         alignment[weight] = (rater["quality"]["clinician"] or rater["quality"]["model"])["pair_accuracy"]["value"]
-        assert "The clinicians were simulated" in (run / f"stages/08-rater-w{weight}/model/README.md").read_text()
+        assert "The clinicians were 3 simulated clinicians, error rate 0.1: " in (run / f"stages/08-rater-w{weight}/model/README.md").read_text()
         loaded = Rater.from_pretrained(rater["model"])
         assert loaded.hidden == (16,)
         logits[weight] = loaded.mlp[0].weight.detach()
