@@ -1,4 +1,4 @@
-"""Run by Ray in every worker process of a local session, before anything else (runtime_env worker_process_setup_hook)."""
+"""Run by Ray in every worker process of a local session, before anything else (what a runtime_env calls worker_process_setup_hook)."""
 
 import logging
 import warnings

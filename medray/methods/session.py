@@ -49,6 +49,21 @@ def _not_of_the_job(variables: dict[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """This process's environment with `variables`, for the time of the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
     """Join the cluster at `config.address` (or RAY_ADDRESS), else start a local Ray, for the time of the block.
 
@@ -56,6 +71,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
+    from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
     from ray.util.annotations import RayDeprecationWarning
 
     terminal = sys.stderr.isatty()
@@ -70,11 +86,15 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             "object_store_memory": int(config.object_store_gib * 2**30) if config.object_store_gib else None,
         }
         variables = {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        runtime_env: dict[str, Any] = {"env_vars": _not_of_the_job(variables)}
-        if local:
-            runtime_env["worker_process_setup_hook"] = "medray._worker_setup.quiet"
         on_stop = signal.getsignal(signal.SIGTERM)
-        start_ray(address=address, log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env, **local)
+        arguments = {"address": address, "log_to_driver": True, "logging_level": logging.WARNING, **local}
+        if local:
+            # A Ray of our own inherits them. Given as a runtime_env they would cost every worker a second interpreter: Ray starts it by way of
+            # another that imports Ray too, and throws away those that it has started before.
+            with _environment({**variables, WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "medray._worker_setup.quiet"}):
+                start_ray(**arguments)
+        else:
+            start_ray(**arguments, runtime_env={"env_vars": _not_of_the_job(variables)})
         if threading.current_thread() is threading.main_thread() and callable(on_stop):
             signal.signal(signal.SIGTERM, on_stop)  # Ray's own handler, set by init, would leave without a word
     context = ray.data.DataContext.get_current()

@@ -1,6 +1,9 @@
 """How a job starts or joins Ray."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from ray._private.worker import _merge_runtime_env
@@ -25,3 +28,31 @@ def test_a_job_without_variables(monkeypatch, config):
     if config is not None:
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", config)
     assert _not_of_the_job(VARIABLES) == VARIABLES
+
+
+SESSION = """
+import json, os, ray
+from medray.config import ClusterConfig
+from medray.methods.session import ray_session
+
+@ray.remote
+def worker():
+    import logging
+    return {"level": logging.getLogger("ray.data._internal").level, "train": os.environ["RAY_TRAIN_V2_ENABLED"], "runtime_env": dict(ray.get_runtime_context().runtime_env)}
+
+before = dict(os.environ)
+with ray_session(ClusterConfig(num_cpus=1)):
+    found = ray.get(worker.remote())
+print(json.dumps({**found, "kept": {name: os.environ.get(name) for name in ("TOKENIZERS_PARALLELISM", "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR")}}))
+"""
+
+
+def test_workers_of_its_own_ray_are_quiet_and_start_by_one_interpreter():
+    """With a runtime environment Ray starts each of them by way of a second one."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "TOKENIZERS_PARALLELISM")}
+    done = subprocess.run([sys.executable, "-c", SESSION], env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["level"] == 30, "WARNING"
+    assert found["train"] == "1"
+    assert found["runtime_env"] == {}
+    assert not any(found["kept"].values()), "this process's environment is as it was"
