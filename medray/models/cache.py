@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from medray.errors import StageError
 
@@ -27,13 +28,10 @@ def localize(uri: str | os.PathLike) -> str:
     from fsspec.core import url_to_fs
 
     fs, root = url_to_fs(uri)
-    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+    if _is_local(fs):
         return root
-    files = {path: info for path, info in sorted(fs.find(root, detail=True).items()) if info["type"] == "file"}
-    if not files:
-        raise StageError(f"model {uri}: there are no files at this address")
-    marks = [(path, info["size"], str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified"))) for path, info in files.items()]
-    key = hashlib.sha256(repr((uri, marks)).encode()).hexdigest()[:24]
+    files = _files(fs, root, uri)
+    key = hashlib.sha256(repr((uri, [(path, *mark) for path, mark in files.items()])).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("MEDRAY_CACHE") or Path.home() / ".cache" / "medray") / "models"
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / key
@@ -49,6 +47,35 @@ def localize(uri: str | os.PathLike) -> str:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return str(target)
+
+
+def marks(uri: str) -> dict[str, tuple[int, str]] | None:
+    """Size and change mark of every file of a remote model, by its path in the model's folder, without a look into them; None for a local
+    one, a hub id, and a store that marks no changes.
+
+    Raises StageError where there is nothing at the address.
+    """
+    if "://" not in uri:
+        return None
+    from fsspec.core import url_to_fs
+
+    fs, root = url_to_fs(uri)
+    if _is_local(fs):
+        return None
+    found = {path[len(root):].lstrip("/"): mark for path, mark in _files(fs, root, uri).items()}
+    return None if any(mark == "None" for _, mark in found.values()) else found
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
+def _files(fs: Any, root: str, uri: str) -> dict[str, tuple[int, str]]:
+    """(size, change mark; "None" where the store has none) by path."""
+    files = {path: info for path, info in sorted(fs.find(root, detail=True).items()) if info["type"] == "file"}
+    if not files:
+        raise StageError(f"model {uri}: there are no files at this address")
+    return {path: (info["size"], str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified"))) for path, info in files.items()}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from medray.config import LoraConfig, TrainConfig
 from medray.errors import ConfigError
-from medray.models.cache import localize
+from medray.models.cache import localize, marks
 
 Part = Literal["vision", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("vision", "projector", "llm")
@@ -55,7 +56,12 @@ def resolve_model(path: str) -> str:
 
 
 def model_hash(path: str) -> str:
-    """Stable hash of a model: of its weight files where it is a folder, local or remote, of its name otherwise."""
+    """Stable hash of a model: of its weight files where it is a local folder, of their names, sizes and change marks (ETags) where it is a remote
+    one (which is not copied for it: 7B are 14 GB, and a job's own node may be small), of its name where it is a hub id."""
+    remote = marks(path)
+    if remote is not None:
+        own = {name: mark for name, mark in remote.items() if "/" not in name and (name.endswith(".safetensors") or name == "config.json")}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(localize(path))
     if not folder.is_dir():
         return hashlib.sha256(path.encode()).hexdigest()[:16]
