@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from medray.config import (
@@ -135,7 +134,7 @@ def _export(run_uri: str, folder: str, base: str, model_config: dict[str, Any], 
 
 def keep_logs(stage: Stage, result: Any) -> None:
     """metrics.jsonl and quarantine.jsonl of a medray.train.worker.TrainResult, in the stage's folder."""
-    stage.run.write_text(Path(result.metrics).read_text(), stage.folder, "metrics.jsonl")
+    stage.run.write_text(result.metrics, stage.folder, "metrics.jsonl")
     quarantine = "".join(json.dumps({"sample_id": sample, "reason": reason}) + "\n" for sample, reason in result.quarantine.items())
     stage.run.write_text(quarantine, stage.folder, "quarantine.jsonl")
 

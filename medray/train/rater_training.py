@@ -78,7 +78,7 @@ def _encoded(pairs: Any, encoder: str, config: RaterConfig, data_config: DataCon
 
 def _cuts(metrics: str) -> dict[str, int]:
     """Pairs of the first epoch whose answer, or context, was cut on either side."""
-    lines = [line for line in map(json.loads, Path(metrics).read_text().splitlines()) if line["epoch"] == 0 and "loss" in line]
+    lines = [line for line in map(json.loads, metrics.splitlines()) if line["epoch"] == 0 and "loss" in line]
     return {f"{part} cut": round(sum(line[f"{part}_cut"] * line["samples"] for line in lines)) for part in ("answer", "context")}
 
 

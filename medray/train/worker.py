@@ -282,7 +282,7 @@ class TrainResult:
     """What a training left behind.
 
     checkpoint: the last one, see the module's docstring.
-    metrics: local JSON-lines file, one line per optimiser step (and one per evaluation).
+    metrics: JSON lines, one per optimiser step (and one per evaluation).
     counts: steps, samples (over all epochs), and of the last epoch trained and quarantined rows; after interruptions what they cost
         (medray.train.starts.redone).
     quarantine: reason by sample_id.
@@ -364,15 +364,14 @@ def run_training(
     with result.checkpoint.as_directory() as folder:
         state = json.loads(Path(folder, "progress.json").read_text())
         done, quarantine = count_done(folder)
-        metrics = Path(tempfile.mkdtemp(prefix="medray-metrics-"), "metrics.jsonl")
-        metrics.write_bytes(Path(folder, "metrics.jsonl").read_bytes())
+        metrics = Path(folder, "metrics.jsonl").read_text()
     counts = {"steps": state["steps"], "samples": state["samples"], "trained": done - len(quarantine), "quarantined": len(quarantine), **redone(stage_dir)}
     best, best_metrics = result.checkpoint, None
     if chooses_best(objective):
         kept, measured = max(result.best_checkpoints, key=lambda kept: kept[1][BEST_BY])
         if measured[BEST_BY] >= 0:  # else nothing was held out, and the last one it is
             best, best_metrics = kept, measured
-    return TrainResult(result.checkpoint, str(metrics), counts, quarantine, best, best_metrics)
+    return TrainResult(result.checkpoint, metrics, counts, quarantine, best, best_metrics)
 
 
 def _check_proxy(proxy: str, config: TrainConfig) -> None:

@@ -307,7 +307,7 @@ def test_a_stage_under_ray_train(ray_cluster, tiny_llava, tmp_path):
     assert "model.max_length 512" in result.quarantine["long"]
     alone = step_of(tiny_llava, config, proxy=start)
     losses = [alone.update([whole_batch(tiny_llava, config, 5, epoch)], 5 * epoch)["loss"] for epoch in range(2)]
-    lines = [json.loads(line) for line in Path(result.metrics).read_text().splitlines()]
+    lines = [json.loads(line) for line in result.metrics.splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(losses, rel=1e-4)
     assert all(line.keys() >= PROXY_METRICS for line in lines if "loss" in line)
     unshuffled = Batches(tiny_llava, MODEL, config, "instruction_free")

@@ -146,7 +146,7 @@ def folders(tmp_path_factory):
 
 
 def lines_of(result):
-    return [json.loads(line) for line in Path(result.metrics).read_text().splitlines()]
+    return [json.loads(line) for line in result.metrics.splitlines()]
 
 
 @pytest.mark.ray

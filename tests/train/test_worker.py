@@ -37,7 +37,7 @@ def done_ids(folder):
 
 
 def metrics_of(result):
-    return [json.loads(line) for line in Path(result.metrics).read_text().splitlines()]
+    return [json.loads(line) for line in result.metrics.splitlines()]
 
 
 @pytest.fixture(scope="module")
