@@ -2,8 +2,7 @@
 
 A study says which overrides of a job's configuration its arms are and which numbers of a run's results.json it shows;
 instruction_free_arms.py and clinician_preference_arms.py are the commands. All runs of a study are made by one process in one
-Ray,
-so that nothing is started and imported anew for each.
+Ray, so that nothing is started and imported anew for each.
 """
 
 from __future__ import annotations

@@ -23,15 +23,11 @@ def localize(uri: str | os.PathLike) -> str:
     Raises StageError where there is nothing at the address.
     """
     uri = os.fspath(uri)
-    if "://" not in uri:
-        return uri
-    from fsspec.core import url_to_fs
-
-    fs, root = url_to_fs(uri)
-    if _is_local(fs):
+    fs, root = _store(uri)
+    if fs is None:
         return root
     files = _files(fs, root, uri)
-    key = hashlib.sha256(repr((uri, [(path, *mark) for path, mark in files.items()])).encode()).hexdigest()[:24]
+    key = hashlib.sha256(repr((uri, [(path, size, str(mark)) for path, (size, mark) in files.items()])).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("MEDRAY_CACHE") or Path.home() / ".cache" / "medray") / "models"
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / key
@@ -55,27 +51,32 @@ def marks(uri: str) -> dict[str, tuple[int, str]] | None:
 
     Raises StageError where there is nothing at the address.
     """
-    if "://" not in uri:
+    fs, root = _store(uri)
+    if fs is None:
         return None
+    files = _files(fs, root, uri)
+    if any(mark is None for _, mark in files.values()):
+        return None
+    return {path[len(root):].lstrip("/"): (size, str(mark)) for path, (size, mark) in files.items()}
+
+
+def _store(uri: str) -> tuple[Any, str]:
+    """(file system, folder in it) of a remote address; (None, itself) of a local path or hub id, and (None, path) of a file:// address."""
+    if "://" not in uri:
+        return None, uri
     from fsspec.core import url_to_fs
 
     fs, root = url_to_fs(uri)
-    if _is_local(fs):
-        return None
-    found = {path[len(root):].lstrip("/"): mark for path, mark in _files(fs, root, uri).items()}
-    return None if any(mark == "None" for _, mark in found.values()) else found
+    local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+    return None if local else fs, root
 
 
-def _is_local(fs: Any) -> bool:
-    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-
-
-def _files(fs: Any, root: str, uri: str) -> dict[str, tuple[int, str]]:
-    """(size, change mark; "None" where the store has none) by path."""
+def _files(fs: Any, root: str, uri: str) -> dict[str, tuple[int, Any]]:
+    """(size, change mark; None where the store has none) by path."""
     files = {path: info for path, info in sorted(fs.find(root, detail=True).items()) if info["type"] == "file"}
     if not files:
         raise StageError(f"model {uri}: there are no files at this address")
-    return {path: (info["size"], str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified"))) for path, info in files.items()}
+    return {path: (info["size"], info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")) for path, info in files.items()}
 
 
 @contextlib.contextmanager

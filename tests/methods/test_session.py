@@ -40,7 +40,6 @@ def worker():
     import logging
     return {"level": logging.getLogger("ray.data._internal").level, "train": os.environ["RAY_TRAIN_V2_ENABLED"], "runtime_env": dict(ray.get_runtime_context().runtime_env)}
 
-before = dict(os.environ)
 with ray_session(ClusterConfig(num_cpus=1)):
     found = ray.get(worker.remote())
 print(json.dumps({**found, "kept": {name: os.environ.get(name) for name in ("TOKENIZERS_PARALLELISM", "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR")}}))
