@@ -45,12 +45,13 @@ def localize(uri: str | os.PathLike) -> str:
     return str(target)
 
 
-def marks(uri: str) -> dict[str, tuple[int, str]] | None:
+def marks(uri: str | os.PathLike) -> dict[str, tuple[int, str]] | None:
     """Size and change mark of every file of a remote model, by its path in the model's folder, without a look into them; None for a local
     one, a hub id, and a store that marks no changes.
 
     Raises StageError where there is nothing at the address.
     """
+    uri = os.fspath(uri)
     fs, root = _store(uri)
     if fs is None:
         return None

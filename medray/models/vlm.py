@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ def resolve_model(path: str) -> str:
     return str(folder.resolve())
 
 
-def model_hash(path: str) -> str:
+def model_hash(path: str | os.PathLike) -> str:
     """Stable hash of a model: of its weight files where it is a local folder, of their names, sizes and change marks (ETags) where it is a remote
     one (which is not copied for it: 7B are 14 GB, and a job's own node may be small), of its name where it is a hub id."""
     remote = marks(path)
@@ -64,7 +65,7 @@ def model_hash(path: str) -> str:
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(localize(path))
     if not folder.is_dir():
-        return hashlib.sha256(path.encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
         digest.update(file.name.encode())
