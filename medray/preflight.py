@@ -12,6 +12,7 @@ from medray.config import (
     ClinicianPreferenceConfig,
     CliniciansConfig,
     DataConfig,
+    DemonstrationsConfig,
     EndpointConfig,
     EngineConfig,
     GenerateConfig,
@@ -20,9 +21,11 @@ from medray.config import (
     LoopConfig,
     ModelConfig,
     RateConfig,
+    ScoreConfig,
     SelfTrainingConfig,
 )
 from medray.errors import ConfigError
+from medray.plan.demand import FILTER_CPUS, LISTING_CPUS
 from medray.testbed import ENCODERS, MODELS
 
 BUNDLED = ", ".join(f"testbed:{name}" for name in MODELS)
@@ -166,21 +169,30 @@ def source_problems(data: DataConfig) -> list[str]:
 
 
 def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig, training: Mapping[str, LoopConfig]) -> list[str]:
-    """A stage that reserves every CPU leaves none to read the data and would hang."""
+    """A stage that reserves every CPU leaves Ray Data none to read the data, or to leave out what is done, and would hang."""
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return []  # the cluster may grow: Ray itself waits for nodes
     cpus = config.cluster.num_cpus or os.cpu_count() or 1
     problems = []
     for name, stage in training.items():
-        wanted = stage.max_workers * stage.cpus_per_worker
-        if wanted + min(1.0, config.data.read_cpus) > cpus:
+        if stage.max_workers * stage.cpus_per_worker + config.data.read_cpus + LISTING_CPUS > cpus:
             problems.append(
-                f"{name}.num_workers: {stage.max_workers} workers x {stage.cpus_per_worker:g} CPUs and a CPU to read data need more "
-                f"than the {cpus} CPUs here; use fewer workers, a smaller {name}.cpus_per_worker or data.read_cpus, or a cluster (cluster.address)"
+                f"{name}.num_workers: {stage.max_workers} workers x {stage.cpus_per_worker:g} CPUs, {config.data.read_cpus:g} to encode (data.read_cpus) and a CPU to "
+                f"read data need more than the {cpus} CPUs here; use fewer workers, a smaller {name}.cpus_per_worker or data.read_cpus, more logical "
+                f"CPUs (cluster.num_cpus), or a cluster (cluster.address)"
             )
-    engine: EngineConfig = config.engine
-    if engine.actors[0] * engine.cpus_per_actor + min(1.0, config.data.read_cpus) > cpus:
-        problems.append(f"engine.actors: {engine.actors[0]} actors x {engine.cpus_per_actor:g} CPUs and a CPU to read data need more than the {cpus} CPUs here")
+    pools = [
+        (f"{name}.actors", "actors", section.actors[0], section.cpus_per_actor)
+        for name in type(config).model_fields if isinstance(section := getattr(config, name), EngineConfig | ScoreConfig | DemonstrationsConfig)
+    ]
+    if isinstance(config, SelfTrainingConfig):
+        pools.append(("dpo.reference_workers", "workers", config.dpo.reference_workers[0], config.dpo.cpus_per_worker))
+    for field, what, number, each in pools:
+        if number * each + FILTER_CPUS + LISTING_CPUS > cpus:
+            problems.append(
+                f"{field}: {number} {what} x {each:g} CPUs, and a CPU each to read data and to leave out what is done, need more than the {cpus} CPUs here; use "
+                f"fewer or smaller {what}, more logical CPUs (cluster.num_cpus), or a cluster (cluster.address)"
+            )
     return problems
 
 

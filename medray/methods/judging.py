@@ -88,7 +88,8 @@ def _judged(
         pool = ray.data.ActorPoolStrategy(size=1)  # it holds the answers of both models
 
         def judged(rows: Any) -> Any:
-            made = rows.map_batches(JudgeRows, fn_constructor_kwargs=arguments, batch_format="pyarrow", num_cpus=config.data.read_cpus, compute=pool)
+            # Without a share of a CPU, which it hardly uses: beside the judge's it would leave Ray Data too little to list files (medray.plan.demand).
+            made = rows.map_batches(JudgeRows, fn_constructor_kwargs=arguments, batch_format="pyarrow", num_cpus=0, compute=pool)
             return made.map_batches(judge_class, **options)
 
         rows, again = write_resumable(

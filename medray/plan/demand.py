@@ -19,6 +19,9 @@ from medray.config import (
 from medray.config.serving import ServeConfig
 
 CLIENT_CPUS = 0.5  # of the actor that waits for an endpoint, as medray.inference.worker.client_options reserves
+# What Ray Data (2.60) reserves beside a stage's own tasks and actors, and gives no option for: a CPU for each task that lists files or
+# cuts rows into other blocks, and, where a stage is continued, one for the actor that leaves out the rows that are done.
+LISTING_CPUS, FILTER_CPUS = 1.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Demand:
 
 
 def demands(config: Section) -> dict[str, list[Demand]]:
-    """By stage, what it holds at the same time: its workers or actors, and the tasks that feed them.
+    """By stage, what it holds at the same time: its workers or actors, the tasks that feed them, and Ray Data's own.
 
     Stages are the configuration's sections, "data" the reading of the source. Data's labels hold where a stage's own placement
     does not name the same label, as in Ray Data.
@@ -59,22 +62,23 @@ def demands(config: Section) -> dict[str, list[Demand]]:
     sections = {name: getattr(config, name) for name in type(config).model_fields}
     data, cluster = sections["data"], sections["cluster"]
     reader = Demand("data.read_cpus", 1, data.encoders, data.read_cpus, labels=cluster.data_labels)
+    listing, kept = (Demand("cluster.data_labels", 1, 1, cpus, labels=cluster.data_labels) for cpus in (LISTING_CPUS, FILTER_CPUS))
     found = {"data": [reader]}
     for name, section in sections.items():
         if isinstance(section, LoopConfig):
-            found[name] = [_workers(name, section), reader, reader]  # one reads, one encodes
+            found[name] = [_workers(name, section), reader, reader, listing]  # one reads, one encodes
         elif isinstance(section, EngineConfig | ScoreConfig | DemonstrationsConfig):
             labels = cluster.data_labels | section.place.selector
             pool = Demand(f"{name}.actors", *section.actors, section.cpus_per_actor, section.gpus_per_actor, section.place.memory_gib, labels, section.place.resources)
-            found[name] = [pool, reader]
+            found[name] = [pool, reader, kept, listing]
         elif isinstance(section, JudgeConfig | GenerateConfig | RateConfig) and section.kind in ("api", "random"):
-            found[name] = [Demand(f"{name}.kind", 1, 1, CLIENT_CPUS, labels=cluster.data_labels), reader]  # the other kinds run in the engine's places
+            found[name] = [Demand(f"{name}.kind", 1, 1, CLIENT_CPUS, labels=cluster.data_labels), reader, kept, listing]  # the other kinds run in the engine's places
         if isinstance(section, DpoConfig):
             labels = cluster.data_labels | section.place.selector
             actors = Demand(
                 f"{name}.reference_workers", *section.reference_workers, section.cpus_per_worker, section.gpus_per_worker, section.place.memory_gib, labels,
                 section.place.resources)
-            found["reference"] = [actors, reader]
+            found["reference"] = [actors, reader, kept, listing]
     return found
 
 

@@ -64,13 +64,13 @@ def test_what_stages_ask_for():
     config.data.read_cpus = 0.5
     config.cluster.data_labels = {"zone": "a"}
     found = demands(config)
-    reader = Demand("data.read_cpus", 1, 8, 0.5, labels={"zone": "a"})
+    reader, own = Demand("data.read_cpus", 1, 8, 0.5, labels={"zone": "a"}), Demand("cluster.data_labels", 1, 1, 1, labels={"zone": "a"})
     assert set(found) == {"data", "sft", "engine", "judge", "dpo", "reference"}
-    assert found["dpo"] == [Demand("dpo.num_workers", 1, 6, 5, 1, 7, {"zone": "b"}), reader, reader]
-    assert found["engine"] == [Demand("engine.actors", 2, 4, 3, 2, 0, {"zone": "a", "ray.io/accelerator-type": "in(A100,H100)"}), reader], \
+    assert found["dpo"] == [Demand("dpo.num_workers", 1, 6, 5, 1, 7, {"zone": "b"}), reader, reader, own]
+    assert found["engine"] == [Demand("engine.actors", 2, 4, 3, 2, 0, {"zone": "a", "ray.io/accelerator-type": "in(A100,H100)"}), reader, own, own], \
         "data's labels hold for engines that do not name the same label"
     assert found["reference"][0] == Demand("dpo.reference_workers", 2, 3, 5, 1, 7, {"zone": "b"})
-    assert found["judge"] == [Demand("judge.kind", 1, 1, 0.5, labels={"zone": "a"}), reader]
+    assert found["judge"] == [Demand("judge.kind", 1, 1, 0.5, labels={"zone": "a"}), reader, own, own]
 
 
 def test_clinician_preferences_stages():
