@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from medray.config import ClinicianPreferenceConfig
@@ -60,7 +60,7 @@ def write_report(
         win_rates: win_rate.win_rate by "arm against other"; {} without a judge.
 
     Returns the results, as in results.json: `accuracy` and `scores` per model, `differences` {model: {other: paired difference}}, `win_rates`,
-    `rater` (its weight and quality, and of the others in `weights`), `clinicians`, `truth`, `mix` and `variety` {arm: ...}, `counts`, `ledgers`, `attempts`,
+    `rater` (its weight and quality; of all in `weights`, with the `clinicians_share` of the loss), `clinicians`, `truth`, `mix` and `variety` {arm: ...}, `counts`, `ledgers`, `attempts`,
     `seconds`, `table` (text).
     """
     timeline = timeline_of(run, shared)
@@ -71,7 +71,10 @@ def write_report(
         "win_rates": win_rates,
         "rater": {
             "weight": raters[chosen]["outputs"]["weight"], **raters[chosen]["outputs"]["quality"],
-            "weights": [{"weight": one["outputs"]["weight"], **one["outputs"]["quality"]} for one in raters.values()],
+            "weights": [{
+                "weight": one["outputs"]["weight"], "clinicians_share": clinicians_share(one["outputs"]["counts"], one["outputs"]["weight"], config.rater.train_on),
+                **one["outputs"]["quality"],
+            } for one in raters.values()],
         },
         "clinicians": clinicians_of(config, made["clinicians"]),
         "truth": against_truth(config, made, kept),
@@ -179,15 +182,28 @@ def _drawn(shared: Run, made: Manifests) -> str:
     spread = [[modality, found["images"], found["clusters"]] for modality, found in outputs["spread"].items()]
     return report.table(["modality", "images", "clusters they are of"], spread) + f'<div class="plots">{shared.read_text(outputs["picture"].removeprefix(shared.uri).lstrip("/"))}</div>'
 
+
+def clinicians_share(counts: Mapping[str, int], weight: float, train_on: str) -> float:
+    """What the clinicians' training pairs weigh together, of all that is trained on: w means little without the numbers of pairs.
+
+    Args:
+        counts: of medray.data.rater_pairs.pair_counts.
+        train_on: "model", "clinician" or "mixture".
+    """
+    clinicians = weight * counts["train, clinician"] * (train_on != "model")
+    models = counts["train, model"] * (train_on != "clinician")
+    return clinicians / (clinicians + models) if clinicians + models else 0.0
+
+
 def _rater(rater: dict[str, Any]) -> str:
     from medray.evaluation.rating import calibration_plot
 
     rows = [
-        [f"{one['weight']:g}", "clinicians'" if origin == "clinician" else "the rating VLM's", *(one[origin].get(name) for name in _QUALITY)]
+        [f"{one['weight']:g}", f"{one['clinicians_share']:.0%}", "clinicians'" if origin == "clinician" else "the rating VLM's", *(one[origin].get(name) for name in _QUALITY)]
         for one in rater["weights"] for origin in ("clinician", "model") if one.get(origin)
     ]
     calibration = {origin: rater[origin]["calibration"] for origin in ("clinician", "model") if rater.get(origin)}
-    head = ["w", "held-out pairs", "ordered as judged (alignment)", "AUC", "mean rank", "MAP", "ties", "pairs"]
+    head = ["w", "clinicians' share of the loss", "held-out pairs", "ordered as judged (alignment)", "AUC", "mean rank", "MAP", "ties", "pairs"]
     return (
         f'<p class="soft">{_RATER_READING} The model of w {rater["weight"]:g} went on.</p>' + report.table(head, rows)
         + f'<div class="plots">{calibration_plot(calibration) if calibration else ""}</div>'

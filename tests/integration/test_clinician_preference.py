@@ -114,6 +114,8 @@ def test_rating_models_of_two_weights_are_trained_and_the_better_aligned_goes_on
     assert not logits[1].equal(logits[10])
     found = json.loads((run / "results.json").read_text())["rater"]
     assert {one["weight"]: (one["clinician"] or one["model"])["pair_accuracy"]["value"] for one in found["weights"]} == alignment
+    light, heavy = (one["clinicians_share"] for one in found["weights"])
+    assert 0 < light < heavy < 1 and heavy / (1 - heavy) == pytest.approx(10 * light / (1 - light))
     best = max(alignment, key=alignment.get)  # of equal ones the first
     assert found["weight"] == best
     assert summary_of(done)["rating_model"] == str(run / f"stages/08-rater-w{best}/model")

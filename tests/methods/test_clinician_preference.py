@@ -17,7 +17,7 @@ from medray.data.shards import stored_rows, write_shard
 from medray.errors import ConfigError, DataError, StageError, Waiting
 from medray.job import run_job
 from medray.methods import clinician_preference_stages as steps
-from medray.methods.clinician_preference_report import table
+from medray.methods.clinician_preference_report import clinicians_share, table
 from medray.methods.clinicians import against_truth, collect, exported_judgements
 from medray.preflight import check_clinician_preference
 from medray.run import Run, Stage, digest
@@ -111,6 +111,12 @@ def test_a_weight_matters_only_where_pairs_are_mixed():
     grid = steps.rater_configs(config("weights=[1, 10, 400]"))
     assert {name: one.clinician_weight for name, one in grid.items()} == {"-w1": 1, "-w10": 10, "-w400": 400}
     assert len({digest(steps.rater_inputs(one)) for one in grid.values()}) == 3
+
+
+@pytest.mark.parametrize(("weight", "train_on", "share"), [(100, "mixture", 0.75), (1, "mixture", 45 / 1545), (100, "model", 0), (0.1, "clinician", 1)])
+def test_a_weight_is_told_as_the_clinicians_share(weight, train_on, share):
+    assert clinicians_share({"train, clinician": 45, "train, model": 1500}, weight, train_on) == share
+    assert clinicians_share({"train, clinician": 0, "train, model": 0}, weight, train_on) == 0
 
 
 def quality(clinician=None, model=0.7):
