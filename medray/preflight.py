@@ -12,20 +12,17 @@ from medray.config import (
     ClinicianPreferenceConfig,
     CliniciansConfig,
     DataConfig,
-    DemonstrationsConfig,
     EndpointConfig,
-    EngineConfig,
     GenerateConfig,
     InstructionFreeConfig,
     JudgeConfig,
     LoopConfig,
     ModelConfig,
     RateConfig,
-    ScoreConfig,
     SelfTrainingConfig,
 )
 from medray.errors import ConfigError
-from medray.plan.demand import FILTER_CPUS, LISTING_CPUS
+from medray.plan.demand import FILTER_CPUS, LISTING_CPUS, demands
 from medray.testbed import ENCODERS, MODELS
 
 BUNDLED = ", ".join(f"testbed:{name}" for name in MODELS)
@@ -181,16 +178,13 @@ def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig | ClinicianP
                 f"read data need more than the {cpus} CPUs here; use fewer workers, a smaller {name}.cpus_per_worker or data.read_cpus, more logical "
                 f"CPUs (cluster.num_cpus), or a cluster (cluster.address)"
             )
-    pools = [
-        (f"{name}.actors", "actors", section.actors[0], section.cpus_per_actor)
-        for name in type(config).model_fields if isinstance(section := getattr(config, name), EngineConfig | ScoreConfig | DemonstrationsConfig)
-    ]
-    if isinstance(config, SelfTrainingConfig):
-        pools.append(("dpo.reference_workers", "workers", config.dpo.reference_workers[0], config.dpo.cpus_per_worker))
-    for field, what, number, each in pools:
-        if number * each + FILTER_CPUS + LISTING_CPUS > cpus:
+    for pool, *_ in demands(config).values():
+        if not pool.field.endswith((".actors", ".reference_workers")):
+            continue
+        what = "actors" if pool.field.endswith(".actors") else "workers"
+        if pool.least * pool.cpus + FILTER_CPUS + LISTING_CPUS > cpus:
             problems.append(
-                f"{field}: {number} {what} x {each:g} CPUs, and a CPU each to read data and to leave out what is done, need more than the {cpus} CPUs here; use "
+                f"{pool.field}: {pool.least} {what} x {pool.cpus:g} CPUs, and a CPU each to read data and to leave out what is done, need more than the {cpus} CPUs here; use "
                 f"fewer or smaller {what}, more logical CPUs (cluster.num_cpus), or a cluster (cluster.address)"
             )
     return problems

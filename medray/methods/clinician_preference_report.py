@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from medray.config import ClinicianPreferenceConfig
+from medray.config import ClinicianPreferenceConfig, RaterConfig
 from medray.evaluation import report
 from medray.methods.clinicians import against_truth
 from medray.methods.summary import (
@@ -72,7 +72,7 @@ def write_report(
         "rater": {
             "weight": raters[chosen]["outputs"]["weight"], **raters[chosen]["outputs"]["quality"],
             "weights": [{
-                "weight": one["outputs"]["weight"], "clinicians_share": clinicians_share(one["outputs"]["counts"], one["outputs"]["weight"], config.rater.train_on),
+                "weight": one["outputs"]["weight"], "clinicians_share": clinicians_share(one["outputs"]["counts"], one["outputs"]["weight"], config.rater),
                 **one["outputs"]["quality"],
             } for one in raters.values()],
         },
@@ -183,15 +183,17 @@ def _drawn(shared: Run, made: Manifests) -> str:
     return report.table(["modality", "images", "clusters they are of"], spread) + f'<div class="plots">{shared.read_text(outputs["picture"].removeprefix(shared.uri).lstrip("/"))}</div>'
 
 
-def clinicians_share(counts: Mapping[str, int], weight: float, train_on: str) -> float:
+def clinicians_share(counts: Mapping[str, int], weight: float, config: RaterConfig) -> float:
     """What the clinicians' training pairs weigh together, of all that is trained on: w means little without the numbers of pairs.
 
     Args:
         counts: of medray.data.rater_pairs.pair_counts.
-        train_on: "model", "clinician" or "mixture".
+        config: says which pairs are trained on.
     """
-    clinicians = weight * counts["train, clinician"] * (train_on != "model")
-    models = counts["train, model"] * (train_on != "clinician")
+    from medray.data.rater_pairs import trains_on
+
+    clinicians = weight * counts["train, clinician"] * trains_on("clinician", config)
+    models = counts["train, model"] * trains_on("model", config)
     return clinicians / (clinicians + models) if clinicians + models else 0.0
 
 

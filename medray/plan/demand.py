@@ -63,6 +63,7 @@ def demands(config: Section) -> dict[str, list[Demand]]:
     data, cluster = sections["data"], sections["cluster"]
     reader = Demand("data.read_cpus", 1, data.encoders, data.read_cpus, labels=cluster.data_labels)
     listing, kept = (Demand("cluster.data_labels", 1, 1, cpus, labels=cluster.data_labels) for cpus in (LISTING_CPUS, FILTER_CPUS))
+    continued = [reader, kept, listing]
     found = {"data": [reader]}
     for name, section in sections.items():
         if isinstance(section, LoopConfig):
@@ -70,15 +71,15 @@ def demands(config: Section) -> dict[str, list[Demand]]:
         elif isinstance(section, EngineConfig | ScoreConfig | DemonstrationsConfig):
             labels = cluster.data_labels | section.place.selector
             pool = Demand(f"{name}.actors", *section.actors, section.cpus_per_actor, section.gpus_per_actor, section.place.memory_gib, labels, section.place.resources)
-            found[name] = [pool, reader, kept, listing]
+            found[name] = [pool, *continued]
         elif isinstance(section, JudgeConfig | GenerateConfig | RateConfig) and section.kind in ("api", "random"):
-            found[name] = [Demand(f"{name}.kind", 1, 1, CLIENT_CPUS, labels=cluster.data_labels), reader, kept, listing]  # the other kinds run in the engine's places
+            found[name] = [Demand(f"{name}.kind", 1, 1, CLIENT_CPUS, labels=cluster.data_labels), *continued]  # the other kinds run in the engine's places
         if isinstance(section, DpoConfig):
             labels = cluster.data_labels | section.place.selector
             actors = Demand(
                 f"{name}.reference_workers", *section.reference_workers, section.cpus_per_worker, section.gpus_per_worker, section.place.memory_gib, labels,
                 section.place.resources)
-            found["reference"] = [actors, reader, kept, listing]
+            found["reference"] = [actors, *continued]
     return found
 
 

@@ -115,8 +115,9 @@ def test_a_weight_matters_only_where_pairs_are_mixed():
 
 @pytest.mark.parametrize(("weight", "train_on", "share"), [(100, "mixture", 0.75), (1, "mixture", 45 / 1545), (100, "model", 0), (0.1, "clinician", 1)])
 def test_a_weight_is_told_as_the_clinicians_share(weight, train_on, share):
-    assert clinicians_share({"train, clinician": 45, "train, model": 1500}, weight, train_on) == share
-    assert clinicians_share({"train, clinician": 0, "train, model": 0}, weight, train_on) == 0
+    rater = config(f"rater.train_on={train_on}").rater
+    assert clinicians_share({"train, clinician": 45, "train, model": 1500}, weight, rater) == share
+    assert clinicians_share({"train, clinician": 0, "train, model": 0}, weight, rater) == 0
 
 
 def quality(clinician=None, model=0.7):

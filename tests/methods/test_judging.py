@@ -12,7 +12,7 @@ from medray.evaluation.exchange import write_predictions
 from medray.inference.worker import map_options
 from medray.methods.judging import judge_models
 from medray.plan.demand import FILTER_CPUS, LISTING_CPUS
-from medray.records import PREDICTION, QUESTION
+from medray.records import QUESTION
 from medray.run import Run
 
 OPEN = 40
@@ -22,13 +22,13 @@ OPEN = 40
 def asked(tmp_path):
     """Questions, every other one open, and two models' answers."""
     kinds = ["open", "closed"] * OPEN
-    rows = [dict.fromkeys(QUESTION.names) | {
+    rows = [{
         "sample_id": f"q-{i:02d}", "image_id": f"i-{i // 4}", "image": b"an image", "question": "Which?", "reference": "this", "answer_type": kind,
     } for i, kind in enumerate(kinds)]
     (tmp_path / "questions").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=QUESTION), tmp_path / "questions/0.parquet", row_group_size=8)
     for model in ("base", "tuned"):
-        write_predictions([dict.fromkeys(PREDICTION.names) | {
+        write_predictions([{
             "sample_id": row["sample_id"], "answer_type": row["answer_type"], "answer": f"{model} says {row['sample_id']}"} for row in rows], str(tmp_path / model))
     return {name: {"hash": name, "outputs": {"rows": str(tmp_path / name)}} for name in ("questions", "base", "tuned")}
 
