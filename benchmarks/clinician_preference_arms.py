@@ -11,7 +11,8 @@ stands in a record, with which it continues on another machine too (--record).
 
 Arms: dialogues at random, or selected by a rating model that learned from the rating VLM alone, the clinicians alone, or both (the mixture),
 at 10, 40 and 80 %; all dialogues; the mixture with other weights w of the clinicians' pairs (rating models only, nothing is tuned); both ways without
-demonstrations; and the mixture's scores relative to those of the same question and answer (select.relative_to, an extension).
+demonstrations; answers that are right by the true attributes, the most that a selection by correctness can gain; and the mixture's scores
+relative to those of the same question and answer (select.relative_to, an extension).
 Without --data the arms are run on the synthetic cells. The clinicians are simulated from true attributes: `clinicians.error_rate` is
 the share of their ticks that are wrong.
 
@@ -50,6 +51,8 @@ def _arms() -> Iterator[tuple[str, list[str]]]:
     yield f"random, 40 %, {BARE}", ["evaluate.arms=[random]", "select.fraction=0.4", "with_demonstrations=false"]
     yield f"mixture, 40 %, {BARE}", ["evaluate.arms=[selected]", "select.fraction=0.4", "with_demonstrations=false"]
     for share in SHARES[:2]:
+        yield f"right, {share} %", ["evaluate.arms=[right]", f"select.fraction={share / 100}"]
+    for share in SHARES[:2]:
         yield f"mixture, {share} %, {RELATIVE}", ["evaluate.arms=[selected]", "select.relative_to=exchange", f"select.fraction={share / 100}"]
 
 
@@ -66,6 +69,8 @@ CONTRASTS = {
     f"{one} minus {other}, {named}": (_at(shares, one), _at(shares, other))
     for one, other in (("mixture", "random"), ("model", "random"), ("clinician", "random"), ("mixture", "model"), ("mixture", "clinician")) for named, shares in _TWO.items()
 } | {"with demonstrations minus without": (["random, 40 %", "mixture, 40 %"], [f"random, 40 %, {BARE}", f"mixture, 40 %, {BARE}"])} | {
+    "right minus random, 10 and 40 %": (_at(SHARES[:2], "right"), _at(SHARES[:2], "random")),
+} | {
     f"mixture, relative, minus {other}, 10 and 40 %": (_at(SHARES[:2], "mixture", f", {RELATIVE}"), _at(SHARES[:2], other)) for other in ("random", "mixture")
 }
 """The claims of the paper, as means of arms minus means of others."""
@@ -102,7 +107,7 @@ def measures(results: dict[str, Any], model: str | None, rater: dict[str, Any] |
 def tuned(results: dict[str, Any]) -> Measures:
     """Of the arm's model; or, where nothing is tuned, of its rating model."""
     model = next((name for name in results["scores"] if name != "base"), None)
-    return measures(results, model, None if model in ("random", "all") else results["rater"])
+    return measures(results, model, None if model in ("random", "all", "right") else results["rater"])
 
 
 def base(results: dict[str, Any]) -> Measures | None:

@@ -84,7 +84,7 @@ class PreferenceTuneConfig(SftConfig):
 class PreferenceEvaluateConfig(EvaluateConfig):
     """Held-out questions, greedy answers, metrics with bootstrap intervals over images."""
 
-    arms: tuple[Literal["selected", "random", "all"], ...] = Field(("selected", "random"), description="Models to tune and evaluate beside the base: on the selected dialogues, on as many drawn at random, on all.")
+    arms: tuple[Literal["selected", "random", "all", "right"], ...] = Field(("selected", "random"), description="Models to tune and evaluate beside the base: on the selected dialogues, on as many drawn at random, on all; right: on as many whose answers are right by the images' true attributes, where the source has them (an extension): the most that a selection by correctness alone can gain.")
 
 
 class ClinicianPreferenceConfig(Section):

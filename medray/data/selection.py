@@ -47,12 +47,13 @@ _GLOBAL = "all"
 _BINS, _PRIOR, _UNITS = 2**20, 3, 2**20
 
 
-def select(scored: str, out_uri: str, config: SelectConfig) -> dict[str, Any]:
+def select(scored: str, out_uri: str, config: SelectConfig, scores: Callable[[pa.Table], pa.Array] | None = None) -> dict[str, Any]:
     """Write records.CONVERSATION of what is kept into `out_uri`, which is emptied first.
 
     Args:
         scored: shards of records.SCORED. A dialogue with a turn that has no score is left out and counted (with aggregate turns,
             that turn alone); so is every exchange whose sample_id is there for a second time.
+        scores: for a table of exchanges (N,), what to rank by in place of their column score; not together with relative_to.
 
     Returns {"counts": {...}, "mix": {modality: {"before", "kept", "share before", "share kept", "mean score before", "mean score kept"}},
     "variety": {"before", "kept"}}, where before and kept of the mix count dialogues, or turns where they are ranked by themselves, and those of
@@ -65,7 +66,7 @@ def select(scored: str, out_uri: str, config: SelectConfig) -> dict[str, Any]:
     before, after = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
     with ExitStack() as files:
         total = count_rows(scored)
-        by_image = files.enter_context(Ordered(_tallied(_placed(scored, _levels(scored, config)), before), hashed("image_id"), total, then=["image_id", "dialogue_id", "turn", "sample_id"]))
+        by_image = files.enter_context(Ordered(_tallied(_placed(scored, _levels(scored, config), scores), before), hashed("image_id"), total, then=["image_id", "dialogue_id", "turn", "sample_id"]))
         units = files.enter_context(Ordered(_units(by_image, config, counts, mix), lambda table: table["tie"].to_numpy(), total, then=["unit"]))
         if not counts["ranked"]:
             raise DataError(f"{scored}: no dialogue to choose from ({dict(counts)}); the column score of its rows is null throughout")
@@ -114,10 +115,12 @@ def _levels(scored: str, config: SelectConfig) -> Callable[[pa.Table], np.ndarra
     return lambda table: level[_bins(table, columns)]
 
 
-def _placed(scored: str, levels: Callable[[pa.Table], np.ndarray]) -> Iterator[pa.Table]:
+def _placed(scored: str, levels: Callable[[pa.Table], np.ndarray], scores: Callable[[pa.Table], pa.Array] | None) -> Iterator[pa.Table]:
     """Exchanges without their image, with their place among the rows of the shards, and what is subtracted from their score."""
     start = 0
     for table in tables(scored, list(_LIGHT), 2**12):
+        if scores is not None:
+            table = table.set_column(table.schema.get_field_index("score"), "score", scores(table))
         yield table.append_column("place", pa.array(np.arange(start, start + table.num_rows))).append_column("level", pa.array(levels(table)))
         start += table.num_rows
 

@@ -13,7 +13,8 @@ strong model, train a rating model that selects what is tuned on. Reads top to b
     pairs         exchanges of two score levels
     rater         the rating model, on both kinds of pairs, a clinician's with weight w (a grid of weights: one model for each)
     score         every exchange by the rating model
-    per arm (selected: the best; random: as many drawn; all):
+    per arm (selected: the best; random: as many drawn; all; right: as many that are
+                    right by the true attributes, where there are some):
       select      the dialogues that are kept
       tune        supervised fine-tuning, exported
       evaluate    held-out questions, greedy; win rates where there is a judge
@@ -92,6 +93,7 @@ def clinician_preference(config: ClinicianPreferenceConfig, run_uri: str, shared
 def write_and_judge(config: ClinicianPreferenceConfig, common: Common) -> Manifests:
     """Stages 00 to 07: what clinicians and the strong model prefer. Returns their manifests."""
     data = common("00-data", steps.data_inputs(config), lambda stage: steps.prepare_data(stage, config))
+    steps.check_arms(config, data)
     encoder = stages.local_model(config.demonstrations.encoder)
     writer, scorer = (stages.local_model(one.model) if one.kind == "vllm" else None for one in (config.generate, config.rate))
 
@@ -137,7 +139,7 @@ def select(run: Run, config: ClinicianPreferenceConfig, made: Manifests) -> Mani
     return {
         arm: made["written"] if arm == "all" else run.stage(
             f"10-select-{arm}", {"rows": made["scored"]["hash"], "config": config.select, "order": steps.ORDERS[arm]},
-            lambda stage, arm=arm: steps.select(stage, config, made["scored"], steps.ORDERS[arm]),
+            lambda stage, arm=arm: steps.select(stage, config, made, steps.ORDERS[arm]),
         )
         for arm in config.evaluate.arms
     }

@@ -32,7 +32,7 @@ _CURVES = {
 _QUALITY = ("pair_accuracy", "auc", "mean_rank", "map", "ties", "pairs")
 _READING = (
     "Strict accuracy on held-out questions. selected: tuned on the dialogues that the rating model scores best; random: on as many dialogues drawn at random; all: on "
-    "all of them. Brackets hold 95 % bootstrap intervals over images."
+    "all of them; right: on as many whose answers are right by the true attributes. Brackets hold 95 % bootstrap intervals over images."
 )
 _RATER_READING = (
     "All numbers are of pairs about images that the rating model was not trained on. Alignment: share of the clinicians' pairs that it orders as they did; of the "

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from medray.config import ClinicianPreferenceConfig, RaterConfig
+from medray.data.dialogues import ATTRIBUTES
 from medray.errors import DataError, StageError
 from medray.methods import stages
 from medray.methods.clinician_preference_report import clinicians_of, who
+from medray.methods.clinicians import checkable, rightness
 from medray.methods.model_card import CARD, rater_card
 from medray.methods.stages import HOW_ASKED, Model
 from medray.run import Run, Stage
@@ -20,7 +22,7 @@ _HOW_DATA = {"read_cpus", "encoders", "unlabelled_per_round"}
 _HOW_EMBED = {"batch", "actors", "cpus_per_actor", "gpus_per_actor"}
 _DRAW = {"clusters", "kmeans_batch", "passes", "draw", "picture_points", "seed"}
 _HOW_SCORE = {"actors", "cpus_per_actor", "gpus_per_actor", "batch", "rows_per_task"}
-ORDERS = {"selected": "score", "random": "random"}  # of an arm: select.order
+ORDERS = {"selected": "score", "random": "random", "right": "truth"}  # of an arm: select.order, or the true attributes
 
 
 def data_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
@@ -44,6 +46,12 @@ def prepare_data(stage: Stage, config: ClinicianPreferenceConfig) -> dict[str, A
             f"data.source: {config.data.source} has no question in its split {config.data.eval_split!r} to evaluate with; give a source that has some "
             "(docs/data.md), or evaluate.arms=[] to stop after the rating model")
     return {"counts": counts, **{part: stage.path(part) for part in PARTS}}
+
+
+def check_arms(config: ClinicianPreferenceConfig, data: dict[str, Any]) -> None:
+    """Raises DataError where an arm needs true attributes and the images have none."""
+    if "right" in config.evaluate.arms and not checkable(data["outputs"]["captioned"], 1):
+        raise DataError(f"evaluate.arms: right needs the true attributes of images, and {config.data.source} has none (of {len(ATTRIBUTES)}: {', '.join(ATTRIBUTES)}); leave it out")
 
 
 def embed_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
@@ -198,11 +206,13 @@ def score(stage: Stage, config: ClinicianPreferenceConfig, rater: str, written: 
     return {"rows": stage.path("rows"), "counts": counts}
 
 
-def select(stage: Stage, config: ClinicianPreferenceConfig, scored: dict[str, Any], order: str) -> dict[str, Any]:
+def select(stage: Stage, config: ClinicianPreferenceConfig, made: dict[str, dict[str, Any]], order: str) -> dict[str, Any]:
     """The dialogues to tune on (records.CONVERSATION), and the mix of modalities before and after."""
     from medray.data.selection import select as keep
 
-    found = keep(scored["outputs"]["rows"], stage.path("rows"), config.select.model_copy(update={"order": order}))
+    by_truth = order == "truth"
+    asked = config.select.model_copy(update={"order": "score", "relative_to": None} if by_truth else {"order": order})
+    found = keep(made["scored"]["outputs"]["rows"], stage.path("rows"), asked, rightness(made["data"]["outputs"]["captioned"]) if by_truth else None)
     return {"conversations": stage.path("rows"), **found}
 
 

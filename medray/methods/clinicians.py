@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, pairwise
 from typing import Any
 
@@ -69,6 +69,23 @@ def true_attributes(captioned: str, most: int | None = None) -> dict[str, dict[s
     from medray.data.shards import stored_rows
 
     return {row["sample_id"]: dict(row["attributes"] or ()) for row in islice(stored_rows(captioned, ["sample_id", "attributes"]), most)}
+
+
+def checkable(captioned: str, most: int = TRUTH_IMAGES) -> dict[str, dict[str, str]]:
+    """The true attributes, by image, of those among the first `most` images that have all that answers are checked by."""
+    return {image: values for image, values in true_attributes(captioned, most).items() if ATTRIBUTES.keys() <= values.keys()}
+
+
+def rightness(captioned: str) -> Callable[[pa.Table], pa.Array]:
+    """Scores for a table of exchanges: 1 of a right answer, 0 of a wrong one, 0.5 where it cannot be checked (or is of none of the first TRUTH_IMAGES images)."""
+    truth = checkable(captioned)
+
+    def scores(exchanges: pa.Table) -> pa.Array:
+        rows = exchanges.select(["image_id", "question", "answer"]).to_pylist()
+        found = (is_right(row["question"], row["answer"], truth[row["image_id"]]) if row["image_id"] in truth else None for row in rows)
+        return pa.array([0.5 if right is None else float(right) for right in found], pa.float64())
+
+    return scores
 
 
 def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str) -> None:
@@ -143,7 +160,7 @@ def against_truth(config: ClinicianPreferenceConfig, made: dict[str, dict[str, A
     from medray.data.rater_pairs import held_out
     from medray.data.shards import stored_rows
 
-    truth = {image: values for image, values in true_attributes(made["data"]["outputs"]["captioned"], TRUTH_IMAGES).items() if ATTRIBUTES.keys() <= values.keys()}
+    truth = checkable(made["data"]["outputs"]["captioned"])
     if not truth:
         return {}
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import logging
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -285,6 +286,27 @@ def test_scores_and_dialogues_are_held_against_the_truth(tmp_path):
     assert nothing == {"images": 40, "right": {"written": None}, "auc": none, "auc, not in the caption": none}
     unknown = write(tmp_path / "unknown", records.IMAGE_TEXT, [{"sample_id": "image-0", "attributes": [("mass_shape", "oval")]}])
     assert against_truth(config(), {**made, "data": {"outputs": {"captioned": unknown}}}, {}) == {}
+
+
+def test_the_arm_of_right_answers_keeps_right_ones_first_and_wrong_ones_last(tmp_path):
+    """Whatever the rating model thinks of them; what cannot be checked lies between."""
+    names = [f"image-{n}" for n in range(20)]
+    captioned = write(tmp_path / "captioned", records.IMAGE_TEXT, [{"sample_id": name, "attributes": list(RECORD.items())} for name in names])
+    asked = [("What is the cell size?", RECORD["cell_size"], 0.0), ("What is the cell size?", "none", 9.0), ("What is the mood?", "good", 5.0)]
+    scored = [
+        {"sample_id": f"{name}/d{k}#0", "dialogue_id": f"{name}/d{k}", "turn": 0, "image_id": name, "image": b"", "modality": "ct", "question": question, "answer": answer, "score": score}
+        for name in names for k, (question, answer, score) in enumerate(asked)
+    ]
+    made = {"data": {"outputs": {"captioned": captioned}}, "scored": {"outputs": {"rows": write(tmp_path / "scored", records.SCORED, scored)}}}
+    for top, kept in ((20, {asked[0][1]: 20}), (30, {asked[0][1]: 20, "good": 10}), (50, {asked[0][1]: 20, "good": 20, "none": 10})):
+        one = config("select.fraction=null", f"select.top={top}", "select.relative_to=exchange")
+        found = steps.select(Stage(Run(tmp_path / f"run-{top}"), "s"), one, made, steps.ORDERS["right"])
+        assert Counter(row["turns"][1]["text"] for row in stored_rows(found["conversations"])) == kept
+    steps.check_arms(config("evaluate.arms=[right]"), made["data"])
+    unknown = {"outputs": {"captioned": write(tmp_path / "unknown", records.IMAGE_TEXT, [{"sample_id": "image-0", "attributes": [("mass_shape", "oval")]}])}}
+    steps.check_arms(config(), unknown)
+    with pytest.raises(DataError, match=r"evaluate.arms: right needs the true attributes of images, and testbed:cells has none"):
+        steps.check_arms(config("evaluate.arms=[right]"), unknown)
 
 
 def test_the_table_names_simulated_clinicians_as_such():
