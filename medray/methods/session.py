@@ -21,6 +21,7 @@ logger = logging.getLogger("medray")
 SLOW_START = "timed out during startup"
 STARTS = 3
 _LOST_ACTOR = ("ActorDiedError", "ActorUnavailableError")
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _RETRIES = 10  # with growing pauses, longer than Ray takes to find a node dead (half a minute)
 
 
@@ -91,7 +92,9 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         if local:
             # A Ray of our own inherits them. Given as a runtime_env they would cost every worker a second interpreter: Ray starts it by way of
             # another that imports Ray too, and throws away those that it has started before.
-            with _environment({**variables, WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "medray._worker_setup.quiet"}):
+            # Nor need one machine be watched for notice that it will be taken away, by a process of its own in each training.
+            watcher = {_WATCHER: os.environ.get(_WATCHER, "0")}
+            with _environment({**variables, **watcher, WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "medray._worker_setup.quiet"}):
                 start_ray(**arguments)
         else:
             start_ray(**arguments, runtime_env={"env_vars": _not_of_the_job(variables)})

@@ -38,7 +38,7 @@ from medray.methods.session import ray_session
 @ray.remote
 def worker():
     import logging
-    return {"level": logging.getLogger("ray.data._internal").level, "train": os.environ["RAY_TRAIN_V2_ENABLED"], "runtime_env": dict(ray.get_runtime_context().runtime_env)}
+    return {"level": logging.getLogger("ray.data._internal").level, "train": os.environ["RAY_TRAIN_V2_ENABLED"], "watcher": os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"], "runtime_env": dict(ray.get_runtime_context().runtime_env)}
 
 with ray_session(ClusterConfig(num_cpus=1)):
     found = ray.get(worker.remote())
@@ -52,6 +52,6 @@ def test_workers_of_its_own_ray_are_quiet_and_start_by_one_interpreter():
     done = subprocess.run([sys.executable, "-c", SESSION], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["level"] == 30, "WARNING"
-    assert found["train"] == "1"
+    assert (found["train"], found["watcher"]) == ("1", "0")
     assert found["runtime_env"] == {}
     assert not any(found["kept"].values()), "this process's environment is as it was"
