@@ -1,0 +1,107 @@
+"""What the arms of clinician_preference_arms.py keep, by the true attributes: why right answers alone make no good selection.
+
+Of the dialogues that each finished run was tuned on, as they lie in --runs:
+
+    right       % of the answers that can be checked and are right
+    attributes  effective number of attributes asked about (e to the entropy); `values`, of attributes with the image's true value
+    hard        % wrong among all written answers to questions of the same attribute and true value, on average over what is kept
+    certain     the rating VLM's mean score (0 to 10) of the right answers that are kept: what it finds easy
+    images      how many images the kept exchanges are about
+
+Prints a Markdown table (means over seeds) and one JSON line last. A selection like the random one but for `right` has thrown away wrong answers
+only; one that is less hard and more certain has thrown away what there was to learn.
+
+    python benchmarks/selected_dialogues.py --runs runs/arms-cells
+    python benchmarks/selected_dialogues.py --runs runs/arms-cells --arms 'random, 10 %' 'mixture, 10 %' 'right, 10 %' --seeds 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+
+from arms import folder_of
+from clinician_preference_arms import ARMS
+
+from medray.data.clinicians import is_right
+from medray.data.dialogues import asked_attribute
+from medray.data.shards import stored_rows
+from medray.methods.clinicians import true_attributes
+
+Exchange = tuple[str, str, str]  # image id, question, answer
+Attributes = dict[str, dict[str, str]]
+Seen = dict[Exchange, float | None]  # every exchange that was written, with its score by the rating VLM
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", required=True, help="the study's folder")
+    parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if " %" in arm], choices=list(ARMS), metavar="ARM", help="default: all that select")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options = parser.parse_args()
+    stages = Path(options.runs, "shared", "stages")
+    attributes: Attributes = {}
+    for data in stages.glob("00-data-*"):
+        attributes |= true_attributes(str(data / "captioned"))
+    written = [rated_in(folder) for folder in sorted(stages.glob("06-rate-*"))]
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for arm in options.arms:
+        for seed in options.seeds:
+            for kept in folder_of(arm, seed, options).glob("stages/10-select-*/rows"):
+                exchanges = list(exchanges_of(kept))
+                seen = max(written, key=lambda one: sum(exchange in one for exchange in exchanges))  # those it was selected from
+                found.setdefault(arm, {})[seed] = measures(exchanges, seen, attributes)
+    columns = list(next(iter(next(iter(found.values())).values()))) if found else []
+    print("\n".join(["| arm | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]))
+    for arm, by_seed in found.items():
+        print(f"| {arm} | {' '.join(map(str, sorted(by_seed)))} | " + " | ".join(f"{mean(one[column] for one in by_seed.values()):.1f}" for column in columns) + " |")
+    print(json.dumps(found))
+
+
+def rated_in(folder: Path) -> Seen:
+    rows = stored_rows(str(folder / "rows"), ["image_id", "question", "answer", "score"])
+    return {(row["image_id"], row["question"], row["answer"]): row["score"] for row in rows}
+
+
+def exchanges_of(kept: Path) -> Iterator[Exchange]:
+    for row in stored_rows(str(kept), ["image_id", "turns"]):
+        for question, answer in zip(row["turns"][::2], row["turns"][1::2], strict=True):
+            yield row["image_id"], question["text"], answer["text"]
+
+
+def measures(kept: list[Exchange], written: Seen, attributes: Attributes) -> dict[str, float]:
+    right = {exchange: is_right(*exchange[1:], attributes[exchange[0]]) for exchange in (*written, *kept)}
+    wrong: dict[tuple[str, str] | None, list[bool]] = {}
+    for exchange in written:
+        if right[exchange] is not None:
+            wrong.setdefault(subject(exchange, attributes), []).append(not right[exchange])
+    subjects = Counter(subject(exchange, attributes) for exchange in kept if right[exchange] is not None)
+    names: Counter[str] = Counter()
+    for asked, number in subjects.items():
+        names[asked[0] if asked else ""] += number
+    certain = [score for exchange in kept if right[exchange] and (score := written[exchange]) is not None]
+    return {
+        "right": 100 * mean(right[exchange] for exchange in kept if right[exchange] is not None), "attributes": effective(names), "values": effective(subjects),
+        "hard": 100 * sum(number * mean(wrong[asked]) for asked, number in subjects.items()) / subjects.total(), "certain": mean(certain),
+        "images": len({image for image, *_ in kept}),
+    }
+
+
+def subject(exchange: Exchange, attributes: Attributes) -> tuple[str, str] | None:
+    """The attribute that is asked about, and its true value."""
+    image, question, _ = exchange
+    name = asked_attribute(question)
+    return None if name is None else (name, attributes[image][name])
+
+
+def effective(counts: Counter) -> float:
+    return math.exp(-sum(number / counts.total() * math.log(number / counts.total()) for number in counts.values()))
+
+
+if __name__ == "__main__":
+    main()
