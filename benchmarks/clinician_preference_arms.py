@@ -69,7 +69,7 @@ CONTRASTS = {
     f"{one} minus {other}, {named}": (_at(shares, one), _at(shares, other))
     for one, other in (("mixture", "random"), ("model", "random"), ("clinician", "random"), ("mixture", "model"), ("mixture", "clinician")) for named, shares in _TWO.items()
 } | {"with demonstrations minus without": (["random, 40 %", "mixture, 40 %"], [f"random, 40 %, {BARE}", f"mixture, 40 %, {BARE}"])} | {
-    "right minus random, 10 and 40 %": (_at(SHARES[:2], "right"), _at(SHARES[:2], "random")),
+    f"{one} minus {other}, 10 and 40 %": (_at(SHARES[:2], one), _at(SHARES[:2], other)) for one, other in (("right", "random"), ("mixture", "right"))
 } | {
     f"mixture, relative, minus {other}, 10 and 40 %": (_at(SHARES[:2], "mixture", f", {RELATIVE}"), _at(SHARES[:2], other)) for other in ("random", "mixture")
 }

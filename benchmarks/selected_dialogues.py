@@ -5,11 +5,12 @@ Of the dialogues that each finished run was tuned on, as they lie in --runs:
     right       % of the answers that can be checked and are right
     attributes  effective number of attributes asked about (e to the entropy); `values`, of attributes with the image's true value
     hard        % wrong among all written answers to questions of the same attribute and true value, on average over what is kept
-    certain     the rating VLM's mean score (0 to 10) of the right answers that are kept: what it finds easy
+    unsure      points, of ten, that the rating VLM's mean score of the right answers that are kept lacks; `like`, the same of all right answers that say
+                the same of the same attribute and true value: where unsure is below like, the plainer images were kept
     images      how many images the kept exchanges are about
 
 Prints a Markdown table (means over seeds) and one JSON line last. A selection like the random one but for `right` has thrown away wrong answers
-only; one that is less hard and more certain has thrown away what there was to learn.
+only; one that is less hard and less unsure has thrown away what there was to learn.
 
     python benchmarks/selected_dialogues.py --runs runs/arms-cells
     python benchmarks/selected_dialogues.py --runs runs/arms-cells --arms 'random, 10 %' 'mixture, 10 %' 'right, 10 %' --seeds 1 2
@@ -31,6 +32,7 @@ from clinician_preference_arms import ARMS
 from medray.data.clinicians import is_right
 from medray.data.dialogues import asked_attribute
 from medray.data.shards import stored_rows
+from medray.inference.rate_prompt import HIGHEST
 from medray.methods.clinicians import true_attributes
 
 Exchange = tuple[str, str, str]  # image id, question, answer
@@ -59,7 +61,7 @@ def main() -> None:
     columns = list(next(iter(next(iter(found.values())).values()))) if found else []
     print("\n".join(["| arm | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]))
     for arm, by_seed in found.items():
-        print(f"| {arm} | {' '.join(map(str, sorted(by_seed)))} | " + " | ".join(f"{mean(one[column] for one in by_seed.values()):.1f}" for column in columns) + " |")
+        print(f"| {arm} | {' '.join(map(str, sorted(by_seed)))} | " + " | ".join(f"{mean(one[column] for one in by_seed.values()):.3g}" for column in columns) + " |")
     print(json.dumps(found))
 
 
@@ -84,10 +86,15 @@ def measures(kept: list[Exchange], written: Seen, attributes: Attributes) -> dic
     names: Counter[str] = Counter()
     for asked, number in subjects.items():
         names[asked[0] if asked else ""] += number
-    certain = [score for exchange in kept if right[exchange] and (score := written[exchange]) is not None]
+    scores: dict[tuple[object, str], list[float]] = {}
+    for exchange, score in written.items():
+        if right[exchange] and score is not None:
+            scores.setdefault((subject(exchange, attributes), exchange[2]), []).append(score)
+    rated = [exchange for exchange in kept if right[exchange] and written[exchange] is not None]
     return {
         "right": 100 * mean(right[exchange] for exchange in kept if right[exchange] is not None), "attributes": effective(names), "values": effective(subjects),
-        "hard": 100 * sum(number * mean(wrong[asked]) for asked, number in subjects.items()) / subjects.total(), "certain": mean(certain),
+        "hard": 100 * sum(number * mean(wrong[asked]) for asked, number in subjects.items()) / subjects.total(),
+        "unsure": HIGHEST - mean(written[exchange] for exchange in rated), "like": HIGHEST - mean(mean(scores[subject(exchange, attributes), exchange[2]]) for exchange in rated),
         "images": len({image for image, *_ in kept}),
     }
 

@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 
 from medray.config import load_config
+from tests.data.test_clinicians import RECORD
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +22,7 @@ def studies(monkeypatch):
     import instruction_free_arms
 
     yield {"clinician": clinician_preference_arms.STUDY, "instruction_free": instruction_free_arms.STUDY}
-    for name in ("arms", "clinician_preference_arms", "instruction_free_arms", "self_training"):
+    for name in ("arms", "clinician_preference_arms", "instruction_free_arms", "selected_dialogues", "self_training"):
         sys.modules.pop(name, None)
 
 
@@ -112,3 +114,16 @@ def test_tables_of_recorded_runs(studies, tmp_path):
     assert "| zero-shot |  | 20.0 | 10.0 |" in text
     assert "Floors: chance 30.0, majority 60.0." in text
     assert (tmp_path / "report.html").read_text().count("<svg") >= 4
+
+
+def test_what_is_kept_is_described_by_the_truth(studies):
+    """Of four images three are small and one big; the big one, where the writer is wrong half the time and unsure, is left out by the score."""
+    import selected_dialogues
+
+    attributes = {f"image-{number}": RECORD | {"cell_size": "big" if number == 3 else "small"} for number in range(4)}
+    asked = "What is the cell size?"
+    written = {(f"image-{number}", asked, "small"): 9.0 + number / 4 for number in range(3)} | {("image-3", asked, "big"): 6.0, ("image-3", asked, "small"): 8.0, ("image-0", "What is the mood?", "good"): None}
+    every = selected_dialogues.measures(list(written), written, attributes)
+    assert every == pytest.approx({"right": 80.0, "attributes": 1.0, "values": math.exp(-0.6 * math.log(0.6) - 0.4 * math.log(0.4)), "hard": 20.0, "unsure": 1.5625, "like": 1.5625, "images": 4})
+    best = selected_dialogues.measures([("image-1", asked, "small"), ("image-2", asked, "small")], written, attributes)
+    assert best == pytest.approx({"right": 100.0, "attributes": 1.0, "values": 1.0, "hard": 0.0, "unsure": 0.625, "like": 0.75, "images": 2})
