@@ -50,7 +50,7 @@ def prepare_data(stage: Stage, config: ClinicianPreferenceConfig) -> dict[str, A
 
 def check_arms(config: ClinicianPreferenceConfig, data: dict[str, Any]) -> None:
     """Raises DataError where an arm needs true attributes and the images have none."""
-    if "right" in config.evaluate.arms and not checkable(data["outputs"]["captioned"], 1):
+    if "right" in config.evaluate.arms and not checkable(data["outputs"]["captioned"]):
         raise DataError(f"evaluate.arms: right needs the true attributes of images, and {config.data.source} has none (of {len(ATTRIBUTES)}: {', '.join(ATTRIBUTES)}); leave it out")
 
 

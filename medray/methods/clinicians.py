@@ -1,6 +1,7 @@
 """The clinicians' stage of clinician preference alignment, real or simulated, and checks against the truth.
 
-Simulated clinicians, the checks, and captions made of attributes (medray.data.captioned) are all that reads the true attributes of images.
+Simulated clinicians, the checks, the arm of right answers, and captions made of attributes (medray.data.captioned) are all that reads the true
+attributes of images.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def true_attributes(captioned: str, most: int | None = None) -> dict[str, dict[s
     return {row["sample_id"]: dict(row["attributes"] or ()) for row in islice(stored_rows(captioned, ["sample_id", "attributes"]), most)}
 
 
-def checkable(captioned: str, most: int = TRUTH_IMAGES) -> dict[str, dict[str, str]]:
-    """The true attributes, by image, of those among the first `most` images that have all that answers are checked by."""
-    return {image: values for image, values in true_attributes(captioned, most).items() if ATTRIBUTES.keys() <= values.keys()}
+def checkable(captioned: str) -> dict[str, dict[str, str]]:
+    """The true attributes, by image, of those among the first TRUTH_IMAGES images that have all that answers are checked by."""
+    return {image: values for image, values in true_attributes(captioned, TRUTH_IMAGES).items() if ATTRIBUTES.keys() <= values.keys()}
 
 
 def rightness(captioned: str) -> Callable[[pa.Table], pa.Array]:
