@@ -15,6 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
 
 
+def hear_interrupts():
+    """For preexec_fn: a background shell makes its children deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Job:
     """A script of jobs/ with overrides of its configuration."""
 
@@ -30,7 +35,7 @@ class Job:
         with log.open("w") as handle:
             return subprocess.Popen(
                 self.command(run), cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=handle, stderr=handle, start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell makes its children deaf to it
+                preexec_fn=hear_interrupts,
             )
 
     def kill_in(self, run, stage, seconds, begun="inputs.json"):

@@ -55,9 +55,9 @@ def clinicians(tmp_path_factory):
     return file, {name: add_holder(file, name) for name in names} | {"head": add_holder(file, "head", lead=True)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def serve_address(ray_cluster):
-    """Ray Serve on a free port of this machine."""
+    """Ray Serve on a free port of this machine; gone, with the CPUs of its replicas, before the same process runs tests of another kind."""
     from ray import serve
     from ray.serve._private import api, client
 
@@ -70,7 +70,7 @@ def serve_address(ray_cluster):
         serve.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(serve_address, tmp_path_factory, write_items, clinicians):
     """(address, database URL, name -> token) of the page on Ray Serve: twelve items, everybody judges all of them, first the one whose texts
     try to be more than text."""

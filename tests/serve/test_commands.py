@@ -16,7 +16,7 @@ import pytest
 
 from medray.methods.session import SLOW_START, STARTS
 from tests.integration.conftest import BIN, answer_of, wait_for
-from tests.jobs import ROOT
+from tests.jobs import ROOT, hear_interrupts
 from tests.serve.test_app import make_run
 
 pytestmark = pytest.mark.ray
@@ -38,7 +38,7 @@ def served(words, folder, log):
 
     def start():
         with log.open("w") as handle:
-            return subprocess.Popen([BIN / words[0], *words[1:]], cwd=folder, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
+            return subprocess.Popen([BIN / words[0], *words[1:]], cwd=folder, env=environment(), stdout=handle, stderr=handle, start_new_session=True, preexec_fn=hear_interrupts)
 
     process, starts = start(), 1
 
