@@ -107,7 +107,7 @@ def measures(results: dict[str, Any], model: str | None, rater: dict[str, Any] |
 def tuned(results: dict[str, Any]) -> Measures:
     """Of the arm's model; or, where nothing is tuned, of its rating model."""
     model = next((name for name in results["scores"] if name != "base"), None)
-    return measures(results, model, None if model in ("random", "all", "right") else results["rater"])
+    return measures(results, model, results["rater"] if model in ("selected", None) else None)
 
 
 def base(results: dict[str, Any]) -> Measures | None:

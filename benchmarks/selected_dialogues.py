@@ -20,17 +20,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 from arms import folder_of
 from clinician_preference_arms import ARMS
 
 from medray.data.clinicians import is_right
 from medray.data.dialogues import asked_attribute
+from medray.data.exchanges import rounds_of
+from medray.data.selection import effective_number
 from medray.data.shards import stored_rows
 from medray.inference.rate_prompt import HIGHEST
 from medray.methods.clinicians import true_attributes
@@ -72,20 +74,18 @@ def rated_in(folder: Path) -> Seen:
 
 def exchanges_of(kept: Path) -> Iterator[Exchange]:
     for row in stored_rows(str(kept), ["image_id", "turns"]):
-        for question, answer in zip(row["turns"][::2], row["turns"][1::2], strict=True):
-            yield row["image_id"], question["text"], answer["text"]
+        for question, answer in rounds_of(row["turns"]):
+            yield row["image_id"], question, answer
 
 
 def measures(kept: list[Exchange], written: Seen, attributes: Attributes) -> dict[str, float]:
-    right = {exchange: is_right(*exchange[1:], attributes[exchange[0]]) for exchange in (*written, *kept)}
+    right = {exchange: is_right(*exchange[1:], attributes[exchange[0]]) for exchange in written}
     wrong: dict[tuple[str, str] | None, list[bool]] = {}
     for exchange in written:
         if right[exchange] is not None:
             wrong.setdefault(subject(exchange, attributes), []).append(not right[exchange])
     subjects = Counter(subject(exchange, attributes) for exchange in kept if right[exchange] is not None)
-    names: Counter[str] = Counter()
-    for asked, number in subjects.items():
-        names[asked[0] if asked else ""] += number
+    names = Counter(asked_attribute(exchange[1]) for exchange in kept if right[exchange] is not None)
     scores: dict[tuple[object, str], list[float]] = {}
     for exchange, score in written.items():
         if right[exchange] and score is not None:
@@ -107,7 +107,7 @@ def subject(exchange: Exchange, attributes: Attributes) -> tuple[str, str] | Non
 
 
 def effective(counts: Counter) -> float:
-    return math.exp(-sum(number / counts.total() * math.log(number / counts.total()) for number in counts.values()))
+    return effective_number(np.array(list(counts.values())))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from medray.errors import ConfigError
 from medray.plan.demand import FILTER_CPUS, LISTING_CPUS, demands
 from medray.testbed import ENCODERS, MODELS
 
+POOLS = {"actors": "actors", "reference_workers": "workers"}  # by the last name of their field: fed by Ray Data, and continued
 BUNDLED = ", ".join(f"testbed:{name}" for name in MODELS)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 RATER_FACTS = "rater.json"  # in the folder of every rating model (medray.models.rater)
@@ -179,10 +180,8 @@ def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig | ClinicianP
                 f"CPUs (cluster.num_cpus), or a cluster (cluster.address)"
             )
     for pool, *_ in demands(config).values():
-        if not pool.field.endswith((".actors", ".reference_workers")):
-            continue
-        what = "actors" if pool.field.endswith(".actors") else "workers"
-        if pool.least * pool.cpus + FILTER_CPUS + LISTING_CPUS > cpus:
+        what = POOLS.get(pool.field.rpartition(".")[2])
+        if what and pool.least * pool.cpus + FILTER_CPUS + LISTING_CPUS > cpus:
             problems.append(
                 f"{pool.field}: {pool.least} {what} x {pool.cpus:g} CPUs, and a CPU each to read data and to leave out what is done, need more than the {cpus} CPUs here; use "
                 f"fewer or smaller {what}, more logical CPUs (cluster.num_cpus), or a cluster (cluster.address)"

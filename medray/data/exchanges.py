@@ -9,6 +9,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -59,6 +60,11 @@ def conversation_row(exchanges: Sequence[Mapping[str, Any]]) -> Row:
     image = next((row["image"] for row in ordered if row["image"] is not None), None)
     turns = turns_of({"question": row["question"], "reference": row["answer"]} for row in ordered)
     return {"sample_id": ordered[0]["dialogue_id"], "image_id": ordered[0]["image_id"], "image": image, "turns": turns}
+
+
+def rounds_of(turns: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, str]]:
+    """(question, answer) of each round of a conversation's turns."""
+    return ((user["text"], answer["text"]) for user, answer in pairwise(turns) if answer["role"] == "assistant")
 
 
 def demonstrations_of(exchanges: str | None) -> list[Row]:

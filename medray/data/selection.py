@@ -75,7 +75,7 @@ def select(scored: str, out_uri: str, config: SelectConfig, scores: Callable[[pa
         exchanges = files.enter_context(Ordered(_looked_up(scored, places), hashed("dialogue_id"), total, then=["dialogue_id", "turn"]))
         empty_folder(out_uri)
         write_shard(_conversations(_tallied(exchanges, after), counts), out_uri, "part")
-    return {"counts": {"exchanges": total, **counts}, "mix": _shares_of(mix), "variety": {"before": _variety(before), "kept": _variety(after)}}
+    return {"counts": {"exchanges": total, **counts}, "mix": _shares_of(mix), "variety": {"before": effective_number(before), "kept": effective_number(after)}}
 
 
 def _bins(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
@@ -91,7 +91,8 @@ def _tallied(exchanges: Iterable[pa.Table], counts: np.ndarray) -> Iterator[pa.T
         yield table
 
 
-def _variety(counts: np.ndarray) -> float:
+def effective_number(counts: np.ndarray) -> float:
+    """How many different things counts (N,) are of, effectively: e to the entropy (nats) of their shares."""
     shares = counts[counts > 0] / max(counts.sum(), 1)
     return float(np.exp(-(shares * np.log(shares)).sum()))
 

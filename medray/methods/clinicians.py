@@ -9,7 +9,7 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -188,13 +188,13 @@ def _stated(context: str, question: str, attributes: dict[str, str]) -> bool:
 
 
 def _share_right(conversations: str, truth: dict[str, dict[str, str]]) -> float | None:
+    from medray.data.exchanges import rounds_of
     from medray.data.shards import stored_rows
 
     found: Counter[bool | None] = Counter()
     for row in stored_rows(conversations, ["image_id", "turns"]):
         if row["image_id"] in truth:
-            asked = ((user["text"], answer["text"]) for user, answer in pairwise(row["turns"]) if answer["role"] == "assistant")
-            found.update(is_right(question, answer, truth[row["image_id"]]) for question, answer in asked)
+            found.update(is_right(question, answer, truth[row["image_id"]]) for question, answer in rounds_of(row["turns"]))
     known = found[True] + found[False]
     return found[True] / known if known else None
 
