@@ -1,6 +1,7 @@
 """Shared fixtures. Everything real: one local Ray for the whole session, tiny models in temporary folders."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch or Ray are imported: two cores are shared by Ray workers, vLLM and pytest itself.
@@ -12,6 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Serve gives up a proxy that is not ready within 5 seconds, or does not answer within 10: on a machine at work it needs longer.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
+
+# A background shell makes its children deaf to Ctrl-C, and theirs, unless they have a handler. Not by preexec_fn: that forks this process while
+# Ray's threads talk to its cluster, and there were calls that never ended after it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
@@ -25,6 +31,7 @@ def ray_cluster():
 
     from medray.methods.session import start_ray
 
+    ray.shutdown()  # what a test began that did not ask for this one
     start_ray(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level="ERROR")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

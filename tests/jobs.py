@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -13,11 +12,6 @@ import pyarrow.dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
-
-
-def hear_interrupts():
-    """For preexec_fn: a background shell makes its children deaf to Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Job:
@@ -33,10 +27,7 @@ class Job:
     def start(self, run, log):
         """The job in a session of its own; what it says goes into the file `log`."""
         with log.open("w") as handle:
-            return subprocess.Popen(
-                self.command(run), cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=handle, stderr=handle, start_new_session=True,
-                preexec_fn=hear_interrupts,
-            )
+            return subprocess.Popen(self.command(run), cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=handle, stderr=handle, start_new_session=True)
 
     def kill_in(self, run, stage, seconds, begun="inputs.json"):
         """Start the job, SIGKILL its driver `seconds` after the stage's folder holds what the pattern `begun` says (or when the stage is over)."""

@@ -95,7 +95,7 @@ def test_placement_is_known_without_the_model():
     assert found.engine_kwargs["tensor_parallel_size"] == 4
 
 
-def test_replicas_go_where_they_are_placed(run_dir):
+def test_replicas_go_where_they_are_placed(ray_cluster, run_dir):
     """What Serve is asked for: the label selector holds for every bundle of a replica's placement group."""
     from ray.serve._private.build_app import build_app
 
