@@ -29,7 +29,7 @@ def server(talker, tmp_path_factory):
     )
     base = f"http://127.0.0.1:{port}"
     try:
-        wait_until_served(process, f"{base}/health", 600, log_path)
+        wait_until_served(process, f"{base}/health", log=log_path)
         yield base
     finally:
         process.terminate()

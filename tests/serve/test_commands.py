@@ -52,7 +52,7 @@ def served(words, folder, log):
         return answer is not None and answer.status_code == 200
 
     try:
-        wait_for(answered, "page", 600, pause=1)
+        wait_for(answered, "page", pause=1)
         yield
     finally:
         process.send_signal(signal.SIGINT)
@@ -89,7 +89,7 @@ def test_the_endpoint_begins_as_documented(tmp_path):
     made, serve_run = commands("docs/serving.md")
     key = token(made, tmp_path)
     with served([*serve_run, "base=false", "replicas=[1,2]"], tmp_path, tmp_path / "log"):
-        wait_for(lambda: answer_of(f"{ADDRESS}/ready").status_code == 200, "model", 600, pause=1)
+        wait_for(lambda: answer_of(f"{ADDRESS}/ready").status_code == 200, "model", pause=1)
         body = json.dumps({"model": "tuned", "messages": [{"role": "user", "content": "What is this?"}], "max_tokens": 4, "stream": True})
         command = ["curl", "-sN", f"{ADDRESS}/v1/chat/completions", "-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json", "-d", body]
         lines = [line for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() if line]
