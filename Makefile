@@ -7,13 +7,17 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint setup doctor docs clean
+.PHONY: demo test check lint setup doctor docs clean
 
 demo: setup
 	$(BIN)/python jobs/self_train.py --config configs/self_train/tiny-cpu.yaml --run $(RUN) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# The quick half of `make test`, for every change: no whole job, no server, no long training.
+check: lint
+	$(BIN)/python -m pytest -m "not whole_job" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from medray.data.clinicians import is_right
 from medray.models.rater import Rater
 from tests.jobs import Job, check_ready_to_serve, manifest, rows, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1800)]
 
 SMALL = [
     "data.testbed_rows=60", "data.max_labelled=30", "demonstrations.clusters=4", "demonstrations.draw=16", "generate.rounds=[2, 3]", "pairs.max_pairs=60",

@@ -16,7 +16,7 @@ from medray.models.vlm import part_of
 from medray.testbed import model_path
 from tests.jobs import Job, check_ready_to_serve, manifest, metrics, rows, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]
 
 SMALL = [
     "data.testbed_rows=120", "warm_up.eval_rows=4", "tune.eval_rows=4", "tune.epochs=2", "evaluate.max_images=3", "evaluate.max_general=2", "evaluate.bootstrap=100",

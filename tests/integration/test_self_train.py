@@ -13,7 +13,7 @@ import yaml
 from tests.jobs import Job, check_ready_to_serve, manifest, metrics, rows, summary_of
 
 # One fixture does the work of the module: several starts of the whole job.
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.whole_job, pytest.mark.timeout(1800)]
 
 SMALL = [
     "data.testbed_rows=240", "data.label_fraction=0.3", "data.max_unlabelled=24", "data.turns=3", "sft.epochs=1", "sft.eval_rows=8",

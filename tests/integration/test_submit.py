@@ -19,7 +19,7 @@ from tests.integration.conftest import BIN, BUCKET, answer_of, wait_for
 from tests.integration.test_self_train import SMALL
 from tests.jobs import ROOT
 
-pytestmark = pytest.mark.timeout(2400)
+pytestmark = [pytest.mark.whole_job, pytest.mark.timeout(2400)]
 GROUPS = {"data": (2, 1), "train": (1, 2), "generate": (1, 1)}
 
 

@@ -29,7 +29,7 @@ from serve.chat_request import ApiError
 from serve.tokens import add_holder
 from tests.processes import descendants
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.whole_job, pytest.mark.ray]
 
 ENGINE = {"cpus_per_actor": 1, "memory_utilization": 0.15, "max_model_len": 512, "enforce_eager": True, "max_num_seqs": 64}
 QUESTION_TEXT = "What is the shape of the nucleus?"

@@ -19,7 +19,7 @@ from tests.integration.conftest import BIN, answer_of, wait_for
 from tests.jobs import ROOT
 from tests.serve.test_app import make_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.timeout(1200)]
 ADDRESS = "http://127.0.0.1:8000"
 
 

@@ -24,6 +24,7 @@ from medray.train.worker import run_training
 from tests.processes import kill_one
 from tests.rating import pair, small, stored
 
+pytestmark = pytest.mark.whole_job
 torch.set_num_threads(1)
 DATA = DataConfig(read_cpus=0.5, encoders=1)
 

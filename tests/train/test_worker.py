@@ -21,7 +21,7 @@ from tests.prometheus import told
 
 from .conftest import DPO, MODEL, SFT, conversations, preferences
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.whole_job, pytest.mark.ray]
 
 
 def dataset(path, kind, rows):
