@@ -16,7 +16,7 @@ from medray.inference.engine_guard import OWNER_ENV
 from medray.inference.worker import map_options
 from tests.prometheus import told
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]
 
 
 def engines(model, but=()):

@@ -25,7 +25,7 @@ from medray.methods.benchmarking import evaluate_models
 from medray.run import Run
 from tests.integration.test_prepare_data import picture
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm]
 
 CONFIG = EvaluateJobConfig(
     model=ModelConfig(precision="fp32", system_prompt=""), data=DataConfig(read_cpus=0.25),
