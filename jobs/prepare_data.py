@@ -85,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
 
         return prepare_dataset(config, target)
 
-    return run_job(work, f"--to {target}")
+    from medray.methods.data_report import prepared_lines
+
+    return run_job(work, f"--to {target}", None if arguments.export else prepared_lines)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

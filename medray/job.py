@@ -62,7 +62,10 @@ def run_method(
 
 
 def _tuned(summary: dict[str, Any]) -> str:
-    said = f"{summary.pop('table')}\n\nreport  {summary['report']}"
+    from medray.methods.data_report import seen_lines
+
+    seen = seen_lines(summary)  # of the source, beside what was read
+    said = f"{summary.pop('table')}\n\n{seen + chr(10) if seen else ''}report  {summary['report']}"
     if summary["model"] is None:
         return said
     return f"{said}\nmodel   {summary['model']}\nserve   serve run serve.app:build run={summary['run']} keys=keys.txt   (docs/serving.md)"

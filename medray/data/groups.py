@@ -34,9 +34,9 @@ def unit(*keys: Any) -> float:
     return int.from_bytes(hashlib.sha256("|".join(map(str, keys)).encode()).digest()[:7], "big") / 2**56
 
 
-def read_groups(config: DataConfig) -> Any:
-    """The source as a lazy ray.data.Dataset of GROUP rows, in an order that the images' ids fix."""
-    return groups_of(read_index(config, config.read_cpus), config)
+def read_groups(config: DataConfig, notes: str | None = None) -> Any:
+    """The source as a lazy ray.data.Dataset of GROUP rows, in an order that the images' ids fix; `notes` as in read_index."""
+    return groups_of(read_index(config, config.read_cpus, notes), config)
 
 
 def groups_of(index: Any, config: DataConfig) -> Any:

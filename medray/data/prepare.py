@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -24,13 +26,19 @@ from medray.config import DataConfig
 from medray.data.dialogues import attribute_dialogue, attribute_questions, turns_of
 from medray.data.groups import image_of, place_of, read_groups, unit
 from medray.data.images import ImageError, decode
+from medray.data.shards import empty_folder
+from medray.data.unread import account_of, unread_line
 from medray.errors import DataError
+
+logger = logging.getLogger("medray")
 
 PARTS = {
     "conversations": records.CONVERSATION, "eval_conversations": records.CONVERSATION,
     "images": pa.schema([("sample_id", pa.string()), ("image", pa.binary())]),
     "questions": records.QUESTION, "quarantine": records.QUARANTINE,
 }
+ACCOUNT = "account.json"
+_WARNING = "warning: "  # before its name, beside the names of the parts
 
 # (labelled, unlabelled or eval; GROUP row; its [sample_id, payload] members) -> (part, what its row holds beside the image)
 Make = Callable[[str, dict[str, Any], list[list[Any]]], Iterator[tuple[str, dict[str, Any]]]]
@@ -77,8 +85,10 @@ def write_parts(
         if fs.exists(f"{root}/{part}"):
             fs.rm(f"{root}/{part}", recursive=True)
         fs.makedirs(f"{root}/{part}", exist_ok=True)
+    notes = f"{out_dir.rstrip('/')}/notes"
+    empty_folder(notes)
     config = rendered(config, out_dir)
-    groups = read_groups(config).map_batches(
+    groups = read_groups(config, notes).map_batches(
         _with_part, fn_kwargs={"config": config.model_dump(), "seed": seed}, batch_format="pyarrow", num_cpus=config.read_cpus,
     ).materialize()
     rows = Counter()
@@ -93,7 +103,26 @@ def write_parts(
         for batch in written.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in batch.to_pylist():
                 rows[row["part"]] += row["rows"]
+    files = groups.select_columns(["image_file"])
+    account = account_of(config, notes, partial(_image_files, files), groups.count())
+    if line := unread_line(account["unread"]):
+        logger.info("%s", line)
+    account["warnings"] = {name.removeprefix(_WARNING): number for name, number in rows.items() if name.startswith(_WARNING)}
+    with fs.open(f"{root}/{ACCOUNT}", "wb") as handle:
+        handle.write(json.dumps(account, indent=1).encode())
     return {part: rows[part] for part in schemas}
+
+
+def _image_files(files: Any) -> Iterator[list[str | None]]:
+    for batch in files.iter_batches(batch_size=2**14, batch_format="pyarrow"):
+        yield batch["image_file"].to_pylist()
+
+
+def read_account(out_dir: str) -> dict[str, Any]:
+    """What `write_parts` saw in the source beside what it read: `unread` and `unused` of medray.data.unread.account_of, and
+    `warnings`, the number of images by what is to be known of them (other frames that were not read)."""
+    fs, root = url_to_fs(out_dir)
+    return json.loads(fs.cat_file(f"{root}/{ACCOUNT}"))
 
 
 def rendered(config: DataConfig, out_dir: str) -> DataConfig:
@@ -132,24 +161,26 @@ def _write_shards(
     writes the same files again."""
     settings = DataConfig.model_validate(config)
     out: dict[str, list[dict[str, Any]]] = {name: [] for name in schemas}
+    warned: Counter[str] = Counter()
     for group in table.to_pylist():
         out["quarantine"] += [{**json.loads(bad), "stage": "data"} for bad in group["bad"]]
         members = json.loads(group["members"])
         if not members or part == "unused":
             continue
         try:
-            image, _ = image_of(group, settings)
+            image, warnings = image_of(group, settings)
             decode(image, settings)
         except ImageError as error:
             out["quarantine"] += [set_aside(identity, group, str(error)) for identity, _ in members]
             continue
+        warned.update(warnings)
         base = {"image_id": group["image_id"], "image": image, "modality": group["modality"]}
         for name, row in make(part, group, members):
             if len(out[name]) < most.get(name, len(out[name]) + 1):
                 out[name].append(row if name == "quarantine" else {**base, **row})
     name = hashlib.sha256("|".join(table["sample_id"].to_pylist()).encode()).hexdigest()[:16]
     fs, root = url_to_fs(out_dir)
-    counts = []
+    counts = [{"part": f"{_WARNING}{name}", "rows": number} for name, number in warned.items()]
     for kind, rows in out.items():
         if rows:
             for start in range(0, len(rows), settings.rows_per_shard):

@@ -35,6 +35,7 @@ from fsspec.core import url_to_fs
 
 from medray.config import DataConfig
 from medray.data.images import ImageError
+from medray.data.notes import Notes
 from medray.data.readers import (
     captions,
     concepts,
@@ -67,6 +68,7 @@ from medray.data.readers.detect import (
 )
 from medray.data.readers.files import records
 from medray.data.shards import read_rows
+from medray.data.walk import subfolders
 from medray.errors import DataError
 
 INDEX = pa.schema([
@@ -194,9 +196,13 @@ def _folder_format(source: str) -> str | None:
     return kind
 
 
-def read_index(config: DataConfig, num_cpus: float = 1.0) -> Any:
+def read_index(config: DataConfig, num_cpus: float = 1.0, notes: str | None = None) -> Any:
     """The source as a lazy ray.data.Dataset of INDEX rows. JSON Lines are read in byte ranges by many tasks, Parquet by
-    Ray Data's own reader, folders of files by a task for each subfolder, every other file by one task from begin to end."""
+    Ray Data's own reader, folders of files by a task for each subfolder, every other file by one task from begin to end.
+
+    Args:
+        notes: folder for what the tasks see and do not use (medray.data.notes); None to forget it.
+    """
     import ray.data
 
     kind, files = detect(config)
@@ -205,7 +211,7 @@ def read_index(config: DataConfig, num_cpus: float = 1.0) -> Any:
     pieces = list(_pieces(kind, config, files))
     if not pieces:
         raise DataError(f"data.source: {config.source} is empty")
-    settings = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": num_cpus, "fn_kwargs": {"patient_key": _patient_key(kind)}}
+    settings = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": num_cpus, "fn_kwargs": {"patient_key": _patient_key(kind), "notes_uri": notes}}
     return ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(_read_piece, **settings)
 
 
@@ -230,8 +236,8 @@ def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[st
     if kind in ("images", "dicom"):
         common = {"start": 0, "kind": kind, "images": _uri(fs, root if fs.isdir(root) else posixpath.dirname(root))}
         yield {**common, "path": _uri(fs, root), "end": 1}
-        below = [entry["name"] for entry in _entries(fs, root) if entry["type"] == "directory"] if fs.isdir(root) else []
-        yield from ({**common, "path": _uri(fs, folder), "end": 0} for folder in sorted(below))
+        below = subfolders(_uri(fs, root)) if fs.isdir(root) else []
+        yield from ({**common, "path": folder, "end": 0} for folder in below)
         return
     for path in files:
         size = fs.size(path)
@@ -256,27 +262,34 @@ def _image_folder(fs: Any, kind: str, path: str, root: str) -> str:
     return next((f"{root}/{name}" for name in names if fs.exists(f"{root}/{name}")), root)
 
 
-def _read_piece(table: pa.Table, patient_key: bytes | None) -> Iterator[pa.Table]:
+def _read_piece(table: pa.Table, patient_key: bytes | None, notes_uri: str | None) -> Iterator[pa.Table]:
     for piece in table.to_pylist():
         rows: list[Row] = []
-        for row in index_rows(**piece, patient_key=patient_key):
+        notes = Notes()
+        for row in index_rows(**piece, patient_key=patient_key, notes=notes):
             rows.append(row)
             if len(rows) == 1024:
                 yield pa.Table.from_pylist(rows, schema=INDEX)
                 rows = []
+        notes.write(notes_uri, piece["path"], piece["start"])
         yield pa.Table.from_pylist(rows, schema=INDEX)
 
 
-def index_rows(path: str, start: int, end: int, kind: str, images: str, patient_key: bytes | None = None) -> Iterator[Row]:
+def index_rows(
+    path: str, start: int, end: int, kind: str, images: str, patient_key: bytes | None = None,
+    notes: Notes | None = None,
+) -> Iterator[Row]:
     """INDEX rows of the records of one file; of JSON Lines those that begin in the byte range [start, end).
 
     Args:
         path: the file; for "images" and "dicom" the folder, of which `end` levels are read (0: all).
         images: the folder of the images; for "images" and "dicom" the folder that ids are relative to.
         patient_key: the secret of the pseudonyms of patients (see medray.data.dicom.patient_key).
+        notes: takes what is seen and not used.
     """
+    notes = Notes() if notes is None else notes
     if kind == "webdataset":
-        yield from webdataset.tar_rows(path)
+        yield from webdataset.tar_rows(path, notes)
     elif kind == "images":
         yield from folders.image_rows(path, images, end or None)
     elif kind == "dicom":

@@ -86,6 +86,7 @@ def clinician_preference(config: ClinicianPreferenceConfig, run_uri: str, shared
         "run": run.uri, **results["accuracy"], "rater": {"weight": results["rater"]["weight"], **alignment}, "truth": results["truth"],
         "clinicians": {name: results["clinicians"].get(name) for name in ("kind", "error_rate", "judgements", "pairs")},
         "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1), "wall_seconds": round(time.time() - started, 1),
+        **made["data"]["outputs"].get("account", {}),
         "report": run.path("report.html"), "model": models[config.evaluate.arms[0]].path if models else None, "rating_model": rater, "table": results["table"],
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 from medray.config import ClinicianPreferenceConfig, RaterConfig
 from medray.evaluation import report
 from medray.methods.clinicians import against_truth
+from medray.methods.data_report import account_of_run, not_used
 from medray.methods.summary import (
     attributes_table,
     counts_table,
@@ -134,6 +135,7 @@ def render(
         ("Answers: length and form", form_table(results["scores"]) if results["scores"] else ""),
         ("Training", report.training_curves(metrics, _CURVES)),
         ("Rows: kept, dropped, quarantined, retried", counts_table(results)),
+        *not_used(account_of_run(timeline)),
         ("Time", report.timeline(timeline)),
         ("Configuration", report.config_section(config.model_dump(mode="json"))),
     ]

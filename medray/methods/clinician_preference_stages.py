@@ -37,6 +37,7 @@ def data_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
 def prepare_data(stage: Stage, config: ClinicianPreferenceConfig) -> dict[str, Any]:
     """Source -> images with captions, held-out questions, quarantine (Parquet shards)."""
     from medray.data.captioned import PARTS, write_captioned
+    from medray.data.prepare import read_account
 
     asked = config.evaluate
     counts = write_captioned(
@@ -45,7 +46,7 @@ def prepare_data(stage: Stage, config: ClinicianPreferenceConfig) -> dict[str, A
         raise DataError(
             f"data.source: {config.data.source} has no question in its split {config.data.eval_split!r} to evaluate with; give a source that has some "
             "(docs/data.md), or evaluate.arms=[] to stop after the rating model")
-    return {"counts": counts, **{part: stage.path(part) for part in PARTS}}
+    return {"counts": counts, "account": read_account(stage.dir), **{part: stage.path(part) for part in PARTS}}
 
 
 def check_arms(config: ClinicianPreferenceConfig, data: dict[str, Any]) -> None:

@@ -11,10 +11,12 @@ The directory is a run: the same command continues it, and `data.source` of any 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +30,8 @@ from medray.methods.data_report import write_report
 from medray.methods.session import ray_session
 from medray.records import QUARANTINE
 from medray.run import Run, Stage
+
+logger = logging.getLogger("medray")
 
 SCHEMA_VERSION = 1
 # A task that groups holds a block's rows as Python objects, several times their size in Arrow; smaller ones would be too many to sort.
@@ -43,7 +47,8 @@ _LEAK_COLUMNS = ["sample_id", "image_id", "split", "group_id", "image_hash", "ph
 def prepare_dataset(config: PrepareDataConfig, run_uri: str) -> dict[str, Any]:
     """Convert `config.data.source` into the dataset directory `run_uri`, or continue.
 
-    Returns the summary that the job prints: run, images, splits, questions, quarantined, duplicates, leaks, seconds, report.
+    Returns the summary that the job prints: run, images, splits, questions, quarantined, duplicates,
+    unread (files by suffix), unused (fields by file), warnings, leaks, seconds, report.
 
     Raises DataError where the source is in no known format or nothing in it can be used.
     """
@@ -59,11 +64,12 @@ def prepare_dataset(config: PrepareDataConfig, run_uri: str) -> dict[str, Any]:
         if not account["outputs"]["counts"]["images"]:
             raise DataError(f"data.source: nothing in {config.data.source} can be used; {run.path('quarantine')} says why: {account['outputs']['reasons']}")
         leaks = run.stage("04-leaks", {"shards": shards["hash"], "config": config.leaks}, lambda stage: search_leaks(stage, config))
-        manifest = {"schema": SCHEMA_VERSION, "kind": "medray-dataset", "format": kind, **account["outputs"]["counts"], "leaks": leaks["outputs"]["counts"]}
+        seen = {**index["outputs"]["account"], "warnings": account["outputs"]["tallies"]["warnings"]}
+        manifest = {"schema": SCHEMA_VERSION, "kind": "medray-dataset", "format": kind, **account["outputs"]["counts"], **seen, "leaks": leaks["outputs"]["counts"]}
         run.write_json(manifest, "manifest.json")
         write_report(run, config, manifest, account["outputs"], leaks["outputs"])
     return {
-        "run": run.uri, "format": kind, **account["outputs"]["counts"], "leaks": leaks["outputs"]["counts"],
+        "run": run.uri, "format": kind, **account["outputs"]["counts"], **seen, "leaks": leaks["outputs"]["counts"],
         "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1), "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"),
     }
 
@@ -79,13 +85,24 @@ def write_index(stage: Stage, data: DataConfig) -> dict[str, Any]:
     from medray.data.prepare import rendered
     from medray.data.shards import count_rows, small_blocks
     from medray.data.sources import detect
+    from medray.data.unread import account_of, unread_line
 
     data = rendered(data, stage.dir)
     kind, _ = detect(data)
     stage.reset("rows")  # made anew by each attempt: it is small and ordered as a whole
+    stage.reset("notes")
     with small_blocks(INDEX_BLOCK_BYTES):
-        read_groups(data).write_parquet(stage.path("rows"), row_group_size=64, ray_remote_args={"num_cpus": data.read_cpus})
-    return {"rows": stage.path("rows"), "format": kind, "counts": {"images": count_rows(stage.path("rows"))}}
+        read_groups(data, stage.path("notes")).write_parquet(stage.path("rows"), row_group_size=64, ray_remote_args={"num_cpus": data.read_cpus})
+    images = count_rows(stage.path("rows"))
+    account = account_of(data, stage.path("notes"), partial(_image_files, stage.path("rows")), images)
+    if account["unread"]:
+        logger.info("%s", unread_line(account["unread"]))
+    return {"rows": stage.path("rows"), "format": kind, "counts": {"images": images}, "account": account}
+
+
+def _image_files(rows: str) -> Iterator[list[str | None]]:
+    for table in tables(rows, ["image_file"], 2**14):
+        yield table["image_file"].to_pylist()
 
 
 def write_samples(stage: Stage, data: DataConfig, index_uri: str, kind: str, out: str) -> dict[str, Any]:

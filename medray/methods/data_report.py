@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from medray.config import PrepareDataConfig
+from medray.data.unread import unread_line
 from medray.evaluation import report
 from medray.run import Run
 
@@ -29,12 +30,56 @@ def write_report(run: Run, config: PrepareDataConfig, manifest: dict[str, Any], 
         ("Images", f"<p>longest side {side['smallest']} to {side['largest']} pixels, median {side['median']}</p>"),
         ("In numbers", tallies),
         ("Set aside", report.table(["reason", "rows"], account["reasons"].items()) if account["reasons"] else "<p>nothing</p>"),
+        *not_used(manifest),
         ("Leaks between splits", f"<pre>{html.escape(leaks['table'])}</pre>{picture}"),
         ("Samples", sheet(run.path("shards"), 12)),
         ("Stages", report.timeline(run.timeline)),
         ("Configuration", report.config_section(config.model_dump(mode="json"))),
     ]
     run.write_text(report.page("Prepared data", sections, f"{manifest['format']} from {config.data.source}"), "report.html")
+
+
+def not_used(seen: dict[str, Any]) -> list[tuple[str, str]]:
+    """Sections of a report: files that nothing was read from, fields that no reader understands.
+
+    Args:
+        seen: `unread` and `unused` of medray.data.unread.account_of.
+    """
+    unused = [
+        (file, ", ".join(f"{field} ({number:,})" for field, number in fields.items()))
+        for file, fields in seen.get("unused", {}).items()
+    ]
+    unread = seen.get("unread", {})
+    return [
+        ("Files not read", report.table(["suffix", "files"], unread.items()) if unread else "<p>none</p>"),
+        ("Fields not used", report.table(["file", "fields (records)"], unused) if unused else ""),
+    ]
+
+
+def seen_lines(summary: dict[str, Any]) -> str:
+    """What the last lines of a job say of a source, beside what was read: a line for each kind; "" for nothing."""
+    unused = [f"{file}: {', '.join(fields)}" for file, fields in summary.get("unused", {}).items()]
+    warned = ", ".join(f"{number:,} x {name}" for name, number in summary.get("warnings", {}).items())
+    lines = [
+        unread_line(summary.get("unread", {})),
+        f"fields not used: {'; '.join(unused[:8])}{f' and {len(unused) - 8} more files' if len(unused) > 8 else ''}" if unused else "",
+        f"warnings: {warned}" if warned else "",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def account_of_run(timeline: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the data stage of a method saw and did not use (medray.data.prepare.read_account); {} if none is recorded."""
+    outputs = [stage["outputs"] for stage in timeline if stage["stage"].startswith("00-data")]
+    return next((found["account"] for found in outputs if "account" in found), {})
+
+
+def prepared_lines(summary: dict[str, Any]) -> str:
+    """The last lines of jobs/prepare_data.py for people: counts, what was not read, the report."""
+    splits = ", ".join(f"{number:,} {name}" for name, number in summary["splits"].items())
+    read = f"images {summary['images']:,} ({splits})   quarantined {summary['quarantined']:,}   duplicates {summary['duplicates']:,}"
+    seen = seen_lines(summary)
+    return f"{read}\n{seen + chr(10) if seen else ''}report {summary['report']}"
 
 
 def _png(data: bytes) -> str:

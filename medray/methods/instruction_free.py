@@ -78,5 +78,5 @@ def instruction_free(config: InstructionFreeConfig, run_uri: str, shared_uri: st
     return {
         "run": run.uri, **results["measures"], "floors": results["floors"], "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),
         "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"), "model": model.path,
-        "proxy": tuned["outputs"].get("proxy"), "table": results["table"],
+        "proxy": tuned["outputs"].get("proxy"), **data["outputs"].get("account", {}), "table": results["table"],
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from medray.config import InstructionFreeConfig
 from medray.evaluation import report
+from medray.methods.data_report import account_of_run, not_used
 from medray.methods.summary import counts_table, metrics_of, recorded, timeline_of, write_metrics
 from medray.run import Run
 
@@ -108,6 +109,7 @@ def render(
         ("Descriptions of held-out images", _gallery(data, outputs, "described")),
         ("General questions", _gallery(data, outputs, "general")),
         ("Rows: kept, quarantined, retried", counts_table(results)),
+        *not_used(account_of_run(timeline)),
         ("Time", report.timeline(timeline)),
         ("Configuration", report.config_section(config.model_dump(mode="json"))),
     ]

@@ -30,6 +30,7 @@ def data_inputs(config: InstructionFreeConfig) -> dict[str, Any]:
 def prepare_data(stage: Stage, config: InstructionFreeConfig) -> dict[str, Any]:
     """Source -> descriptions to tune on, held-out descriptions, sets of questions, quarantine (Parquet shards)."""
     from medray.data.description_sets import PARTS, form_of, write_descriptions, write_general
+    from medray.data.prepare import read_account
 
     asked = config.evaluate
     counts = write_descriptions(
@@ -38,7 +39,7 @@ def prepare_data(stage: Stage, config: InstructionFreeConfig) -> dict[str, Any]:
     if asked.general is not None:
         general = write_general(config.data, stage.path("general"), asked.general, asked.general_split, asked.kinds, asked.seed, asked.max_general)
     return {
-        "counts": {**counts, "general": general}, "form": form_of(config.data), **{part: stage.path(part) for part in PARTS},
+        "counts": {**counts, "general": general}, "account": read_account(stage.dir), "form": form_of(config.data), **{part: stage.path(part) for part in PARTS},
         "general": stage.path("general", "questions"),
         "questions": stage.path("choices" if counts["choices"] else "described"),  # what an export is verified with
     }

@@ -102,5 +102,6 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
     return {
         "run": run.uri, "base": results["accuracy"].get("base"), "tuned": results["accuracy"][list(scores)[-1]],
         "pairs": pairs_made, "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),
-        "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"), "model": model.path, "table": results["table"],
+        "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"), "model": model.path,
+        **data["outputs"].get("account", {}), "table": results["table"],
     }

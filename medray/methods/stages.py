@@ -81,11 +81,12 @@ def exported(manifest: dict[str, Any]) -> Model:
 
 def prepare_data(stage: Stage, config: SelfTrainingConfig) -> dict[str, Any]:
     """Source -> conversations, unlabelled images, held-out questions, quarantine (Parquet shards)."""
-    from medray.data.prepare import prepare
+    from medray.data.prepare import prepare, read_account
 
     counts = prepare(config.data, stage.dir, seed=config.sft.seed, eval_kinds=config.evaluate.kinds, eval_seed=config.evaluate.seed,
                      max_eval_images=config.evaluate.max_images, eval_conversations=config.sft.eval_rows)
-    return {"counts": counts, **{part: stage.path(part) for part in ("conversations", "eval_conversations", "images", "questions", "quarantine")}}
+    account = read_account(stage.dir)
+    return {"counts": counts, "account": account, **{part: stage.path(part) for part in ("conversations", "eval_conversations", "images", "questions", "quarantine")}}
 
 
 def tune(

@@ -10,6 +10,7 @@ from typing import Any
 
 from medray.config import SelfTrainingConfig
 from medray.evaluation import report
+from medray.methods.data_report import account_of_run, not_used
 from medray.run import Run
 
 _CURVES = {
@@ -115,6 +116,7 @@ def render(run: Run, config: SelfTrainingConfig, results: dict[str, Any], stages
         ("Preference pairs", _pairs(results, stages)),
         ("Questions the model asked itself", report.gallery(_judged_sample(run, stages))),
         ("Rows: kept, dropped, quarantined, retried", counts_table(results)),
+        *not_used(account_of_run(run.timeline)),
         ("Time", report.timeline(run.timeline)),
         ("Configuration", report.config_section(config.model_dump(mode="json"))),
     ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
+from medray.data.notes import UNREAD, Notes
 from medray.data.readers.canonical import payloads
 from medray.data.readers.common import (
     IMAGE_SUFFIXES,
@@ -22,6 +23,7 @@ from medray.data.readers.common import (
     row,
     split_of,
 )
+from medray.data.walk import suffix_of
 
 # A member's text that is longer than this is not read (bytes).
 LONGEST_TEXT = 16 * 2**20
@@ -31,8 +33,9 @@ _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
-def tar_rows(path: str) -> Iterator[Row]:
-    """Index rows of a tar's samples, read once from begin to end; the members of a sample stand together.
+def tar_rows(path: str, notes: Notes) -> Iterator[Row]:
+    """Index rows of a tar's samples, read once from begin to end; the members of a sample stand together. Members that
+    nothing is read from are noted by their suffix.
 
     `image_file` is "<path>#offset=<byte>&size=<bytes>". The id is the JSON's sample_id, else "<tar's name>/<key>".
     """
@@ -45,7 +48,10 @@ def tar_rows(path: str) -> Iterator[Row]:
                 for member in tar:
                     tar.members = []  # tarfile would keep every header of the file
                     match = _MEMBER.match(member.name)
+                    if member.isdir():
+                        continue
                     if not member.isfile() or match is None or _META.match(member.name):
+                        notes.add(UNREAD, name, suffix_of(member.name))
                         continue
                     key, suffix = match[1], f".{match[2].lower()}"
                     if sample and sample["key"] != key:
@@ -55,7 +61,9 @@ def tar_rows(path: str) -> Iterator[Row]:
                     if suffix in IMAGE_SUFFIXES:
                         sample["images"].append(f"{path}#offset={member.offset_data}&size={member.size}")
                     elif suffix in (".json", ".txt", ".caption"):
-                        sample["texts"][suffix] = tar.extractfile(member).read() if member.size <= LONGEST_TEXT else b""
+                        sample["texts"][suffix] = tar.extractfile(member).read() if member.size <= LONGEST_TEXT else None
+                    else:
+                        notes.add(UNREAD, name, suffix_of(member.name))
                 handle.seek(tar.offset)
                 if handle.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
                     raise tarfile.ReadError("broken header")
@@ -93,8 +101,10 @@ def _group(value: Any) -> str | None:
     return value if isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) else digest(value)
 
 
-def _record(texts: dict[str, bytes]) -> dict[str, Any]:
+def _record(texts: dict[str, bytes | None]) -> dict[str, Any]:
     """The sample's JSON object, with the text file as its caption where it has none."""
+    if long := [suffix for suffix, text in texts.items() if text is None]:
+        raise BadRecord(f"the sample's {long[0]} is longer than {LONGEST_TEXT} bytes")
     try:
         record = json.loads(texts[".json"]) if ".json" in texts else {}
         caption = texts.get(".txt", texts.get(".caption", b"")).decode("utf-8").strip()
