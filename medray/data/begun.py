@@ -6,12 +6,17 @@ Every actor keeps its number in a file of its own beside the stage's committed i
 from __future__ import annotations
 
 import contextlib
+import logging
 import posixpath
 import threading
 import uuid
 from collections.abc import Iterator
 
 from fsspec.core import url_to_fs
+
+from medray.files import files_in, write_whole
+
+logger = logging.getLogger("medray")
 
 _KEY = "medray_begun"  # of Ray Data's context, which comes along to every actor
 
@@ -34,7 +39,7 @@ class Begun:
         with self._lock:
             self.rows += rows
             if self._file:
-                self._fs.pipe_file(self._file, str(self.rows).encode())
+                write_whole(self._fs, self._file, str(self.rows).encode())
 
 
 @contextlib.contextmanager
@@ -51,8 +56,18 @@ def counted(folder: str) -> Iterator[None]:
 
 
 def begun_rows(folder: str) -> int:
-    """The sum of all actors' numbers, those of earlier attempts included; 0 where there are none."""
+    """The sum of all actors' numbers, those of earlier attempts included; 0 where there are none.
+
+    A number that cannot be read counts as 0 and is named in the log: it only makes "rows done again" too small.
+    """
     fs, root = url_to_fs(folder)
-    fs.invalidate_cache()
-    # A file that was being written when its actor was killed may be empty: its batch then counts as not begun.
-    return sum(int(fs.cat_file(path) or 0) for path in fs.glob(posixpath.join(root, "*")))
+    total = 0
+    for path in files_in(fs, root):
+        if path.endswith(".part"):  # of an actor killed while it wrote
+            continue
+        text = fs.cat_file(path)
+        if text and not text.isdigit():
+            logger.warning("%s: not a number of rows; \"rows done again\" will be too small", path)
+            continue
+        total += int(text or 0)
+    return total

@@ -10,14 +10,17 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from medray.data.begun import begun_rows, counted
-from medray.errors import DataError
+from medray.data.ids import contains, digests
+from medray.data.pieces import reconcile
+from medray.errors import DataError, StageError
+from medray.files import files_in
 
 # Ray Data's own 128 MiB lets every reading task, every encoder and the queues between them hold hundreds of MiB of
 # images: memory grew until gigabytes of rows were under way.
@@ -30,10 +33,7 @@ GROUP_ROWS, GROUP_BYTES, SHARD_BYTES = 64, 32 * 2**20, 512 * 2**20
 def parquet_files(uri: str) -> list[str]:
     """URIs of the Parquet files of a folder, in order of name."""
     fs, root = url_to_fs(uri)
-    fs.invalidate_cache(root)  # of an object store's listing: other processes write
-    if not fs.exists(root):
-        return []
-    return [fs.unstrip_protocol(p) if "://" in uri else p for p in sorted(fs.glob(f"{root}/*.parquet"))]
+    return [fs.unstrip_protocol(p) if "://" in uri else p for p in files_in(fs, root, ".parquet")]
 
 
 def count_rows(uri: str) -> int:
@@ -41,9 +41,25 @@ def count_rows(uri: str) -> int:
     fs, _ = url_to_fs(uri)
     total = 0
     for path in parquet_files(uri):
-        with fs.open(fs._strip_protocol(path), "rb") as handle:
+        with readable(path), fs.open(fs._strip_protocol(path), "rb") as handle:
             total += pq.read_metadata(handle).num_rows
     return total
+
+
+@contextlib.contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turn what pyarrow and file systems raise for a cut, damaged or missing Parquet file into one sentence.
+
+    Raises DataError.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{path}: cannot be read as Parquet ({reason}); if it belongs to a run, rerun the same command to write it anew, "
+            "otherwise restore the file"
+        ) from error
 
 
 def tables(uri: str, columns: list[str] | None = None, rows: int = 1024) -> Iterator[pa.Table]:
@@ -54,8 +70,16 @@ def tables(uri: str, columns: list[str] | None = None, rows: int = 1024) -> Iter
 
 def _tables_of_file(path: str, columns: list[str] | None, rows: int) -> Iterator[pa.Table]:
     fs, inner = url_to_fs(path)
-    with fs.open(inner, "rb") as handle:
-        for batch in pq.ParquetFile(handle).iter_batches(batch_size=rows, columns=columns):
+    with readable(path):
+        handle = fs.open(inner, "rb")
+    with handle:
+        with readable(path):
+            batches = pq.ParquetFile(handle, page_checksum_verification=True).iter_batches(batch_size=rows, columns=columns)
+        while True:
+            with readable(path):
+                batch = next(batches, None)
+            if batch is None:
+                return
             yield pa.Table.from_batches([batch])
 
 
@@ -124,56 +148,82 @@ class Written(NamedTuple):
     again: dict[str, int]
 
 
+def write_in_order(dataset: Any, uri: str, num_cpus: float = 1.0) -> None:
+    """Write a Ray dataset as shards whose rows keep the dataset's order, so that equal inputs give equal files' contents."""
+    from medray.data.ordered_sink import OrderedParquetSink
+
+    dataset.write_datasink(OrderedParquetSink(uri), ray_remote_args={"num_cpus": num_cpus})
+
+
 def write_resumable(
     rows_uri: str | list[str], out_uri: str, checkpoint_uri: str, stage: Any, rows_per_task: int, num_cpus: float = 1.0, id_column: str = "sample_id",
+    keeps: Callable[[str], bool] | None = None,
 ) -> Written:
     """Read shards, pass them through `stage(dataset) -> dataset`, write them; the same call after a kill finishes.
 
     Rows are known by `id_column`; one input row gives one output row with the same id. Ray Data commits each written
     file together with the ids it holds (two phases), and a restarted call reads only ids that are not committed. A folder
-    without such an id is not read, and where no folder has one, no actor of `stage` starts.
+    without such an id is not read, and where no folder has one, no actor of `stage` starts. Ids whose rows are gone or damaged
+    are not trusted: see medray.data.pieces.
 
     Args:
         rows_uri: a folder, or several whose ids differ; later calls may name others for the same `out_uri`.
         rows_per_task: rows that are worked on, written and committed together: what a lost process costs at most.
+        keeps: of a stage that filters its input, whether it keeps the row of an id.
 
     Actors of `stage` that make a medray.data.begun.Begun and call it have the rows counted that were worked on more than once.
+
+    Raises DataError for a file of `rows_uri` that cannot be read, StageError where an id comes twice in `rows_uri`, or has
+    no row or several in the output.
     """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
 
-    unfinished = _unfinished([rows_uri] if isinstance(rows_uri, str) else rows_uri, checkpoint_uri, id_column)
-    wanted = sum(map(count_rows, unfinished))
+    folders = [rows_uri] if isinstance(rows_uri, str) else rows_uri
+    wanted = {uri: _ids(uri, id_column, keeps) for uri in folders}
+    everything = np.sort(np.concatenate([*wanted.values(), np.empty(0, "S16")]))
+    if len(np.unique(everything)) < len(everything):
+        raise StageError(
+            f"{', '.join(folders)}: {len(everything) - len(np.unique(everything))} of {len(everything)} rows repeat a {id_column}; "
+            "ids name rows, so make them unique in the source"
+        )
+    # A list of folders may change from call to call, and rows of a folder that is gone stay.
+    known = everything if isinstance(rows_uri, str) else None
+    committed = reconcile(out_uri, checkpoint_uri, id_column, known)
+    unfinished = [uri for uri, ids in wanted.items() if not contains(committed, ids).all()]
     fs, root = url_to_fs(out_uri)
     fs.makedirs(root, exist_ok=True)
     context = ray.data.DataContext.get_current()
     before, begun = context.checkpoint_config, checkpoint_uri.rstrip("/") + "-begun"
     context.checkpoint_config = CheckpointConfig(id_column=id_column, checkpoint_path=checkpoint_uri, delete_checkpoint_on_success=False)
     try:
-        if wanted:
+        if unfinished:
             files = [path for uri in unfinished for path in parquet_files(uri)]
+            rows_to_do = sum(len(wanted[uri]) for uri in unfinished)
             with counted(begun):
                 # A shard would else be one task, and committed only as a whole.
                 rows = read_rows(files, num_cpus=num_cpus).repartition(target_num_rows_per_block=rows_per_task)
-                with footer_readers(wanted // rows_per_task):  # the files of committed ids, which the write reads first
-                    stage(rows).write_parquet(out_uri, row_group_size=64, ray_remote_args={"num_cpus": num_cpus})
+                with footer_readers(rows_to_do // rows_per_task):  # the files of committed ids, which the write reads first
+                    write_in_order(stage(rows), out_uri, num_cpus)
     finally:
         context.checkpoint_config = before
+    if unfinished:
+        committed = reconcile(out_uri, checkpoint_uri, id_column, known)
+    missing = int((~contains(committed, everything)).sum())
     written = count_rows(out_uri)
+    if missing or written != len(committed):
+        raise StageError(
+            f"{out_uri}: {written} rows in the files, {missing} of {len(everything)} input rows have none; "
+            "rerun the same command to make them"
+        )
     again = begun_rows(begun) - written
     return Written(written, {"rows done again": again} if again > 0 else {})
 
 
-def _unfinished(uris: list[str], checkpoint_uri: str, id_column: str) -> list[str]:
-    """The folders that hold an id which is not committed; all where a commit was broken off, for Ray Data to undo it."""
-    if any(path.endswith(".pending.parquet") for path in parquet_files(checkpoint_uri)):
-        return uris
-    committed = _column(checkpoint_uri, id_column)
-    return [uri for uri in uris if count_rows(uri) > len(committed) or not pc.all(pc.is_in(_column(uri, id_column), value_set=committed)).as_py()]
-
-
-def _column(uri: str, name: str) -> pa.ChunkedArray:
-    return pa.chunked_array([table[name].combine_chunks().cast(pa.string()) for table in tables(uri, [name], 2**16)], pa.string())
+def _ids(uri: str, id_column: str, keeps: Callable[[str], bool] | None) -> np.ndarray:
+    """Digests of a folder's ids, sorted."""
+    ids = (identity for table in tables(uri, [id_column], 2**16) for identity in table[id_column].cast(pa.string()).to_pylist())
+    return digests(identity for identity in ids if keeps is None or keeps(identity))
 
 
 def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callable[[pa.Table], pa.Table], rows_per_shard: int, num_cpus: float = 1.0) -> int:
@@ -196,8 +246,7 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
     fs.makedirs(root, exist_ok=True)
     done_fs, done = url_to_fs(done_uri)
     done_fs.makedirs(done, exist_ok=True)
-    done_fs.invalidate_cache(done)
-    ready = {posixpath.basename(path) for path in done_fs.glob(f"{done}/*")}
+    ready = {posixpath.basename(path) for path in files_in(done_fs, done)}
     wanted, waiting = 0, []
     for number, pieces in enumerate(_pieces(rows_uri, rows_per_shard)):
         wanted += sum(piece["rows"] for piece in pieces)
@@ -207,7 +256,7 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
         settings = {"out_uri": out_uri, "done_uri": done_uri, "convert": convert}
         shards = ray.data.from_items(waiting, override_num_blocks=min(len(waiting), 1000))
         shards.map_batches(_write_converted, fn_kwargs=settings, batch_size=1, batch_format="pyarrow", num_cpus=num_cpus).materialize()
-    for path in fs.glob(f"{root}/*.part"):
+    for path in files_in(fs, root, ".part"):
         fs.rm(path)
     written = count_rows(out_uri)
     if written != wanted:
@@ -285,7 +334,7 @@ def write_shard(tables: Iterable[pa.Table], out_uri: str, stem: str) -> None:
         size = 0
         texts = [leaf for leaf in _leaves(group.schema) if leaf != "image"]
         # Images are compressed already, all different, and in no order.
-        options = {"compression": dict.fromkeys(texts, "SNAPPY") | {"image": "NONE"}, "use_dictionary": texts, "write_statistics": texts}
+        options = {"write_page_checksum": True, "compression": dict.fromkeys(texts, "SNAPPY") | {"image": "NONE"}, "use_dictionary": texts, "write_statistics": texts}
         with whole_file(fs, f"{root}/{stem}-{number:02d}.parquet") as handle, pq.ParquetWriter(handle, group.schema, **options) as writer:
             while group is not None and size < SHARD_BYTES:
                 writer.write_table(group)

@@ -118,7 +118,7 @@ def explode(stage: Stage, config: EvaluateJobConfig, samples_uri: str, name: str
     """SAMPLE rows to one row per question, its `key` the prefix and its id."""
     from ray.data.expressions import col
 
-    from medray.data.shards import count_rows, read_rows
+    from medray.data.shards import count_rows, read_rows, write_in_order
 
     stage.reset("rows")
     cpus = config.data.read_cpus
@@ -128,7 +128,7 @@ def explode(stage: Stage, config: EvaluateJobConfig, samples_uri: str, name: str
         rows = rows.limit(config.evaluate.max_images)
     arguments = {"name": name, "prefix": prefix, "seed": config.evaluate.seed}
     rows = rows.map_batches(_questions, fn_kwargs=arguments, batch_size=32, batch_format="pyarrow", num_cpus=cpus)
-    rows.write_parquet(stage.path("rows"), row_group_size=64, ray_remote_args={"num_cpus": cpus})
+    write_in_order(rows, stage.path("rows"), cpus)
     return {"rows": stage.path("rows"), "prefix": prefix, "counts": {"questions": count_rows(stage.path("rows"))}}
 
 

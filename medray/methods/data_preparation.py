@@ -83,7 +83,7 @@ def write_index(stage: Stage, data: DataConfig) -> dict[str, Any]:
     """What the source holds, without pixels, one row per image and split, in an order fixed by the ids."""
     from medray.data.groups import read_groups
     from medray.data.prepare import rendered
-    from medray.data.shards import count_rows, small_blocks
+    from medray.data.shards import count_rows, small_blocks, write_in_order
     from medray.data.sources import detect
     from medray.data.unread import account_of, unread_line
 
@@ -92,7 +92,7 @@ def write_index(stage: Stage, data: DataConfig) -> dict[str, Any]:
     stage.reset("rows")  # made anew by each attempt: it is small and ordered as a whole
     stage.reset("notes")
     with small_blocks(INDEX_BLOCK_BYTES):
-        read_groups(data, stage.path("notes")).write_parquet(stage.path("rows"), row_group_size=64, ray_remote_args={"num_cpus": data.read_cpus})
+        write_in_order(read_groups(data, stage.path("notes")), stage.path("rows"), data.read_cpus)
     images = count_rows(stage.path("rows"))
     account = account_of(data, stage.path("notes"), partial(_image_files, stage.path("rows")), images)
     if account["unread"]:

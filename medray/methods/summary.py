@@ -10,6 +10,7 @@ from typing import Any
 
 from medray.config import SelfTrainingConfig
 from medray.evaluation import report
+from medray.files import files_in
 from medray.methods.data_report import account_of_run, not_used
 from medray.run import Run
 
@@ -190,8 +191,7 @@ def _judged_sample(run: Run, stages: dict[str, Any], rows: int = 40) -> Iterator
     if not judged:
         return
     _, _, folder = judged[-1]["outputs"]["rows"].partition(run.uri)
-    files = sorted(run.fs.glob(f"{run._root}{folder}/*.parquet"))
-    for path in files[:1]:
+    for path in files_in(run.fs, f"{run._root}{folder}", ".parquet")[:1]:
         with run.fs.open(path, "rb") as handle:
             batch = next(pq.ParquetFile(handle).iter_batches(batch_size=rows), None)
             yield from (batch.to_pylist() if batch is not None else [])

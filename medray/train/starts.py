@@ -14,6 +14,8 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
+from medray.files import files_in, write_whole
+
 FOLDER = "starts"
 
 
@@ -37,7 +39,7 @@ class Start:
     def mark(self, step: int, samples: int) -> None:
         """So far it came. Steps after the last mark count for nothing in `redone`: mark every few seconds, and at the end."""
         self.note |= {"step": step, "samples": samples, "marked": time.time()}
-        self.fs.pipe_file(self.path, json.dumps(self.note).encode())
+        write_whole(self.fs, self.path, json.dumps(self.note).encode())
 
 
 def redone(stage_dir: str) -> dict[str, Any]:
@@ -59,5 +61,4 @@ def redone(stage_dir: str) -> dict[str, Any]:
 
 
 def _notes(fs: Any, folder: str) -> list[str]:
-    fs.invalidate_cache()
-    return sorted(fs.glob(posixpath.join(folder, "*.json")))
+    return files_in(fs, folder, ".json")
