@@ -7,7 +7,7 @@ import itertools
 import os
 import posixpath
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,7 +157,7 @@ def write_in_order(dataset: Any, uri: str, num_cpus: float = 1.0) -> None:
 
 def write_resumable(
     rows_uri: str | list[str], out_uri: str, checkpoint_uri: str, stage: Any, rows_per_task: int, num_cpus: float = 1.0, id_column: str = "sample_id",
-    keeps: Callable[[str], bool] | None = None,
+    keeps: Callable[[dict[str, Any]], bool] | None = None, keep_columns: Sequence[str] = (),
 ) -> Written:
     """Read shards, pass them through `stage(dataset) -> dataset`, write them; the same call after a kill finishes.
 
@@ -169,7 +169,7 @@ def write_resumable(
     Args:
         rows_uri: a folder, or several whose ids differ; later calls may name others for the same `out_uri`.
         rows_per_task: rows that are worked on, written and committed together: what a lost process costs at most.
-        keeps: of a stage that filters its input, whether it keeps the row of an id.
+        keeps: of a stage that leaves out some of its input, whether it keeps a row; called with its id and `keep_columns`.
 
     Actors of `stage` that make a medray.data.begun.Begun and call it have the rows counted that were worked on more than once.
 
@@ -180,7 +180,7 @@ def write_resumable(
     from ray.data.checkpoint import CheckpointConfig
 
     folders = [rows_uri] if isinstance(rows_uri, str) else rows_uri
-    wanted = {uri: _ids(uri, id_column, keeps) for uri in folders}
+    wanted = {uri: _ids(uri, id_column, keeps, keep_columns) for uri in folders}
     everything = np.sort(np.concatenate([*wanted.values(), np.empty(0, "S16")]))
     if len(np.unique(everything)) < len(everything):
         raise StageError(
@@ -220,10 +220,12 @@ def write_resumable(
     return Written(written, {"rows done again": again} if again > 0 else {})
 
 
-def _ids(uri: str, id_column: str, keeps: Callable[[str], bool] | None) -> np.ndarray:
+def _ids(uri: str, id_column: str, keeps: Callable[[dict[str, Any]], bool] | None, columns: Sequence[str]) -> np.ndarray:
     """Digests of a folder's ids, sorted."""
-    ids = (identity for table in tables(uri, [id_column], 2**16) for identity in table[id_column].cast(pa.string()).to_pylist())
-    return digests(identity for identity in ids if keeps is None or keeps(identity))
+    rows = tables(uri, list({id_column, *columns}), 2**16)
+    if keeps is None:
+        return digests(identity for table in rows for identity in table[id_column].cast(pa.string()).to_pylist())
+    return digests(str(row[id_column]) for table in rows for row in table.to_pylist() if keeps(row))
 
 
 def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callable[[pa.Table], pa.Table], rows_per_shard: int, num_cpus: float = 1.0) -> int:

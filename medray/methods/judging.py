@@ -35,6 +35,11 @@ class JudgeRows:
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist(list(self._made(table)), schema=SELF_PLAY)
 
+    def keeps(self, row: dict[str, Any]) -> bool:
+        """Whether a question, by its `sample_id` and `answer_type`, has a row: it is open, and both models answered it."""
+        identity = row["sample_id"]
+        return row["answer_type"] == "open" and identity in self.second and (self.first is None or identity in self.first)
+
     def _made(self, table: pa.Table) -> Iterator[dict[str, Any]]:
         from medray.evaluation.chat_score import chat_rows
 
@@ -94,6 +99,7 @@ def _judged(
 
         rows, again = write_resumable(
             questions["outputs"]["rows"], stage.path("rows"), stage.path("committed"), judged, 8 * config.engine.rows_per_task, config.data.read_cpus,
+            keeps=JudgeRows(**arguments).keeps, keep_columns=["answer_type"],
         )
         return {"rows": stage.path("rows"), "counts": {"questions": rows, **again}}
 

@@ -195,10 +195,7 @@ def self_play(stage: Stage, config: SelfTrainingConfig, model: Model, data: dict
             rows = rows.filter(_FreshShare(number, config.rounds), num_cpus=config.data.read_cpus)
         return rows.map_batches(SelfPlay, fn_constructor_kwargs=arguments, **map_options(config.engine))
 
-    keeps = None
-    if config.data.unlabelled_per_round == "fresh":
-        share = _FreshShare(number, config.rounds)
-        keeps = lambda image: share({"sample_id": image})  # noqa: E731
+    keeps = _FreshShare(number, config.rounds) if config.data.unlabelled_per_round == "fresh" else None
     rows, again = write_resumable(
         images, stage.path("rows"), stage.path("committed"), played, config.engine.rows_per_task, config.data.read_cpus, keeps=keeps)
     tally = _tally(stage.path("rows"), ["sample_id", "error", "questions", "dropped_questions"], _played)

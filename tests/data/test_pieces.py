@@ -147,7 +147,7 @@ def test_a_stage_that_loses_rows_fails(ray_cluster, rows_in, tmp_path):
     arguments = (str(rows_in), str(tmp_path / "rows"), str(tmp_path / "committed"), stage, 16, 0.5)
     with pytest.raises(StageError, match="1 of 48 input rows"):
         write_resumable(*arguments)
-    assert write_resumable(*arguments, keeps=lambda identity: identity != IDS[3]).rows == 47
+    assert write_resumable(*arguments, keeps=lambda row: row["sample_id"] != IDS[3]).rows == 47
 
 
 def test_repeated_ids_of_the_input_are_refused(rows_in):
