@@ -1,7 +1,7 @@
 """What a chat request may say. Everything else is refused before a model sees it (pure but for the images' loader).
 
 The fields are OpenAI's, and top_k, min_p and repetition_penalty of vLLM. Fields that vLLM knows beyond these are refused: some
-run a template of the caller's, some hand options to processors.
+run a template of the caller's, some hand options to processors. A field that is null or empty asks for nothing and is ignored.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _MOST_MESSAGES, _MOST_PARTS, _MOST_STOPS = 10_000, 1000, 64
 _FIELDS = 10_000  # commas of a body outside its texts and its schema
 _LARGEST_COUNT = 1000  # of these in a schema: a grammar grows with them
 _DEEPEST = 16
+_NOT_IN_CHOICES = frozenset("\n\r\0")
 
 
 class ApiError(Exception):
@@ -41,8 +42,22 @@ class ApiError(Exception):
         self.headers = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a field asks for nothing: null, "", [], {}, or an object with no other values. Not false and 0, which are values."""
+    return value is None or value in ("", []) or (isinstance(value, dict) and all(map(_is_empty, value.values())))
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_empty_fields(cls, given: Any) -> Any:
+        """Many clients write every field that they know, and send an answer back as the next turn with all of its fields."""
+        if not isinstance(given, dict):
+            return given
+        required = {field.alias or name for name, field in cls.model_fields.items() if field.is_required()}
+        return {key: value for key, value in given.items() if key in required or not _is_empty(value)}
 
 
 class TextPart(_Part):
@@ -65,14 +80,6 @@ class Message(_Part):
     content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(max_length=_MOST_PARTS)
     name: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, message: Any) -> Any:
-        """Clients send an answer back as the next turn with all its fields (refusal: null, tool_calls: []): those that say nothing are no error."""
-        if not isinstance(message, dict) or message.get("role") != "assistant":
-            return message
-        return {key: value for key, value in message.items() if key in cls.model_fields or not (value is None or (key in ("tool_calls", "annotations") and value == []))}
-
     @field_validator("content", mode="before")
     @classmethod
     def _one_part(cls, content: Any) -> Any:
@@ -81,6 +88,7 @@ class Message(_Part):
 
 class StreamOptions(_Part):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False  # OpenAI's random padding, which is not added here
 
 
 class JsonSchema(_Part):
@@ -99,6 +107,15 @@ class StructuredOutputs(_Part):
     """vLLM's: one of these texts is the answer."""
 
     choice: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(min_length=1, max_length=100)
+
+    @field_validator("choice")
+    @classmethod
+    def _on_one_line(cls, choices: list[str]) -> list[str]:
+        for index, choice in enumerate(choices):
+            # vLLM 0.29 writes choices into a grammar as they are, where a line ends a rule.
+            if not _NOT_IN_CHOICES.isdisjoint(choice):
+                raise ValueError(f"choice {index} has a line break or a NUL character; leave it out")
+        return choices
 
 
 class ChatRequest(_Part):
@@ -127,6 +144,14 @@ class ChatRequest(_Part):
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_defaults(cls, given: Any) -> Any:
+        """What asks for nothing but what is done anyway is no error: no tools are used, and answers are text."""
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if not any(value is known or value == known for known in _DONE_ANYWAY.get(key, ()))}
+
     @field_validator("stop", mode="before")
     @classmethod
     def _one_stop(cls, stop: Any) -> Any:
@@ -134,6 +159,9 @@ class ChatRequest(_Part):
 
 
 _DROPPED = {"user", "metadata", "store"}
+_DONE_ANYWAY: dict[str, tuple[Any, ...]] = {
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],), "service_tier": ("auto", "default"),
+}
 
 
 def parsed(body: bytes, limits: LimitsConfig) -> ChatRequest:
@@ -184,7 +212,7 @@ def check(request: ChatRequest, limits: LimitsConfig) -> None:
         raise ApiError("messages: the last one must be the user's", param="messages", code="invalid_value")
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
-    if request.stream_options and not request.stream:
+    if request.stream_options and request.stream_options.include_usage and not request.stream:
         raise ApiError("stream_options needs stream: true", param="stream_options", code="invalid_value")
     if (request.response_format and request.response_format.type != "text") and request.structured_outputs:
         raise ApiError("structured_outputs and response_format exclude each other", param="structured_outputs", code="invalid_value")
@@ -213,8 +241,11 @@ def _check_schema(value: Any, param: str, depth: int) -> None:
         for key, inner in value.items():
             if key == "patternProperties" or (key == "pattern" and isinstance(inner, str)):
                 raise ApiError(f"{param}: {key} is not supported here", param=param, code="unsupported_parameter")
-            if key in _COUNTS and isinstance(inner, int | float) and not inner <= _LARGEST_COUNT:  # NaN is not either
-                raise ApiError(f"{param}: {key}: at most {_LARGEST_COUNT} is allowed", param=param, code="limit_exceeded")
+            if key in _COUNTS and isinstance(inner, int | float):
+                if not inner <= _LARGEST_COUNT:  # NaN is not either
+                    raise ApiError(f"{param}: {key}: at most {_LARGEST_COUNT} is allowed", param=param, code="limit_exceeded")
+                if inner < 0 or inner != int(inner):
+                    raise ApiError(f"{param}: {key} is {inner}; it must be a whole number, 0 or more", param=param, code="invalid_value")
             _check_schema(inner, param, depth + 1)
     elif isinstance(value, list):
         for inner in value:
@@ -244,6 +275,9 @@ async def prepared(request: ChatRequest, limits: LimitsConfig, system_prompt: st
         messages.append({"role": role, "content": [*pictures, *texts] if pictures else "\n".join(text["text"] for text in texts)})
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
-    body = request.model_dump(exclude_none=True, by_alias=True, exclude={"messages", "max_tokens", "max_completion_tokens", *_DROPPED})
+    dropped = {"messages", "max_tokens", "max_completion_tokens", *_DROPPED, *(() if request.stream else ("stream_options",))}
+    body = request.model_dump(exclude_none=True, by_alias=True, exclude=dropped)
+    if "stream_options" in body:
+        body["stream_options"].pop("include_obfuscation")
     most = request.max_completion_tokens or request.max_tokens
     return {**body, "messages": messages, **({} if most is None else {"max_completion_tokens": most})}

@@ -11,13 +11,16 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from medray.config import DataConfig
 from medray.config.serving import LimitsConfig
 from serve.chat_request import ApiError
 
-_DATA = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
+# RFC 2397: a media type, its parameters, then the marker. Browsers also read blanks between them, and data of no or of an unspecific type.
+_DATA = re.compile(r"data:\s*(image/[a-z0-9.+-]{1,64}|application/octet-stream|)\s*(;\s*[a-z0-9._-]{1,64}\s*=[^;,]{0,128})*;\s*base64\s*,", re.IGNORECASE)
+_BLANKS = re.compile(r"[ \t\r\n\f]+")
+_STANDARD = bytes.maketrans(b"-_", b"+/")  # RFC 4648, section 5
 _REDIRECTS = 3
 _DECODED_AT_ONCE = 4  # images; one of the largest takes up to a gigabyte meanwhile
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -64,6 +67,7 @@ class ImageLoader:
         Args:
             square: pad the image to a square (LLaVA's image_aspect_ratio=pad), made smaller first where that would have more than image_pixels.
         """
+        url = url.strip()
         if url[:5].lower() == "data:":
             data = self._of_data_uri(url)
         elif url[:8].lower() == "https://" and self.limits.hosts:
@@ -74,13 +78,17 @@ class ImageLoader:
         return await asyncio.get_running_loop().run_in_executor(self.decoders, self._encoded, data, square)
 
     def _of_data_uri(self, url: str) -> bytes:
+        """The bytes of a data URI. Line breaks and blanks (RFC 2045), percent escapes, the URL-safe alphabet and missing padding are read too."""
         head = _DATA.match(url)
         if not head:
             raise ApiError("a data URI of an image begins with data:image/TYPE;base64,", code="invalid_image_url")
-        if 3 * (len(url) - head.end()) // 4 > self.limits.image_bytes + 2:
+        text = url[head.end():]
+        text = _BLANKS.sub("", unquote(text) if "%" in text else text)
+        if 3 * (len(text) - text[-2:].count("=")) // 4 > self.limits.image_bytes:
             raise ApiError(f"the image is larger than {self.limits.image_bytes} bytes", code="limit_exceeded")
         try:
-            return base64.b64decode(url[head.end():].encode("ascii"), validate=True)
+            standard = text.encode("ascii").translate(_STANDARD)
+            return base64.b64decode(standard + b"=" * (-len(standard) % 4), validate=True)
         except (binascii.Error, UnicodeEncodeError):
             raise ApiError("the image's data is not base64", code="invalid_image_url") from None
 

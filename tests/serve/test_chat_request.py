@@ -46,8 +46,21 @@ def schema(**inside):
     ({"stop": [""]}, "stop.0", "invalid_value"),
     ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "unsupported_parameter"),
-    ({"mm_processor_kwargs": {}}, "mm_processor_kwargs", "unsupported_parameter"),
-    ({"tools": []}, "tools", "unsupported_parameter"),
+    ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs", "unsupported_parameter"),
+    ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools", "unsupported_parameter"),
+    ({"tools": [{}]}, "tools", "unsupported_parameter"),
+    ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
+    ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
+    ({"logit_bias": {"5": 0}}, "logit_bias", "unsupported_parameter"),
+    ({"ignore_eos": False}, "ignore_eos", "unsupported_parameter"),
+    ({"messages": None}, "messages", "invalid_value"),
+    ({"messages": [{"role": "user", "content": {}}]}, "messages.0.content", "invalid_value"),
+    ({"response_format": {"type": None, "json_schema": {"name": "a", "schema": {}}}}, "response_format.type", "invalid_value"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": None}}}, "response_format.json_schema.schema", "invalid_value"),
+    ({"structured_outputs": {"choice": [], "regex": "a"}}, "structured_outputs.choice", "invalid_value"),
+    ({"structured_outputs": {"choice": ["yes", "no\n"]}}, "structured_outputs.choice", "invalid_value"),
+    ({"structured_outputs": {"choice": ["a\0"]}}, "structured_outputs.choice", "invalid_value"),
+    ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "invalid_value"),
     ({"priority": 1}, "priority", "unsupported_parameter"),
     ({"store": True}, "store", "invalid_value"),
     ({"structured_outputs": {"regex": "(a{999}){999}"}}, "structured_outputs.choice", "invalid_value"),
@@ -102,6 +115,9 @@ def test_json_that_is_no_request(data):
     ({"response_format": schema(type="string", pattern="(a{999}){999}")}, "response_format.json_schema"),
     ({"response_format": schema(type="array", items={"type": "string", "maxLength": 100_000})}, "response_format.json_schema"),
     ({"response_format": schema(maxLength=10**200)}, "response_format.json_schema"),
+    ({"response_format": schema(type="string", minLength=-1)}, "response_format.json_schema"),
+    ({"response_format": schema(type="array", items={"type": "object", "maxProperties": -1})}, "response_format.json_schema"),
+    ({"response_format": schema(type="array", minItems=1.5)}, "response_format.json_schema"),
     ({"response_format": schema(maxLength=float("nan"))}, "response_format.json_schema"),
 ])
 def test_what_passes_a_limit_is_named(fields, param):
@@ -135,14 +151,46 @@ def test_a_count_too_large_for_a_float():
         check(parsed(body(response_format=schema(maxLength=10**400)), LIMITS), LimitsConfig())
 
 
+@pytest.mark.parametrize("nothing", [None, "", [], {}, {"a": None, "b": {"c": []}}])
+@pytest.mark.parametrize("field", [
+    "tools", "tool_choice", "logit_bias", "functions", "response_format", "stop", "user", "metadata", "stream_options", "structured_outputs", "temperature", "seed", "n",
+    "max_tokens", "a_field_of_next_year",
+])
+def test_fields_that_are_null_or_empty_are_ignored(field, nothing):
+    request = parsed(body(**{field: nothing}), LIMITS)
+    check(request, LIMITS)
+    assert asyncio.run(prepared(request, LIMITS, "", None)) == {"model": "tuned", "messages": [user("hi")]}
+
+
+@pytest.mark.parametrize("fields", [
+    {"tool_choice": "none"}, {"tools": [], "tool_choice": "auto"}, {"parallel_tool_calls": True, "tools": None}, {"modalities": ["text"]}, {"service_tier": "auto"},
+    {"stream_options": {"include_usage": False}}, {"stream_options": {"include_usage": None, "include_obfuscation": None}}, {"logprobs": False, "top_logprobs": 0},
+    {"response_format": {"type": "text", "json_schema": None}}, {"structured_outputs": {"choice": None, "regex": None}}, {"store": False},
+])
+def test_fields_that_ask_for_what_is_done_anyway_are_accepted(fields):
+    request = parsed(body(**fields), LIMITS)
+    check(request, LIMITS)
+    assert not {"stream_options", "tools", "tool_choice", "modalities", "service_tier"} & asyncio.run(prepared(request, LIMITS, "", None)).keys()
+
+
+def test_empty_fields_of_parts_are_ignored():
+    picture = {"type": "image_url", "image_url": {"url": "data:picture", "detail": None, "format": ""}, "text": None, "cache_control": {}}
+    request = parsed(body(messages=[user(picture, text("") | {"image_url": None, "annotations": []})]), LIMITS)
+    assert [type(part).__name__ for part in request.messages[0].content] == ["ImagePart", "TextPart"] and request.messages[0].content[1].text == ""
+    with pytest.raises(ApiError) as error:
+        parsed(body(messages=[user(text("a") | {"cache_control": {"type": "ephemeral"}})]), LIMITS)
+    assert error.value.param == "messages.0.content.0.cache_control"
+
+
 def test_an_answer_may_come_back_with_its_empty_fields():
-    """As vLLM gives it and the openai client keeps it."""
-    answer = {"role": "assistant", "content": "It is round.", "refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": [], "reasoning": None}
-    for sent in (answer, answer | {"annotations": [], "reasoning_content": None, "tool_calls": None, "name": None}):
-        made = asyncio.run(prepared(parsed(body(messages=[user("a"), sent, user("b")]), LIMITS), LIMITS, "", None))
-        assert made["messages"] == [user("a"), {"role": "assistant", "content": "It is round."}, user("b")]
-    for changes, param in (({"tool_calls": [{}]}, "messages.0.tool_calls"), ({"audio": {}}, "messages.0.audio"), ({"reasoning": ""}, "messages.0.reasoning"), ({"content": None}, "messages.0.content"),
-                           ({"role": "user"}, "messages.0.refusal")):
+    """As vLLM gives it and the openai client keeps it; clients write such fields into messages of other roles too."""
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": [], "reasoning": "", "reasoning_content": None, "name": None, "tool_call_id": ""}
+    for before, sent in (({}, {"role": "user", "content": "a"}), ({"role": "user", "content": "a"}, {"role": "assistant", "content": "It is round."})):
+        messages = [*([before] if before else []), sent | empty, user("b") | empty]
+        made = asyncio.run(prepared(parsed(body(messages=messages), LIMITS), LIMITS, "", None))
+        assert made["messages"] == [*([before] if before else []), sent, user("b")]
+    answer = {"role": "assistant", "content": "It is round."}
+    for changes, param in (({"tool_calls": [{}]}, "messages.0.tool_calls"), ({"audio": {"id": "a"}}, "messages.0.audio"), ({"content": None}, "messages.0.content")):
         with pytest.raises(ApiError) as error:
             parsed(body(messages=[answer | changes]), LIMITS)
         assert error.value.param == param

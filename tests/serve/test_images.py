@@ -6,6 +6,7 @@ import datetime
 import http.server
 import io
 import ipaddress
+import random
 import ssl
 import struct
 import threading
@@ -49,6 +50,25 @@ def test_a_data_uri_becomes_a_png_of_the_same_pixels(kind):
     image = load(data_uri(picture(kind=kind), kind.lower()))
     assert image.format == "PNG" and image.size == (40, 20) and image.mode == "RGB"
     assert all(abs(value - wanted) <= 8 for value, wanted in zip(image.getpixel((20, 10)), (200, 30, 30), strict=True))
+
+
+@pytest.mark.parametrize("write", [
+    lambda data: "data:image/png;base64," + base64.encodebytes(data).decode(), lambda data: "data:image/png;base64,\r\n" + base64.encodebytes(data).decode().replace("\n", "\r\n"),
+    lambda data: "data:image/png;base64, " + base64.b64encode(data).decode() + "\n", lambda data: " " + data_uri(data) + "\n",
+    lambda data: data_uri(data).replace("png;", "png;charset=utf-8;name=a b.png;"), lambda data: data_uri(data).replace(";base64", " ; BASE64"),
+    lambda data: "data:image/png;base64," + base64.urlsafe_b64encode(data).decode(), lambda data: data_uri(data).rstrip("="),
+    lambda data: data_uri(data).replace("+", "%2B").replace("/", "%2F").replace("=", "%3D").replace("data:image%2Fpng", "data:image/png"),
+    lambda data: "data:;base64," + base64.b64encode(data).decode(), lambda data: "data:application/octet-stream;base64," + base64.b64encode(data).decode(),
+    lambda data: data_uri(data, "jpg"), lambda data: data_uri(data, "x-icon"),
+], ids=["lines", "lines of CR LF", "blank first", "blank around", "parameters", "capitals", "URL-safe", "no padding", "percent", "no type", "bytes", "other name", "other type"])
+def test_a_data_uri_may_be_written_in_many_ways(write):
+    rng = random.Random(0)
+    noise = Image.frombytes("RGB", (40, 21), rng.randbytes(3 * 40 * 21))
+    out = io.BytesIO()
+    noise.save(out, "PNG")
+    text = base64.b64encode(out.getvalue()).decode()
+    assert "+" in text and "/" in text and text.endswith("="), "the picture shows nothing of these"
+    assert load(write(out.getvalue())).tobytes() == noise.tobytes()
 
 
 def test_models_tuned_on_squares_get_squares():
