@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medray.errors import ConfigError
+from medray.private_files import private_file, write_private
 
 VARIABLE = "MEDRAY_CLINICIANS"  # of the clinician page: the same lines, where there is no file; a comma may stand for the end of a line
 KEYS_VARIABLE = "MEDRAY_KEYS"  # of the endpoint
@@ -61,10 +62,19 @@ def read_tokens(file: str | None, variable: str = VARIABLE) -> Tokens:
     if file is not None:
         if not Path(file).is_file():
             raise ConfigError(f"tokens: no file {file}; make one with: python -m serve.tokens {file} NAME")
-        return Tokens(_parse(Path(file).read_text(encoding="utf-8").splitlines(), file))
+        return Tokens(_parse(_lines(Path(file)), file))
     if not os.environ.get(variable):
         raise ConfigError(f"tokens: name a file (python -m serve.tokens FILE NAME makes one) or set {variable}")
     return Tokens(_parse(re.split(r"[\n,]", os.environ[variable]), variable))
+
+
+def _lines(path: Path) -> list[str]:
+    """The file's lines; rights on it that others have are taken away, if this user owns it."""
+    try:
+        private_file(path)
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tokens: {path} cannot be read: {error}") from error
 
 
 def _parse(lines: Iterable[str], where: str) -> dict[str, Holder]:
@@ -87,14 +97,14 @@ def _parse(lines: Iterable[str], where: str) -> dict[str, Holder]:
 def add_holder(file: str, name: str, lead: bool = False) -> str:
     """Add a line to the file, which only its owner may read, and return the new token. Raises ConfigError for a name that is taken."""
     path = Path(file)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = _lines(path) if path.exists() else []
     token = secrets.token_urlsafe(32)
     lines.append(f"{name} {digest_of(token)}{' lead' if lead else ''}")
     _parse(lines, file)
-    part = path.with_name(f"{path.name}.part")
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as handle:
-        handle.write("\n".join(lines) + "\n")
-    part.replace(path)
+    try:
+        write_private(path.resolve(), "\n".join(lines) + "\n")
+    except OSError as error:
+        raise ConfigError(f"tokens: {file} cannot be written: {error.strerror}") from error
     return token
 
 

@@ -38,6 +38,7 @@ from medray.data.judgement_tables import (
 from medray.data.judgements import FINGERPRINTED, demonstration_rows, item_fingerprint, preference_rows
 from medray.data.shards import READ_ROWS, count_rows, parquet_files, tables, tables_of, write_shard
 from medray.errors import DataError, MedrayError
+from medray.private_files import private_folder
 from medray.records import CLINICIAN_ITEM, EXCHANGE, JUDGEMENT, RATING_PAIR, conform
 
 Row = dict[str, Any]
@@ -129,6 +130,7 @@ def export_demonstrations(url: str, target: str) -> dict[str, int]:
 
 def export_all(url: str, folder: str) -> dict[str, Any]:
     """judgements/, pairs/ and demonstrations/ under `folder`, with their counts."""
+    private_folder(folder)
     return {
         "judgements": export_judgements(url, f"{folder}/judgements"), "pairs": export_pairs(url, f"{folder}/pairs"),
         "demonstrations": export_demonstrations(url, f"{folder}/demonstrations"),
@@ -222,6 +224,7 @@ def _export(url: str, target: str, make: Any, schema: pa.Schema) -> dict[str, in
 def _write(rows: Iterable[Row], target: str, schema: pa.Schema) -> int:
     """Write rows as shards in place of those that are there; returns how many."""
     fs, root = url_to_fs(target)
+    private_folder(target)  # demonstrations hold patients' images
     fs.makedirs(root, exist_ok=True)
     for path in parquet_files(target):
         fs.rm(fs._strip_protocol(path))

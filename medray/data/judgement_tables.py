@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import (
     BigInteger,
@@ -37,6 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError
 
 from medray.errors import ConfigError
+from medray.private_files import private_file
 
 ID_LENGTH = 255  # characters of an item's id and of a clinician's
 _NAME = String(ID_LENGTH)
@@ -98,7 +100,7 @@ def open_database(url: str) -> Engine:
     try:
         parsed = make_url(url)
         sqlite = parsed.get_backend_name() == "sqlite"
-        if sqlite and parsed.database in (None, "", ":memory:"):
+        if sqlite and (parsed.database in (None, "", ":memory:", "file::memory:") or "mode=memory" in str(parsed)):
             raise ConfigError(f"database: {url} is kept in memory and would be lost; give a file: sqlite:////path/to/judgements.db")
         # Who waited for a lock on an item must see what was committed meanwhile, and not all databases do so by default.
         settings: dict[str, Any] = {"connect_args": {"timeout": 60}} if sqlite else {"isolation_level": "READ COMMITTED"}
@@ -107,10 +109,23 @@ def open_database(url: str) -> Engine:
     except (ArgumentError, ModuleNotFoundError) as error:
         raise ConfigError(f"database: {error}; give an SQLAlchemy URL such as sqlite:///judgements.db or postgresql+psycopg://user@host/name") from None
     if sqlite:
+        _private_sqlite(parsed.database)
         _prepare_sqlite(engine)
     with writing(engine) as connection:
         schema.create_all(connection)
     return engine
+
+
+def _private_sqlite(database: str) -> None:
+    """Leave the file, which holds patients' images, to its owner; SQLite gives -wal and -shm the mode of the file."""
+    path = Path(unquote(urlsplit(database).path) if database.startswith("file:") else database)
+    try:
+        private_file(path)
+        for beside in (path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+            if beside.exists():
+                private_file(beside)
+    except OSError as error:
+        raise ConfigError(f"database: {path} cannot be opened: {error.strerror}; give a file in a folder that exists and can be written") from error
 
 
 def absolute_url(url: str) -> str:

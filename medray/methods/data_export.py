@@ -11,6 +11,7 @@ from medray.data.export import write_llava, write_preferences, write_webdataset
 from medray.data.readers.canonical import members_of
 from medray.data.shards import count_rows, parquet_files, stored_rows
 from medray.errors import ConfigError, DataError
+from medray.private_files import private_folder
 
 # Writer, and the payloads it has a place for.
 WRITERS = {
@@ -44,6 +45,7 @@ def export_dataset(kind: str, dataset: str, target: str) -> dict[str, Any]:
             else:
                 left_out += 1
 
+    private_folder(target)
     rows = write(fitting(), target)
     if not rows:
         raise DataError(f"{dataset} holds nothing that {kind} has a place for ({left_out} records of other kinds)")
