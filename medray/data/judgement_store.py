@@ -41,7 +41,7 @@ from medray.errors import MedrayError
 
 
 class NotAssigned(MedrayError):
-    """A clinician's word on an item that they were not given."""
+    """A clinician's word on an item that they were not given, or skipped and that others were given since."""
 
 
 class KeyUsed(MedrayError):
@@ -129,6 +129,9 @@ class Store:
             first_shown = self._locked(connection, item_id, clinician)
             if self._known(connection, clinician, save_key, item_id):
                 return False
+            # Another window of the clinician's may still show an item that they skipped.
+            if word.status != "skipped" and self._is_skipped(connection, item_id, clinician) and not self._has_room(connection, item_id, clinician):
+                raise NotAssigned(f"{clinician!r} skipped item {item_id!r} and others were given it since; go on with the next item")
             by_place = {"first": first_shown, "second": "b" if first_shown == "a" else "a"}
             values: dict[str, Any] = {"status": word.status, "edited_question": word.edited_question, "seconds": word.seconds}
             for place, side in by_place.items():
@@ -139,7 +142,8 @@ class Store:
     def undo(self, clinician: str, save_key: str) -> Shown | None:
         """Take back this clinician's last word and open its item again; None where there is none.
 
-        Called again it goes further back. The same key again gives the same item and changes nothing.
+        Called again it goes further back. The same key again gives the same item and changes nothing. A skipped item that others were
+        given since has no room left: it stays skipped, and the word before it is taken back.
         """
         try:
             return self._undo(clinician, save_key)
@@ -147,12 +151,13 @@ class Store:
             return self._undo(clinician, save_key)
 
     def _undo(self, clinician: str, save_key: str) -> Shown | None:
-        last = counting().where(words.c.clinician == clinician).order_by(words.c.number.desc()).limit(1)
+        last = counting().where(words.c.clinician == clinician).order_by(words.c.number.desc())
         with writing(self.engine) as connection:
-            found = connection.scalar(last.with_only_columns(words.c.item_id))  # before the key: an undo stored in between is then known by it
+            # Before the key: an undo stored in between is then known by it.
+            said = connection.execute(last.with_only_columns(words.c.item_id, words.c.status)).tuples().all()
             item_id = connection.scalar(select(words.c.item_id).where(words.c.clinician == clinician, words.c.save_key == save_key))
             if item_id is None:
-                item_id = found
+                item_id = next((name for name, status in said if status != "skipped" or self._has_room(connection, name, clinician)), None)
                 if item_id is None:
                     return None
                 first_shown = self._locked(connection, item_id, clinician)
@@ -198,6 +203,14 @@ class Store:
         if first_shown is None:
             raise NotAssigned(f"item {item_id!r} was not given to {clinician!r}")
         return first_shown
+
+    def _is_skipped(self, connection: Connection, item_id: str, clinician: str) -> bool:
+        return connection.scalar(select(assignments.c.state).where(_own(assignments, item_id, clinician))) == "skipped"
+
+    def _has_room(self, connection: Connection, item_id: str, clinician: str) -> bool:
+        """Whether the item lacks clinicians; until the transaction ends nobody else is given it."""
+        connection.execute(select(items.c.item_id).where(items.c.item_id == item_id).with_for_update())
+        return connection.scalar(select(items.c.item_id).where(items.c.item_id == item_id, self._takers(clinician) < self.judgements_per_item)) is not None
 
     def _known(self, connection: Connection, clinician: str, save_key: str, item_id: str) -> bool:
         known = connection.scalar(select(words.c.item_id).where(words.c.clinician == clinician, words.c.save_key == save_key))

@@ -154,6 +154,69 @@ def test_a_skipped_item_goes_to_someone_else_and_a_judged_one_does_not(url, tmp_
     store.close()
 
 
+@pytest.mark.parametrize("finished", [False, True], ids=["others are at it", "others are done"])
+def test_a_skip_taken_back_gives_no_extra_judgement(url, tmp_path, finished):
+    import_items(write_items(tmp_path / "items", [item(1), item(2)]), url)
+    store = Store(url, judgements_per_item=2)
+    first = store.next_item("x").item_id
+    store.save("x", first, "k0", good(True, False))
+    skipped = store.next_item("x").item_id
+    store.save("x", skipped, "k1", Word("skipped"))
+    for name in ("y", "z"):
+        while (shown := store.next_item(name)) and shown.item_id != skipped:
+            store.save(name, shown.item_id, f"{name}-other", good(True, True))
+        assert shown.item_id == skipped
+        if finished:
+            store.save(name, skipped, f"{name}-k", good(True, True))
+    # Neither undo nor another window that still shows the item: both places are taken.
+    assert store.undo("x", "u1").item_id == first and store.undo("x", "u1").item_id == first
+    with pytest.raises(NotAssigned, match="others were given it"):
+        store.save("x", skipped, "k2", good(False, True))
+    assert store.save("x", skipped, "k3", Word("skipped"))  # says nothing new
+    store.save("x", first, "k4", good(True, False))
+    for name in ("y", "z"):
+        store.save(name, skipped, f"{name}-late", good(True, True))
+    assert progress_of(url, 3)["complete"] == 0 and store.progress("x")["skipped"] == 1
+    # Where somebody leaves, there is room again.
+    store.save("z", skipped, "z-skips", Word("skipped"))
+    assert [store.undo("x", key).item_id for key in ("u2", "u3")] == [first, skipped] and store.save("x", skipped, "k5", good(True, True))
+    assert store.undo("z", "z-undoes") is None
+    assert progress_of(url, 3)["complete"] == 0
+    store.close()
+
+
+def test_the_last_place_is_taken_once_by_undos_saves_and_requests_at_once(url, tmp_path):
+    """Six clinicians skipped each item; all come back to them at once, in three ways, and two places are there for each."""
+    import_items(write_items(tmp_path / "items", [item(number) for number in range(4)]), url)
+    names, ready = [f"c{number}" for number in range(6)], threading.Barrier(9)
+    stores = [Store(url, judgements_per_item=2) for _ in range(9)]
+    for name in names:
+        while shown := stores[0].next_item(name):
+            stores[0].save(name, shown.item_id, f"{shown.item_id} skipped by {name}", Word("skipped"))
+
+    def work(number):
+        store, name = stores[number], names[number] if number < 6 else f"new{number}"
+        ready.wait()
+        for index in range(4):
+            if number < 3:
+                shown = store.undo(name, f"undo {index}")
+                item_id = shown and shown.item_id
+            else:
+                item_id = f"item-{index}" if number < 6 else getattr(store.next_item(name), "item_id", None)
+            try:
+                if item_id is not None:
+                    store.save(name, item_id, f"save {index}", good(True, False))
+            except NotAssigned:
+                continue
+
+    with ThreadPoolExecutor(9) as pool:
+        list(pool.map(work, range(9)))
+    for store in stores:
+        store.close()
+    found = progress_of(url, 2), progress_of(url, 3)
+    assert found[0]["complete"] == 4 and found[1]["complete"] == 0
+
+
 def test_an_item_left_open_goes_to_someone_else_and_a_late_word_is_kept(url, tmp_path):
     import_items(write_items(tmp_path / "items", [item(1)]), url)
     store = Store(url, hold_hours=0)
