@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medray.config import DpoConfig, JudgeConfig, SelfTrainingConfig, SftConfig, load_config
+from medray.config import (
+    ClinicianPreferenceConfig,
+    DpoConfig,
+    InstructionFreeConfig,
+    JudgeConfig,
+    LoopConfig,
+    SelfTrainingConfig,
+    SftConfig,
+    load_config,
+)
 from medray.errors import ConfigError
 from medray.preflight import check_self_training
 from medray.reference import markdown
@@ -40,7 +49,8 @@ def test_defaults_are_the_papers():
         ("dpo.micro_batch=0", "dpo.micro_batch", "greater than or equal to 1"),
         ("sft.num_workers=many", "sft.num_workers", "integer"),
         ("sft.num_workers=[3, 1]", "sft.num_workers", "ordered"),
-        ("sft.global_batch=7", "sft", "micro_batch 8 x accumulation 4 x 1 workers is 32"),
+        ("sft={global_batch: 7, accumulation: 4}", "sft", "micro_batch 8 x accumulation 4 x 1 workers is 32; leave accumulation out"),
+        ("sft.accumulation=null", "sft", "give global_batch"),
         ("model.precision=fp8", "model.precision", "'bf16' or 'fp32'"),
         ("dpo.beta=0", "dpo.beta", "greater than 0"),
         ("dpo.beta=.nan", "dpo.beta", "finite"),
@@ -85,6 +95,30 @@ def test_elastic_workers_keep_the_global_batch():
     config = SftConfig(num_workers=(1, 4))
     assert config.samples_per_step == 8 * 4 * 4
     assert DpoConfig(global_batch=64).samples_per_step == 64
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 32, (1, 32)])
+def test_global_batch_is_what_the_recipe_says_at_any_number_of_workers(workers):
+    config = SftConfig(global_batch=128, num_workers=workers)
+    assert config.samples_per_step == 128
+    again = SftConfig.model_validate(config.model_dump())  # as it reaches the training workers
+    assert (again.samples_per_step, again.accumulation) == (128, None)
+    passes = {one: again.passes_at(one) for one in (1, 2, 3, 32)}
+    assert "128 samples per optimiser step" in config.batch_line
+    assert passes == {1: 16, 2: 8, 3: 6, 32: 1}  # of 8 samples at most: 128 / 3 workers is 43, in six passes
+
+
+def test_workers_without_a_sample_are_named():
+    assert "24 of 32 workers would get no sample" in SftConfig(global_batch=8, num_workers=32).batch_line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*7b.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_more_workers_leave_the_batch_of_a_gpu_recipe(path):
+    kind = {"self_train": SelfTrainingConfig, "instruction_free": InstructionFreeConfig, "clinician_preference": ClinicianPreferenceConfig}[path.parent.name]
+    as_written = load_config(kind, path)
+    for name in (name for name in kind.model_fields if isinstance(getattr(as_written, name), LoopConfig)):
+        wider = load_config(kind, path, [f"{name}.num_workers=32"])
+        assert getattr(wider, name).samples_per_step == getattr(as_written, name).samples_per_step
 
 
 def test_one_seed_reaches_every_stage():

@@ -17,6 +17,7 @@ from medray.config.rating import RaterConfig, ScoreConfig
 from medray.config.section import NonNegative, PositiveInt, Probability, Section, set_seed
 from medray.config.self_training import SftConfig
 from medray.config.shared import (
+    ACCUMULATION,
     ClusterConfig,
     DataConfig,
     EngineConfig,
@@ -74,7 +75,7 @@ class PreferenceTuneConfig(SftConfig):
 
     self_questioning: Probability = Field(0.0, description="Of self-training; no part of this method.")
     micro_batch: PositiveInt = Field(16, description="Samples per forward pass of one worker.")
-    accumulation: PositiveInt = Field(8, description="Forward passes per optimiser step and worker, at the largest num_workers; fewer workers accumulate more, so the global batch stays.")
+    accumulation: PositiveInt | None = Field(8, description=ACCUMULATION)
     lr_llm: NonNegative | None = Field(2e-5, description="Learning rate of the language model (its LoRA, or all of it with lora_llm null); null freezes it.")
     lr_vision: NonNegative | None = Field(None, description="Learning rate of the vision tower (its LoRA, or all of it with lora_vision null); null freezes it.")
     lora_llm: LoraConfig | None = Field(None, description="Adapters of the language model; null trains it in full.")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from medray.config.section import NonNegative, PositiveInt, Probability, Section, adopt, set_seed
 from medray.config.shared import (
+    ACCUMULATION,
     TESTBED_SCENES,
     ClusterConfig,
     DescriptionDataConfig,
@@ -42,7 +43,7 @@ class InstructionFreeTrainConfig(TrainConfig):
     separator: Annotated[str, Field(min_length=1)] = Field(",", description="What parts a description; of shuffling separator.")
     proxy: ProxyConfig = Field(default_factory=ProxyConfig)
     micro_batch: PositiveInt = Field(2, description="Samples per forward pass of one worker.")
-    accumulation: PositiveInt = Field(1, description="Forward passes per optimiser step and worker, at the largest num_workers; fewer workers accumulate more, so the global batch stays.")
+    accumulation: PositiveInt | None = Field(1, description=ACCUMULATION)
     epochs: PositiveInt = Field(5, description="Passes over the data.")
     lr_llm: NonNegative | None = Field(None, description="Learning rate of the language model (its LoRA, or all of it with lora_llm null); null freezes it, as in the paper.")
     lr_vision: NonNegative | None = Field(2e-5, description="Learning rate of the vision tower (all of it, or its LoRA with lora_vision given); null freezes it.")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from medray.config.section import NonNegative, PositiveInt, Probability, Section, set_seed
 from medray.config.shared import (
+    ACCUMULATION,
     ClusterConfig,
     DataConfig,
     EngineConfig,
@@ -31,7 +32,7 @@ class DpoConfig(TrainConfig):
     """Direct preference optimisation against the frozen SQ-SFT model."""
 
     micro_batch: PositiveInt = Field(4, description="Pairs per forward pass of one worker.")
-    accumulation: PositiveInt = Field(16, description="Forward passes per optimiser step and worker, at the largest num_workers.")
+    accumulation: PositiveInt | None = Field(16, description=ACCUMULATION)
     epochs: PositiveInt = Field(1, description="Passes over the pairs.")
     lr_llm: NonNegative | None = Field(5e-6, description="Learning rate of the language model's LoRA; null freezes it.")
     lr_projector: NonNegative | None = Field(2e-5, description="Learning rate of the projector; null freezes it.")

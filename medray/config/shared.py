@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ SELF_QUESTIONING_SYSTEM_PROMPT = (
     "A conversation between a curious user and an assistant about a medical image. The assistant gives helpful and "
     "precise answers, and can also take the part of the curious user and ask questions that the image can answer."
 )
+ACCUMULATION = "Forward passes per optimiser step and worker, at the largest num_workers; fewer workers accumulate more. With global_batch given it follows from that: leave it out."
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 _RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
@@ -121,8 +123,8 @@ class LoopConfig(Section):
     place: Placement = Field(default_factory=Placement, description="Where the workers run.")
     threads: PositiveInt | None = Field(None, description="torch threads per worker (default: cpus_per_worker, at least 1).")
     micro_batch: PositiveInt = Field(8, description="Samples per forward pass of one worker.")
-    accumulation: PositiveInt = Field(4, description="Forward passes per optimiser step and worker, at the largest num_workers; fewer workers accumulate more, so the global batch stays.")
-    global_batch: PositiveInt | None = Field(None, description="Samples per optimiser step; if given it must equal micro_batch x accumulation x max workers.")
+    accumulation: PositiveInt | None = Field(4, description=ACCUMULATION)
+    global_batch: PositiveInt | None = Field(None, description="Samples per optimiser step at any number of workers; forward passes follow from it, and need not divide it. null: micro_batch x accumulation x the largest num_workers.")
     epochs: PositiveInt = Field(3, description="Passes over the data.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up: cosine falls to zero, constant stays.")
     warmup_ratio: Probability = Field(0.03, description="Share of the samples over which the learning rate rises; 0 for no warm-up.")
@@ -144,7 +146,19 @@ class LoopConfig(Section):
     @property
     def samples_per_step(self) -> int:
         """Global batch in samples: what one optimiser step sees at any number of workers."""
-        return self.micro_batch * self.accumulation * self.max_workers
+        return self.global_batch or self.micro_batch * (self.accumulation or 1) * self.max_workers
+
+    @property
+    def batch_line(self) -> str:
+        """The global batch in words, with the workers that it leaves without a sample in every step."""
+        workers = self.num_workers if isinstance(self.num_workers, int) else f"{self.num_workers[0]} to {self.num_workers[1]}"
+        line = f"{self.samples_per_step:,} samples per optimiser step at {workers} worker(s), {self.micro_batch} per forward pass"
+        idle = self.max_workers - self.samples_per_step
+        return line + (f"; {idle} of {self.max_workers} workers would get no sample: use fewer, or a larger global_batch" if idle > 0 else "")
+
+    def passes_at(self, workers: int) -> int:
+        """Forward passes of the busiest of `workers` workers in one optimiser step."""
+        return math.ceil(math.ceil(self.samples_per_step / workers) / self.micro_batch)
 
     @property
     def trains_model(self) -> bool:
@@ -160,11 +174,19 @@ class LoopConfig(Section):
 
     @model_validator(mode="after")
     def _batch(self):
-        if self.global_batch is not None and self.global_batch != self.samples_per_step:
-            raise ValueError(
-                f"global_batch {self.global_batch} is impossible: micro_batch {self.micro_batch} x accumulation "
-                f"{self.accumulation} x {self.max_workers} workers is {self.samples_per_step}; change one of them"
-            )
+        if self.global_batch is None:
+            if self.accumulation is None:
+                raise ValueError("accumulation is null, so the batch is not known; give global_batch, in samples")
+            return self
+        if "accumulation" not in self.model_fields_set:
+            self.__dict__["accumulation"] = None  # the default is for a batch that global_batch does not give; an assignment would validate again
+        elif self.accumulation is not None:
+            product = self.micro_batch * self.accumulation * self.max_workers
+            if product != self.global_batch:
+                raise ValueError(
+                    f"global_batch {self.global_batch} contradicts accumulation: micro_batch {self.micro_batch} x accumulation {self.accumulation} x "
+                    f"{self.max_workers} workers is {product}; leave accumulation out (or null), it follows from global_batch"
+                )
         return self
 
 

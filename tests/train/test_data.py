@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from medray.config import SftConfig
 from medray.train.data import EpochRows, UnequalSplits, shares, take_global_batch
 
 
@@ -45,6 +46,16 @@ def test_every_row_once_in_full_batches(parts):
     taken, sizes = epoch(parts, size=4)
     assert Counter(i for worker in taken for batch in worker for i in batch) == Counter(str(i) for i in range(10))
     assert sizes == [4, 4, 2]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 32])
+def test_the_global_batch_is_the_same_at_any_number_of_workers(world):
+    """Also where the workers do not divide it; none takes more rows than its passes hold."""
+    config = SftConfig(global_batch=40, micro_batch=4, num_workers=(1, 32))
+    parts = [range(rank, 100, world) for rank in range(world)]
+    taken, sizes = epoch(parts, size=config.samples_per_step)
+    assert sizes == [40, 40, 20]
+    assert max(len(batches[0]) for batches in taken) <= config.passes_at(world) * config.micro_batch
 
 
 def test_done_and_bad_rows_are_left_out():
