@@ -5,7 +5,7 @@ Defaults are BioMed-VITAL's (arXiv 2406.13173) where its paper or code states a 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,8 @@ from medray.config.shared import EndpointConfig, Placement, SamplingConfig
 
 class DemonstrationsConfig(Section):
     """Diverse images for the clinicians: embeddings, k-means, a draw over clusters and modalities."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset({"batch", "actors", "cpus_per_actor", "gpus_per_actor"})
 
     encoder: str = Field("testbed:encoder", description="CLIP-family encoder of image and caption: a transformers folder or hub id, testbed:encoder, or open_clip:NAME@TAG, open_clip:hf-hub:ORG/NAME, open_clip:local-dir:FOLDER (needs the package open_clip_torch; paper: BiomedCLIP, open_clip:hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224).")
     precision: Literal["bf16", "fp32"] = Field("fp32", description="Precision of the encoder's forward pass; embeddings are stored in 32 bits.")

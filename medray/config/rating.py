@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,8 @@ class RaterConfig(LoopConfig):
 
 class ScoreConfig(Section):
     """Scoring exchanges with the rating model, in Ray Data actors."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset({"actors", "cpus_per_actor", "gpus_per_actor", "batch", "rows_per_task"})
 
     actors: tuple[PositiveInt, PositiveInt] = Field((1, 1), description="[min, max] actors; Ray Data grows and shrinks the pool.")
     cpus_per_actor: NonNegative = Field(1.0, description="CPUs each actor reserves; as many threads decode images.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,9 +22,20 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
+    # Fields that say how, where and at what price the work is done, and change nothing of what is made. A subclass names its own;
+    # a field named nowhere counts as one that changes the outcome.
+    execution_only: ClassVar[frozenset[str]] = frozenset({"place"})
+
     def settings(self, *without: str) -> dict[str, Any]:
-        """What a stage's outcome depends on, as plain data: all fields but those named, and but `place`, which says where the work runs."""
+        """All fields as plain data, but those named, and but `place`, which says where the work runs."""
         return self.model_dump(mode="json", exclude={"place", *without})
+
+    def outcome(self, *without: str) -> dict[str, Any]:
+        """What a stage's outcome depends on, as plain data: all fields, those of inner sections too, but the execution-only ones and those named."""
+        left_out = {name for kind in type(self).__mro__ for name in vars(kind).get("execution_only", ())} | set(without)
+        plain = self.model_dump(mode="json", exclude=left_out)
+        inner = {name: getattr(self, name) for name in plain}
+        return plain | {name: section.outcome() for name, section in inner.items() if isinstance(section, Section)}
 
 
 def set_seed(seed: int | None, *sections: Any) -> None:

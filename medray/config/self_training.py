@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,8 @@ class SftConfig(TrainConfig):
 
 class DpoConfig(TrainConfig):
     """Direct preference optimisation against the frozen SQ-SFT model."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset({"reference_batch", "reference_workers"})
 
     micro_batch: PositiveInt = Field(4, description="Pairs per forward pass of one worker.")
     accumulation: PositiveInt | None = Field(16, description=ACCUMULATION)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,6 +38,8 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     """What is read, and how it is divided."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset({"read_cpus", "encoders"})
 
     source: str = Field("testbed:cells", description="Folder, file or s3:// / gs:// prefix; testbed:cells renders a synthetic blood-cell set.")
     format: Literal[
@@ -117,6 +119,12 @@ class Placement(Section):
 class LoopConfig(Section):
     """What every training stage has: workers, batches, schedule, checkpoints."""
 
+    # The loss is normalised over the global batch, so how that is divided changes nothing but rounding.
+    execution_only: ClassVar[frozenset[str]] = frozenset({
+        "num_workers", "cpus_per_worker", "gpus_per_worker", "threads", "micro_batch", "accumulation", "global_batch", "zero_stage", "gradient_checkpointing",
+        "checkpoint_every", "keep_checkpoints", "max_failures",
+    })
+
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(1, description="Train workers; [min, max] lets the stage shrink and grow with the cluster.")
     cpus_per_worker: NonNegative = Field(1.0, description="CPUs each worker reserves. Leave at least one CPU of the cluster for Ray Data.")
     gpus_per_worker: NonNegative = Field(0.0, description="GPUs each worker reserves (1 on a GPU cluster).")
@@ -138,6 +146,10 @@ class LoopConfig(Section):
     shuffle_buffer: PositiveInt = Field(2048, description="Rows of the local shuffle buffer, per worker.")
     eval_rows: int = Field(256, ge=0, description="Held-out rows for the evaluation loss at each epoch's end; 0 for none.")
     seed: int = Field(0, description="Seed of weights' initialisation, dropout, order and self-questioning.")
+
+    def outcome(self, *without: str) -> dict[str, Any]:
+        """See Section.outcome; of the fields that divide the batch only their product counts."""
+        return {**super().outcome(*without), "samples_per_step": self.samples_per_step}
 
     @property
     def max_workers(self) -> int:
@@ -226,6 +238,11 @@ class SamplingConfig(Section):
 class EngineConfig(Section):
     """vLLM engines, one per actor."""
 
+    execution_only: ClassVar[frozenset[str]] = frozenset({
+        "actors", "cpus_per_actor", "gpus_per_actor", "tensor_parallel_size", "memory_utilization", "kv_cache_gib", "enforce_eager", "max_num_seqs", "rows_per_task",
+        "rows_in_flight",
+    })
+
     actors: tuple[PositiveInt, PositiveInt] = Field((1, 1), description="[min, max] engine actors; Ray Data grows and shrinks the pool.")
     cpus_per_actor: NonNegative = Field(1.0, description="CPUs each actor reserves.")
     gpus_per_actor: NonNegative = Field(0.0, description="GPUs each actor reserves (tensor_parallel_size on a GPU cluster).")
@@ -242,6 +259,10 @@ class EngineConfig(Section):
 
 class EndpointConfig(Section):
     """An OpenAI-compatible endpoint."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset({
+        "key_env", "concurrency", "retries", "timeout", "usd_per_million_input", "usd_per_million_output",
+    })
 
     model: str = Field("gpt-4o", description="Model name at the endpoint.")
     base_url: str = Field("https://api.openai.com/v1", description="Address of the endpoint. Its key comes from the environment variable named by key_env.")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from medray.config import EvaluateJobConfig
 from medray.errors import StageError
 from medray.evaluation.benchmarks import BENCHMARKS
-from medray.methods.stages import Model, engine_arguments
+from medray.methods.stages import Model, asked_inputs, engine_arguments
 from medray.records import PREDICTION, conform
 from medray.run import Run, Stage
 
@@ -59,18 +59,17 @@ def worker_of(config: EvaluateJobConfig, model: Asked) -> tuple[dict[str, Any], 
     if model.api is None:
         path = resolve_model(model.path)
         identity = model_hash(path)
-        answering = {"max_tokens": config.evaluate.max_tokens, "option_likelihood": config.option_likelihood}
-        arguments = {**engine_arguments(config, Model(path, identity)), **common, **answering}
+        answering = {"likelihood": config.option_likelihood, **asked_inputs(config)}
+        own = {"max_tokens": config.evaluate.max_tokens, "option_likelihood": config.option_likelihood}
+        arguments = {**engine_arguments(config, Model(path, identity)), **common, **own}
         mapped = {"fn": Predict, "fn_constructor_kwargs": arguments, **map_options(config.engine)}
     else:
         api = config.api.model_copy(update={"model": model.api, "max_tokens": config.evaluate.max_tokens})
         identity = f"{api.base_url}:{model.api}"
+        answering = {"api": api.outcome(), "seed": config.evaluate.seed}
         arguments = {**common, "config": api.model_dump(), "data_config": config.data.model_dump(), "seed": config.evaluate.seed}
         mapped = {"fn": ApiPredict, "fn_constructor_kwargs": arguments, **client_options(config.engine)}
-    settings = {
-        "model": identity, "name": model.name, "text_only": config.text_only, "max_tokens": config.evaluate.max_tokens, "likelihood": config.option_likelihood,
-        "precision": config.model.precision, "system": config.model.system_prompt, "template": config.model.chat_template, "square": config.model.pad_to_square,
-    }
+    settings = {"model": identity, "name": model.name, "text_only": config.text_only, "max_tokens": config.evaluate.max_tokens, **answering}
     return settings, mapped
 
 

@@ -150,7 +150,7 @@ def scored(run: Run, config: EvaluateJobConfig, name: str, folders: Mapping[str,
     """Scores of every model, and each against the first on the same questions."""
     from medray.evaluation.scores import score_models
 
-    inputs = {"rows": {model: one["hash"] for model, one in folders.items()}, "config": config.evaluate}
+    inputs = {"rows": {model: one["hash"] for model, one in folders.items()}, "config": config.evaluate.outcome("arms", "kinds")}
 
     def work(_: Stage) -> dict[str, Any]:
         uris = {model: one["outputs"]["rows"] for model, one in folders.items()}

@@ -128,7 +128,8 @@ def train_raters(config: ClinicianPreferenceConfig, made: Manifests, common: Com
     return {
         name: common(
             f"08-rater{name}",
-            {"model": made["pairs"]["hash"], "clinicians": made["clinicians"]["hash"], "encoder": encoder.hash, "config": steps.rater_inputs(rater)},
+            {"model": made["pairs"]["hash"], "clinicians": made["clinicians"]["hash"], "encoder": encoder.hash, "config": steps.rater_inputs(rater),
+             "measured": steps.measured_inputs(config)},
             lambda stage, rater=rater: steps.train_rater(stage, config, rater, made["pairs"], made["clinicians"]),
         )
         for name, rater in steps.rater_configs(config).items()
@@ -139,7 +140,7 @@ def select(run: Run, config: ClinicianPreferenceConfig, made: Manifests) -> Mani
     """Stage 10: the dialogues of each arm; all of them need no selection."""
     return {
         arm: made["written"] if arm == "all" else run.stage(
-            f"10-select-{arm}", {"rows": made["scored"]["hash"], "config": config.select, "order": steps.ORDERS[arm]},
+            f"10-select-{arm}", {"rows": made["scored"]["hash"], **steps.select_inputs(config, steps.ORDERS[arm])},
             lambda stage, arm=arm: steps.select(stage, config, made, steps.ORDERS[arm]),
         )
         for arm in config.evaluate.arms
@@ -154,14 +155,14 @@ def tune_and_evaluate(
     The first arm is what the run is for: it comes last, so that it is compared with all others.
     """
     base = stages.resolve_base(config)
-    asked = {"data": data["hash"], "settings": config.model, "config": config.evaluate.settings("arms")}
+    asked = {"data": data["hash"], **stages.asked_inputs(config), "config": config.evaluate.outcome("arms")}
     models = {"base": base} if kept else {}
     scores: Manifests = {}
     if kept:
         scores["base"] = common("90-evaluate-base", {**asked, "model": base.hash}, lambda stage: steps.evaluate(stage, config, base, "base", data, {}))
     for arm, rows in reversed(kept.items()):
         tuned = run.stage(
-            f"11-tune-{arm}", {"rows": rows["hash"], "model": config.model, "base": base.hash, "train": config.tune},
+            f"11-tune-{arm}", {"rows": rows["hash"], "model": stages.model_inputs(config.model), "base": base.hash, "train": config.tune.outcome()},
             lambda stage, rows=rows: stages.tune(
                 stage, config, base, rows["outputs"]["conversations"], "sft", config.tune, data["outputs"]["eval_conversations"]),
         )

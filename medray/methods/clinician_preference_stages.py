@@ -14,14 +14,10 @@ from medray.methods import stages
 from medray.methods.clinician_preference_report import clinicians_of, who
 from medray.methods.clinicians import checkable, rightness
 from medray.methods.model_card import CARD, rater_card
-from medray.methods.stages import HOW_ASKED, Model
+from medray.methods.stages import Model
 from medray.run import Run, Stage
 
-# Fields of sections that say how the work is done, and not what comes out.
-_HOW_DATA = {"read_cpus", "encoders", "unlabelled_per_round"}
-_HOW_EMBED = {"batch", "actors", "cpus_per_actor", "gpus_per_actor"}
 _DRAW = {"clusters", "kmeans_batch", "passes", "draw", "picture_points", "seed"}
-_HOW_SCORE = {"actors", "cpus_per_actor", "gpus_per_actor", "batch", "rows_per_task"}
 ORDERS = {"selected": "score", "random": "random", "right": "truth"}  # of an arm: select.order, or the true attributes
 
 
@@ -29,7 +25,7 @@ def data_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
     """What the data stage depends on. The seed draws the images, so it counts only where some are left out."""
     evaluate = config.evaluate
     return {
-        "data": config.data.settings(*_HOW_DATA), "captions": config.captions, "seed": config.generate.seed if config.data.label_fraction < 1 else None,
+        "data": config.data.outcome("unlabelled_per_round"), "captions": config.captions, "seed": config.generate.seed if config.data.label_fraction < 1 else None,
         "kinds": evaluate.kinds, "eval_seed": evaluate.seed, "max_eval": evaluate.max_images, "eval_rows": config.tune.eval_rows,
     }
 
@@ -56,7 +52,7 @@ def check_arms(config: ClinicianPreferenceConfig, data: dict[str, Any]) -> None:
 
 
 def embed_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
-    return config.demonstrations.settings(*_HOW_EMBED, *_DRAW)
+    return config.demonstrations.outcome("encoder", *_DRAW)
 
 
 def embed(stage: Stage, config: ClinicianPreferenceConfig, encoder: str, data: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +88,7 @@ def draw(stage: Stage, config: ClinicianPreferenceConfig, data: dict[str, Any], 
 
 def generate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
     """What dialogues depend on beside images and demonstrations."""
-    return {"config": config.generate.settings(*HOW_ASKED, "answers"), "writer": model and model.hash, "model": model and config.model.settings("path")}
+    return {"config": config.generate.outcome("answers"), "writer": model and model.hash, "local": model and stages.asked_inputs(config)}
 
 
 def candidates(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | None, drawn: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +118,7 @@ def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Mo
 
 
 def rate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
-    return {"config": config.rate.settings(*HOW_ASKED), "rater": model and model.hash, "model": model and config.model.settings("path")}
+    return {"config": config.rate.outcome(), "rater": model and model.hash, "local": model and stages.asked_inputs(config)}
 
 
 def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, written: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +158,17 @@ def rater_configs(config: ClinicianPreferenceConfig) -> dict[str, RaterConfig]:
 
 def rater_inputs(rater: RaterConfig) -> dict[str, Any]:
     """What the rating model depends on beside pairs and encoder: a weight, only where both kinds of pairs are mixed."""
-    return rater.settings("encoder", *(() if rater.train_on == "mixture" else ("clinician_weight",)))
+    return rater.outcome("encoder", *(() if rater.train_on == "mixture" else ("clinician_weight",)))
+
+
+def measured_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
+    """What the measures of a rating model on held-out pairs depend on beside the model and the pairs."""
+    return {"score": score_inputs(config), "bootstrap": config.evaluate.bootstrap}
+
+
+def select_inputs(config: ClinicianPreferenceConfig, order: str) -> dict[str, Any]:
+    """What the dialogues of an arm depend on beside their scores. The arm says the order, in place of select.order."""
+    return {"config": config.select.outcome("order", *(("relative_to",) if order == "truth" else ())), "order": order}
 
 
 def train_rater(stage: Stage, config: ClinicianPreferenceConfig, rater: RaterConfig, pairs: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def best_rater(trained: dict[str, dict[str, Any]]) -> str:
 
 
 def score_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
-    return config.score.settings(*_HOW_SCORE)
+    return config.score.outcome()
 
 
 def score(stage: Stage, config: ClinicianPreferenceConfig, rater: str, written: dict[str, Any]) -> dict[str, Any]:

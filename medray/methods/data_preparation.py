@@ -37,6 +37,8 @@ SCHEMA_VERSION = 1
 # A task that groups holds a block's rows as Python objects, several times their size in Arrow; smaller ones would be too many to sort.
 INDEX_BLOCK_BYTES = 32 * 2**20
 LIMITS = {"max_image_bytes", "max_image_pixels", "max_aspect", "min_image_side", "rows_per_shard"}  # fields that decide what a shard holds
+# Fields that no index depends on: they say what images serve for in a method.
+_NOT_INDEXED = {"label_fraction", "max_labelled", "max_unlabelled", "unlabelled_per_round", "turns"}
 _TEXT_COLUMNS = [
     "sample_id", "split", "modality", "source", "image_format", "width", "height", "warnings", "captions", "dialogues", "questions", "preferences",
     "attributes", "set_aside", "error",
@@ -76,7 +78,7 @@ def prepare_dataset(config: PrepareDataConfig, run_uri: str) -> dict[str, Any]:
 
 def index_inputs(data: DataConfig) -> dict[str, Any]:
     """What the index depends on."""
-    return {"data": data.model_dump(include={"source", "format", "images", "train_split", "eval_split", "testbed_val_fraction", "testbed_rows"})}
+    return {"data": data.outcome(*LIMITS, *_NOT_INDEXED)}
 
 
 def write_index(stage: Stage, data: DataConfig) -> dict[str, Any]:

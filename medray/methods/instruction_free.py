@@ -52,21 +52,21 @@ def instruction_free(config: InstructionFreeConfig, run_uri: str, shared_uri: st
     with ray_session(config.cluster):
         data = shared_stage(run, shared, "00-data", steps.data_inputs(config), lambda stage: steps.prepare_data(stage, config))
         base = stages.resolve_base(config)
-        common = {"data": data["hash"], "model": config.model, "base": base.hash}
+        common = {"data": data["hash"], "model": stages.model_inputs(config.model), "base": base.hash}
 
         warm_up = None
         if config.tune.instruction is None:
             warm_up = shared_stage(
-                run, shared, "01-warm_up", {**common, "train": config.warm_up}, lambda stage: steps.warm_up(stage, config, base, data))
+                run, shared, "01-warm_up", {**common, "train": config.warm_up.outcome()}, lambda stage: steps.warm_up(stage, config, base, data))
         proxy = warm_up and warm_up["outputs"]["proxy"]
         tuned = run.stage(
-            "02-tune", {**common, "train": config.tune, "proxy": warm_up and warm_up["hash"]},
+            "02-tune", {**common, "train": config.tune.outcome(), "proxy": warm_up and warm_up["hash"]},
             lambda stage: steps.tune(stage, config, base, data, proxy),
         )
         model = stages.exported(tuned)
         stages.verify(run, "03-verify", config, model, data)
 
-        asked = {"data": data["hash"], "settings": config.model, "config": config.evaluate}
+        asked = {"data": data["hash"], **stages.asked_inputs(config), "config": config.evaluate.outcome("arms")}
         before = shared_stage(
             run, shared, "90-evaluate-base", {**asked, "model": base.hash}, lambda stage: steps.evaluate(stage, config, base, "base", data))
         after = run.stage(

@@ -13,15 +13,15 @@ from medray.methods.stages import Model
 from medray.run import Stage
 
 PROXY_FILE = "proxy_instruction.safetensors"
-# Fields of `data` that say how the work is done, or that this method does not read.
-_NOT_READ = {"read_cpus", "encoders", "max_unlabelled", "unlabelled_per_round", "turns"}
+# Fields of `data` that this method does not read.
+_NOT_READ = {"max_unlabelled", "unlabelled_per_round", "turns"}
 
 
 def data_inputs(config: InstructionFreeConfig) -> dict[str, Any]:
     """What the data stage depends on. The seed draws the images to tune on, so it counts only where some are left out."""
     evaluate = config.evaluate
     return {
-        "data": config.data.settings(*_NOT_READ), "seed": config.tune.seed if config.data.label_fraction < 1 else None,
+        "data": config.data.outcome(*_NOT_READ), "seed": config.tune.seed if config.data.label_fraction < 1 else None,
         "prompt": evaluate.describe_prompt, "kinds": evaluate.kinds, "eval_seed": evaluate.seed, "max_eval": evaluate.max_images, "eval_rows": config.tune.eval_rows,
         "general": [evaluate.general, evaluate.general_split, evaluate.max_general],
     }

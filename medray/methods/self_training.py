@@ -50,7 +50,7 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
         base = stages.resolve_base(config)
 
         sft = run.stage(
-            "01-sq_sft", {"data": data["hash"], "model": config.model, "base": base.hash, "train": config.sft},
+            "01-sq_sft", {"data": data["hash"], "model": stages.model_inputs(config.model), "base": base.hash, "train": config.sft.outcome()},
             lambda stage: stages.tune(stage, config, base, data["outputs"]["conversations"], "sft", config.sft),
         )
         model = stages.exported(sft)
@@ -61,7 +61,7 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
         for number in range(1, config.rounds + 1):
             played = run.stage(
                 f"{number}1-self_play", {"data": data["hash"], "model": model.hash, "config": config.self_play, "round": number,
-                                          "fresh": config.data.unlabelled_per_round == "fresh" and config.rounds},
+                                          **stages.asked_inputs(config), "fresh": config.data.unlabelled_per_round == "fresh" and config.rounds},
                 lambda stage, model=model, number=number: stages.self_play(stage, config, model, data, number),
             )
             judged = run.stage(
@@ -78,11 +78,11 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
                     "lower judge.min_margin or judge.min_chosen_score, raise self_play.answer.temperature or question more images"
                 )
             reference = run.stage(
-                f"{number}4-reference", {"pairs": pairs["hash"], "model": model.hash, "normalised": config.dpo.length_normalised},
+                f"{number}4-reference", {"pairs": pairs["hash"], "model": model.hash, "settings": stages.model_inputs(config.model)},
                 lambda stage, pairs=pairs, model=model: stages.reference_logps(stage, config, model, pairs),
             )
             tuned = run.stage(
-                f"{number}5-dpo", {"pairs": reference["hash"], "model": model.hash, "train": config.dpo},
+                f"{number}5-dpo", {"pairs": reference["hash"], "model": model.hash, "settings": stages.model_inputs(config.model), "train": config.dpo.outcome()},
                 lambda stage, reference=reference, model=model: stages.tune(stage, config, model, reference["outputs"]["rows"], "dpo", config.dpo),
             )
             model = stages.exported(tuned)
@@ -90,13 +90,15 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
             models[f"dpo-{number}"] = model
             pairs_made += pairs["outputs"]["counts"]["pairs"]
 
-        scores = {
-            name: run.stage(
-                f"90-evaluate-{name}", {"data": data["hash"], "model": one.hash, "config": config.evaluate, "suffix": ""},
-                lambda stage, one=one, name=name: stages.evaluate(stage, config, one, name, data),
+        scores: dict[str, dict[str, Any]] = {}
+        for name, one in models.items():
+            if stages.arm_of(name) not in config.evaluate.arms:
+                continue
+            before = scores.get(stages.previous_model(name) or "")
+            scores[name] = run.stage(
+                f"90-evaluate-{name}", {"data": data["hash"], "model": one.hash, **stages.evaluation_inputs(config, before)},
+                lambda stage, one=one, name=name, before=before: stages.evaluate(stage, config, one, name, data, before),
             )
-            for name, one in models.items() if stages.arm_of(name) in config.evaluate.arms
-        }
         results = write_report(run, config, scores)
         publish_models(run, config, SELF_TRAINING, models, list(models)[-1], results)
     return {

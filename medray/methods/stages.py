@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medray.config import (
@@ -16,6 +17,7 @@ from medray.config import (
     EndpointConfig,
     EvaluateJobConfig,
     InstructionFreeConfig,
+    ModelConfig,
     SelfTrainingConfig,
     TrainConfig,
 )
@@ -23,7 +25,6 @@ from medray.run import Run, Stage, digest
 
 PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig that only the pairs stage reads
 LOCAL_JUDGES = ("vllm", "rater")  # the kinds of judge whose model is a folder of ours, not a name at an endpoint
-HOW_ASKED = {"concurrency", "retries", "timeout", "usd_per_million_input", "usd_per_million_output"}  # of an EndpointConfig, what no reply depends on
 AnyMethodConfig = SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig
 BLOCKS_PER_ENCODER = 12  # of rows under way between files and training workers: read ahead, in work, encoded
 
@@ -36,16 +37,37 @@ class Model:
     hash: str
 
 
+def model_inputs(config: ModelConfig) -> dict[str, Any]:
+    """What work with a model depends on beside its weights: a template's text, not the name of its file."""
+    template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
+    return {**config.outcome("path"), "chat_template": template}
+
+
+def asked_inputs(config: AnyMethodConfig | EvaluateJobConfig) -> dict[str, Any]:
+    """What answers of a model in an engine depend on beside its weights and the questions."""
+    return {"settings": model_inputs(config.model), "engine": config.engine.outcome()}
+
+
+def evaluation_inputs(config: SelfTrainingConfig, before: dict[str, Any] | None) -> dict[str, Any]:
+    """What an evaluation depends on beside the model and the questions.
+
+    Args:
+        before: the manifest of the evaluation it is compared with; None without one.
+    """
+    return {**asked_inputs(config), "config": config.evaluate.outcome("arms"), "suffix": "", "against": before and before["hash"]}
+
+
 def data_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
-    """What the data stage depends on: execution settings such as CPUs are left out."""
-    return {"data": config.data.settings("read_cpus", "encoders"), "kinds": config.evaluate.kinds, "eval_seed": config.evaluate.seed,
+    """What the data stage depends on. How rounds share the unlabelled images is decided when they are questioned."""
+    return {"data": config.data.outcome("unlabelled_per_round"), "kinds": config.evaluate.kinds, "eval_seed": config.evaluate.seed,
             "max_eval": config.evaluate.max_images, "seed": config.sft.seed, "eval_rows": config.sft.eval_rows}
 
 
 def judge_inputs(config: SelfTrainingConfig | ClinicianPreferenceConfig | EvaluateJobConfig) -> dict[str, Any]:
     """What a verdict depends on, with the weights of a local judge: how requests are sent and paid, and what is later made of the scores, are left out."""
     weights = local_model(config.judge.model).hash if config.judge.kind in LOCAL_JUDGES else None
-    return {"config": config.judge.settings(*HOW_ASKED, *PAIR_RULES), "weights": weights}
+    local = asked_inputs(config) if config.judge.kind == "vllm" else None
+    return {"config": config.judge.outcome(*PAIR_RULES), "weights": weights, "local": local}
 
 
 def pair_rules(config: SelfTrainingConfig) -> dict[str, Any]:
@@ -178,7 +200,7 @@ def verify(run: Run, name: str, config: AnyMethodConfig, model: Model, data: dic
         report = verify_on_cluster(model.path, rows, config.verify, config.model, config.data, config.engine)
         return {"counts": report}
 
-    run.stage(name, {"model": model.hash, "config": config.verify, "data": data["hash"]}, work)
+    run.stage(name, {"model": model.hash, "config": config.verify, "data": data["hash"], **asked_inputs(config)}, work)
 
 
 def self_play(stage: Stage, config: SelfTrainingConfig, model: Model, data: dict[str, Any], number: int) -> dict[str, Any]:
@@ -303,8 +325,14 @@ def reference_logps(stage: Stage, config: SelfTrainingConfig, model: Model, pair
     return {"rows": stage.path("rows"), "counts": {"pairs": rows, **again}}
 
 
-def evaluate(stage: Stage, config: SelfTrainingConfig, model: Model, name: str, data: dict[str, Any]) -> dict[str, Any]:
-    """Greedy answers to the held-out questions, scored; paired with the base model's where that was evaluated before."""
+def evaluate(
+    stage: Stage, config: SelfTrainingConfig, model: Model, name: str, data: dict[str, Any], before: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Greedy answers to the held-out questions, scored.
+
+    Args:
+        before: the manifest of the evaluation of the model one step earlier, to compare with.
+    """
     from medray.data.shards import write_resumable
     from medray.evaluation.predict import Predict
     from medray.evaluation.scores import compare, score
@@ -318,10 +346,9 @@ def evaluate(stage: Stage, config: SelfTrainingConfig, model: Model, name: str, 
     )
     scores = score(stage.path("rows"), config.evaluate)
     difference = None
-    against = previous_model(name)
-    if against and stage.run.exists("stages", f"90-evaluate-{against}", "manifest.json"):
-        found = compare(stage.run.path("stages", f"90-evaluate-{against}", "rows"), stage.path("rows"), config.evaluate)
-        difference = {"against": against, **found["accuracy"]}
+    if before is not None:
+        found = compare(before["outputs"]["rows"], stage.path("rows"), config.evaluate)
+        difference = {"against": previous_model(name), **found["accuracy"]}
     return {"rows": stage.path("rows"), "scores": scores, "difference": difference, "counts": {"questions": rows, **again, "without answer": scores["errors"]}}
 
 
