@@ -264,6 +264,7 @@ PREDICTION = pa.schema([
     ("option_tokens", pa.list_(pa.int32())),  # per choice, the tokens of that sum
     ("benchmark", pa.string()),
     ("text_only_answer", pa.string()),  # the same model's answer with a blank image
+    ("thinking", pa.string()),  # finished | unfinished: the model thought aloud before its answer, which is without it; null: it did not
 ])
 
 # As models answer, in whatever order; `key` is null where the questions had none.

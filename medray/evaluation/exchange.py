@@ -15,9 +15,12 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -25,14 +28,16 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from medray.errors import DataError
-from medray.evaluation import metrics
-from medray.records import PREDICTION, conform
+from medray.evaluation.targets import LETTERS, TargetError, documented_options, lettered, question_of
+from medray.inference.thinking import said
+from medray.records import ANSWERED, PREDICTION, conform
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+logger = logging.getLogger("medray")
+
 ROWS_PER_FILE = 65_536
 _BATCH = 16_384
 _EMPTY = dict.fromkeys(PREDICTION.names)
-_OPTION_LINE = re.compile(r"^\(?([A-Z])[.):]\s+(.*)$")
+_TABLES = (".tsv", ".csv", ".xlsx")  # of VLMEvalKit
 
 
 def read_predictions(uri: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -44,7 +49,8 @@ def read_predictions(uri: str, columns: Sequence[str] | None = None) -> Iterator
 def prediction_tables(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Columns of records.PREDICTION from a file, or from a folder of Parquet or .jsonl files; columns a file lacks are null.
 
-    A .jsonl file may also be a sample log of lmms-eval, and a .tsv or .xlsx file is a table of VLMEvalKit.
+    A .jsonl file may also be a sample log of lmms-eval, and a .tsv, .csv or .xlsx file is a table of VLMEvalKit. Fields and columns
+    that are not read are logged once per file.
 
     Raises DataError where there is no such file, naming the line and field of a JSON record of the wrong form, or the file
     with a column of another type.
@@ -53,17 +59,22 @@ def prediction_tables(uri: str, columns: Sequence[str] | None = None) -> Iterato
     if not fs.exists(root):
         raise DataError(f"predictions: {uri} does not exist")
     schema = pa.schema([PREDICTION.field(name) for name in columns or PREDICTION.names])
-    if root.endswith((".tsv", ".xlsx")):
+    if root.endswith(_TABLES):
         yield from _tables(read_vlmevalkit(uri), schema, uri)
         return
     files = [root] if fs.isfile(root) else sorted(p for p in fs.find(root) if not _hidden(p, root))
+    suffixes = Counter(posixpath.splitext(path)[1] or "no suffix" for path in files)
+    there = ", ".join(f"{number} x {suffix}" for suffix, number in sorted(suffixes.items()))
     for suffix in (".parquet", ".jsonl"):
         chosen = [path for path in files if path.endswith(suffix)]
+        if not chosen:
+            continue
+        if len(chosen) < len(files):
+            logger.warning("%s: only the %s files are read, of %s", uri, suffix, there)
         for path in chosen:
             yield from _parquet_tables(fs, path, schema) if suffix == ".parquet" else _tables(_jsonl_rows(fs, path, schema.names), schema, path)
-        if chosen:
-            return
-    raise DataError(f"predictions: {uri} is or holds no .parquet, .jsonl, .tsv or .xlsx file")
+        return
+    raise DataError(f"predictions: {uri} is or holds no .parquet, .jsonl, .tsv, .csv or .xlsx file; there is {there or 'nothing'}")
 
 
 def _hidden(path: str, root: str) -> bool:
@@ -74,6 +85,7 @@ def _parquet_tables(fs: Any, path: str, schema: pa.Schema) -> Iterator[pa.Table]
     with fs.open(path, "rb") as handle:
         file = pq.ParquetFile(handle)
         there = [name for name in schema.names if name in file.schema_arrow.names]
+        _name_unread(path, set(file.schema_arrow.names) - set(ANSWERED.names), "columns")
         for batch in file.iter_batches(batch_size=_BATCH, columns=there):
             try:
                 table = conform(pa.Table.from_batches([batch]), schema)
@@ -92,24 +104,48 @@ def _tables(rows: Iterable[dict[str, Any]], schema: pa.Schema, path: str) -> Ite
 
 
 def _jsonl_rows(fs: Any, path: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-    with fs.open(path, "rt", encoding="utf-8-sig") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            where = f"{posixpath.basename(path)} line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON ({error.msg})") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: holds a {type(record).__name__}, not an object")
-            if number == 1 and "doc_id" in record and "sample_id" not in record:
-                yield from ({name: row[name] for name in columns} for row in read_lmms_eval(fs.unstrip_protocol(path)))
-                return
-            for name in columns:
-                if not _fits(record.get(name), PREDICTION.field(name).type):
-                    raise DataError(f"{where}: field {name!r} is not of type {PREDICTION.field(name).type}")
-            yield {name: record.get(name) for name in columns}
+    name = posixpath.basename(path)
+    unread: set[str] = set()
+    first = True
+    for number, line in _numbered_lines(fs, path, path):
+        where = f"{name} line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: holds a {type(record).__name__}, not an object")
+        if first and "doc_id" in record and "sample_id" not in record:
+            yield from ({column: row[column] for column in columns} for row in read_lmms_eval(fs.unstrip_protocol(path)))
+            return
+        if first and "sample_id" not in record:
+            raise DataError(
+                f"{where}: has neither 'sample_id' (our own predictions) nor 'doc_id' (lmms-eval); it has {', '.join(sorted(record)) or 'no field'}. "
+                f"Write a record of sample_id, image_id, question, reference, answer and answer_type for each question"
+            )
+        first = False
+        for column in columns:
+            if not _fits(record.get(column), PREDICTION.field(column).type):
+                raise DataError(f"{where}: field {column!r} is not of type {PREDICTION.field(column).type}")
+        unread |= record.keys() - set(ANSWERED.names)
+        yield {column: record.get(column) for column in columns}
+    _name_unread(path, unread, "fields")
+
+
+def _numbered_lines(fs: Any, inner: str, path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 text that are not blank. Raises DataError naming the file for another encoding."""
+    with _opened(fs, inner, path) as handle:
+        try:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    yield number, line
+        except UnicodeDecodeError as error:
+            raise DataError(f"{posixpath.basename(path)}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
+def _name_unread(path: str, names: Iterable[str], what: str) -> None:
+    if names := sorted(names):
+        logger.warning("%s: %s that are not read: %s", posixpath.basename(path), what, ", ".join(names[:40]) + (", ..." if len(names) > 40 else ""))
 
 
 def _fits(value: Any, kind: pa.DataType) -> bool:
@@ -130,9 +166,9 @@ def by_id(uri: str, columns: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def answers(uri: str, answer_type: str | None = None) -> dict[str, str]:
-    """sample_id -> answer of a set of predictions, to questions of one type or of all."""
+    """sample_id -> answer of a set of predictions, without the thinking before it, to questions of one type or of all."""
     rows = read_predictions(uri, ["sample_id", "answer", "error", "answer_type"])
-    return {row["sample_id"]: row["answer"] for row in rows if row["error"] is None and row["answer"] is not None and answer_type in (None, row["answer_type"])}
+    return {row["sample_id"]: said(row["answer"]).answer for row in rows if row["error"] is None and row["answer"] is not None and answer_type in (None, row["answer_type"])}
 
 
 def write_predictions(rows: Iterable[dict[str, Any]], folder: str) -> int:
@@ -190,12 +226,16 @@ def write_lmms_eval(rows: Iterable[dict[str, Any]], folder: str, task: str, date
     return uri
 
 
+_LMMS_FIELDS = {"doc_id", "doc", "target", "input", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "prompt_hash", "target_hash"}
+
+
 def read_lmms_eval(path: str, model: str | None = None) -> Iterator[dict[str, Any]]:
-    """Predictions of an lmms-eval sample log (`*_samples_<task>.jsonl`).
+    """Predictions of a sample log (`*_samples_<task>.jsonl`) of lmms-eval or lm-evaluation-harness.
 
     The answer is the first of `filtered_resps` (else of `resps`: lmms-eval leaves out the one that equals the other). Logs
     written by lmms-eval itself hold no `doc`: the kind of question is then told from `target` and from lettered options in
-    `input`, and each question counts as an image of its own. A line that cannot be used becomes a row with `error`.
+    `input`, and each question counts as an image of its own. A line that cannot be used becomes a row with `error`; fields that
+    are not read are logged once.
 
     Args:
         model: written to the column `model`; default the name of the folder, as lmms-eval lays files out.
@@ -203,10 +243,10 @@ def read_lmms_eval(path: str, model: str | None = None) -> Iterator[dict[str, An
     fs, inner = url_to_fs(path)
     task = _task(posixpath.basename(path))
     model = model or posixpath.basename(posixpath.dirname(inner)) or None
-    with _opened(fs, inner, path) as handle:
-        for number, line in enumerate(handle, 1):
-            if line.strip():
-                yield _lmms_row(line, f"{task}@line {number}", task, model)
+    unread: set[str] = set()
+    for number, line in _numbered_lines(fs, inner, path):
+        yield _lmms_row(line, f"{task}@line {number}", task, model, unread)
+    _name_unread(path, unread, "fields")
 
 
 def _task(name: str) -> str:
@@ -214,7 +254,7 @@ def _task(name: str) -> str:
     return match[1] if match else posixpath.splitext(name)[0]
 
 
-def _lmms_row(line: str, place: str, task: str, model: str | None) -> dict[str, Any]:
+def _lmms_row(line: str, place: str, task: str, model: str | None, unread: set[str]) -> dict[str, Any]:
     def bad(reason: str) -> dict[str, Any]:
         return {**_EMPTY, "sample_id": place, "image_id": place, "model": model, "benchmark": task, "error": reason}
 
@@ -224,6 +264,7 @@ def _lmms_row(line: str, place: str, task: str, model: str | None) -> dict[str, 
         return bad(f"the line is not JSON: {error.msg}")
     if not isinstance(sample, dict) or "doc_id" not in sample:
         return bad("field 'doc_id' is missing")
+    unread |= sample.keys() - _LMMS_FIELDS
     answer = _first(sample.get("filtered_resps"))
     answer = _first(sample.get("resps")) if answer is None else answer
     if answer is None:
@@ -233,13 +274,25 @@ def _lmms_row(line: str, place: str, task: str, model: str | None) -> dict[str, 
         return {**{name: doc.get(name) for name in PREDICTION.names}, "answer": None if doc.get("error") else answer}
     counts = sample.get("token_counts")
     tokens = counts[0].get("output_tokens") if isinstance(counts, list) and counts and isinstance(counts[0], dict) else None
-    question = sample.get("input") if isinstance(sample.get("input"), str) else doc.get("question")
+    question = _lmms_question(sample, doc)
     image = next((str(doc[key]) for key in ("image_id", "img_id", "img_name", "image_name") if doc.get(key) is not None), None)
     identity = f"{task}:{sample['doc_id']}"
+    try:
+        kind = question_of(question, sample.get("target"), lettered(question)[1] or documented_options(doc), said(answer).answer)
+    except TargetError as error:
+        return {**bad(str(error)), "sample_id": identity, "image_id": image or identity, "question": question}
     return {
         **_EMPTY, "sample_id": identity, "image_id": image or identity, "question": question, "answer": answer, "model": model, "benchmark": task,
-        "tokens": tokens if isinstance(tokens, int) else None, **_question(question or "", str(sample.get("target", "")), None),
+        "tokens": tokens if isinstance(tokens, int) else None, **kind,
     }
+
+
+def _lmms_question(sample: Mapping[str, Any], doc: Mapping[str, Any]) -> str:
+    """What was asked: lmms-eval's `input`, lm-evaluation-harness's first argument, or the data set's own question."""
+    first = sample.get("arguments")
+    while isinstance(first, dict | list) and first:
+        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+    return next((text for text in (sample.get("input"), first, doc.get("question")) if isinstance(text, str)), "")
 
 
 def _first(responses: Any) -> str | None:
@@ -247,34 +300,6 @@ def _first(responses: Any) -> str | None:
     while isinstance(responses, list) and len(responses) == 1:
         responses = responses[0]
     return responses if isinstance(responses, str) else None
-
-
-def _question(text: str, reference: str, choices: list[str] | None) -> dict[str, Any]:
-    """reference, answer_type and choices of a question whose kind no column says."""
-    choices = choices or lettered(text)[1]
-    letter = metrics.mcq_letter(reference, len(choices)) if choices else None
-    if choices and letter is None:  # some tasks give the option's text, or its place, as the target
-        places = [number for number, choice in enumerate(choices) if metrics.exact_match(choice, reference)]
-        letter = LETTERS[places[0]] if len(places) == 1 else None
-    if letter is not None:
-        return {"reference": letter, "answer_type": "mcq", "choices": choices}
-    closed = metrics.normalise(reference) in ("yes", "no")
-    return {"reference": reference, "answer_type": "closed" if closed else "open", "choices": None}
-
-
-def lettered(question: str) -> tuple[str, list[str]]:
-    """(text before the options, options) of a question with lines "A. ...", "B. ..." in order; ("", []) without them."""
-    lines = question.split("\n")
-    for start in range(len(lines)):
-        options = []
-        for line, letter in zip(lines[start:], LETTERS, strict=False):
-            match = _OPTION_LINE.match(line.strip())
-            if match is None or match[1] != letter:
-                break
-            options.append(match[2].strip())
-        if len(options) >= 2:
-            return "\n".join(lines[:start]).strip(), options
-    return "", []
 
 
 # ---- VLMEvalKit ----------------------------------------------------------------------------------------------------
@@ -318,15 +343,17 @@ def _cell(value: Any) -> str:
 
 
 def read_vlmevalkit(path: str, model: str | None = None) -> Iterator[dict[str, Any]]:
-    """Predictions of a VLMEvalKit table (.tsv or .xlsx): columns index, question, answer, prediction and, for multiple choice, A, B, ...
+    """Predictions of a VLMEvalKit table (.tsv, .csv or .xlsx): columns index, question, answer, prediction and, for multiple choice, A, B, ...
 
-    The image is `image_path` where there is one, else each question counts as an image of its own. A row that cannot be
-    used, or whose prediction says that it failed, becomes a row with `error`.
+    An option's letter is that of its column; the text of an option whose cell is empty is lost (pandas writes "None" and "NA" so), and
+    stays empty. The image is `image_path` where there is one, else each question counts as an image of its own. A row that cannot be
+    used, or whose prediction says that it failed, becomes a row with `error`; columns that are not read are logged once.
 
     Args:
         model: written to the column `model` unless the table is our own; default the file's name.
 
-    Raises DataError for a table without the columns index, question, answer and prediction, or an .xlsx without openpyxl.
+    Raises DataError for a table without the columns index, question, answer and prediction, with one of them twice, or an .xlsx
+    without openpyxl.
     """
     name = posixpath.splitext(posixpath.basename(path))[0]
     table = _read_table(path)
@@ -334,28 +361,52 @@ def read_vlmevalkit(path: str, model: str | None = None) -> Iterator[dict[str, A
     missing = [column for column in ("index", "question", "answer", "prediction") if column not in head]
     if missing:
         raise DataError(f"{path}: a VLMEvalKit table needs the column {missing[0]!r}; it has {', '.join(head)}")
+    if twice := [column for column, times in Counter(head).items() if times > 1 and column in _READ_COLUMNS]:
+        raise DataError(f"{path}: the column {twice[0]!r} is there twice; remove one")
+    _name_unread(path, {column for column in head if column and column not in _READ_COLUMNS}, "columns")
     for number, cells in enumerate(table, 2):
         if any(cells):
-            yield _vlmevalkit_row(dict(zip(head, cells, strict=False)), f"{name}@row {number}", name, model or name)
+            place = f"{name}@row {number}"
+            if len(cells) < len(head) or any(cells[len(head):]):
+                yield {**_EMPTY, "sample_id": place, "image_id": place, "model": model or name, "benchmark": name, "error": f"the row has {len(cells)} cells, the table {len(head)} columns"}
+            else:
+                yield _vlmevalkit_row(dict(zip(head, cells, strict=False)), place, name, model or name)
+
+
+_READ_COLUMNS = {"index", "question", *LETTERS, "answer", "prediction", "category", "prompt", "image_path", "image", *_OWN}
 
 
 def _column(name: str) -> str:
+    name = name.strip()
     return name if name in LETTERS and name else name.lower()
+
+
+def _options(cells: dict[str, str]) -> list[str] | None:
+    """The options by their columns, up to the last that has a text or is the answer."""
+    letters = [letter for letter in LETTERS if letter in cells]
+    if not any(cells[letter].strip() for letter in letters):
+        return None
+    answer = cells["answer"].strip().upper()
+    last = max(letter for letter in letters if cells[letter].strip() or letter == answer)
+    return [cells.get(letter, "") for letter in LETTERS[:LETTERS.index(last) + 1]]
 
 
 def _vlmevalkit_row(cells: dict[str, str], place: str, name: str, model: str) -> dict[str, Any]:
     own = {column: value for column in _OWN if (value := _typed(cells.get(column, ""), PREDICTION.field(column).type)) is not None}
-    choices = [cells[letter] for letter in LETTERS if cells.get(letter)] or None
-    if "answer_type" in own:  # a table of our own
-        known = {"reference": cells["answer"], "choices": choices, "model": None}
-    else:
-        known = {**_question(cells["question"], cells["answer"], choices), "model": model, "benchmark": name}
     identity = own.get("sample_id") or (f"{name}:{cells['index']}" if cells["index"] else place)
     error = own.get("error")
     if error is None and cells["prediction"].startswith(_FAILED):
         error = cells["prediction"]
     if error is None and not cells["answer"]:
         error = "column 'answer' is empty"
+    known: dict[str, Any] = {"model": None if "answer_type" in own else model, "benchmark": None if "answer_type" in own else name}
+    if "answer_type" in own:  # a table of our own
+        known |= {"reference": cells["answer"], "choices": _options(cells)}
+    elif cells["answer"]:
+        try:
+            known |= question_of(cells["question"], cells["answer"], _options(cells), said(cells["prediction"]).answer)
+        except TargetError as problem:
+            error = error or f"column 'answer': {problem}"
     return {
         **_EMPTY, "attribute": cells.get("category") or None, **known, **own, "sample_id": identity,
         "image_id": own.get("image_id") or cells.get("image_path") or identity, "question": cells.get("prompt") or cells["question"],
@@ -401,24 +452,32 @@ def _write_table(path: str, head: list[str], rows: Iterator[list[str]]) -> None:
 
 
 def _read_table(path: str) -> Iterator[list[str]]:
+    """The cells of each row as text. "None", "NA" and the like are texts like others."""
     fs, inner = url_to_fs(path)
-    if path.endswith(".tsv"):
+    if not path.endswith(".xlsx"):
         csv.field_size_limit(2**26)  # tables may carry images as base64
+        kind = "tab" if path.endswith(".tsv") else "comma"
         with _opened(fs, inner, path) as handle:
             try:
-                yield from csv.reader(handle, delimiter="\t")
+                yield from csv.reader(handle, delimiter="\t" if kind == "tab" else ",")
             except csv.Error as error:
-                raise DataError(f"{path}: not a table of tab-separated values ({error})") from None
+                raise DataError(f"{path}: not a table of {kind}-separated values ({error})") from None
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
         return
     openpyxl = _openpyxl(path)
     with fs.open(inner, "rb") as handle:
-        for row in openpyxl.load_workbook(handle, read_only=True, data_only=True).active.iter_rows(values_only=True):
+        try:
+            book = openpyxl.load_workbook(handle, read_only=True, data_only=True)
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: not an .xlsx workbook ({error})") from None
+        for row in book.active.iter_rows(values_only=True):
             yield ["" if value is None else str(value) for value in row]
 
 
 def _openpyxl(path: str) -> Any:
     if not path.endswith(".xlsx"):
-        raise DataError(f"{path}: a VLMEvalKit table ends in .tsv or .xlsx")
+        raise DataError(f"{path}: a VLMEvalKit table ends in .tsv, .csv or .xlsx")
     try:
         import openpyxl
         import openpyxl.cell.cell

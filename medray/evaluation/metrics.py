@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+
+from medray.evaluation.plain_text import plain
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {
@@ -28,19 +31,17 @@ _CONTRACTIONS = {
     "wouldnt": "would not", "youre": "you are", "its": "its",
 }
 _EXPANDED = _NUMBERS | _CONTRACTIONS
-# A decimal point or comma inside a number is part of it.
-_PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;/\[\]\"{}()=+\\_<>@`?!:|*#&%$^~-]|[。，、；：？！（）【】《》“”‘]")
-_HAN = re.compile(r"[㐀-䶿一-鿿豈-﫿]")
+_HAN = re.compile(r"[㐀-䶿一-鿿豈-﫿\U00020000-\U000323af]")
 
 
 @lru_cache(maxsize=1024)  # every metric of a question asks for the same two texts
 def normalise(text: str) -> str:
     """VQA-v2 style: lower case, no punctuation, number words to digits, contractions expanded, no a/an/the.
 
-    Chinese has no spaces: every character becomes a word of its own.
+    Punctuation and letters of every script and width are folded first (plain_text.plain). Chinese has no spaces: every character
+    becomes a word of its own.
     """
-    text = _apart(_PUNCTUATION.sub(" ", text.lower().replace("’", "'"))).replace("'", "")
-    return " ".join(_EXPANDED.get(word, word) for word in text.split() if word not in _ARTICLES)
+    return " ".join(_EXPANDED.get(word, word) for word in _apart(plain(text)).split() if word not in _ARTICLES)
 
 
 def word_count(text: str) -> int:
@@ -156,8 +157,9 @@ def set_recall(answer: str, reference: str) -> float:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1.0 where both are equal after normalisation."""
-    return float(normalise(answer) == normalise(reference))
+    """1.0 if both are equal after normalisation. Texts of which it leaves nothing ("a", "-") are compared as they stand."""
+    said, wanted = normalise(answer), normalise(reference)
+    return float(said == wanted if said or wanted else answer.strip().lower() == reference.strip().lower())
 
 
 def bleu(answer: str, reference: str) -> list[float]:
@@ -238,6 +240,15 @@ def closed_published(answer: str, reference: str) -> float:
 _CHINESE = {"是": "是", "是的": "是", "否": "否", "不是": "否", "不": "否"}
 
 
+def is_yes_or_no(reference: str) -> bool:
+    """Whether a reference is a yes or a no, English or Chinese, however it is written ("Ｙｅｓ.", "是。")."""
+    return normalise(reference) in ("yes", "no") or _squeezed(reference) in _CHINESE
+
+
+def _squeezed(text: str) -> str:
+    return normalise(text).replace(" ", "")
+
+
 def closed_strict(answer: str, reference: str, choices: Sequence[str] | None = None) -> tuple[float, bool]:
     """(hit, parsed): the answer names exactly one of the choices, as whole words, and it is the reference.
 
@@ -265,35 +276,59 @@ def _options(reference: str, choices: Sequence[str] | None) -> dict[str, str]:
     wanted = normalise(reference)
     if choices:
         return {normalise(choice): normalise(choice) for choice in (*choices, reference)}
-    if reference.strip() in _CHINESE:
+    if _squeezed(reference) in _CHINESE:
         return {normalise(word): meaning for word, meaning in _CHINESE.items()}
     return {"yes": "yes", "no": "no"} if wanted in ("yes", "no") else {wanted: wanted}
 
 
 _LEAD = "the correct answer is"
+# What may stand before the letter: "Final answer: B", "\\boxed{\\text{B}}". One of _NAMING must be among the words.
+_NAMING = {"answer", "option", "choice", "boxed", "text", "textbf", "mathrm", "mathbf", "答案", "答案是", "答案为", "正确答案", "正确答案是", "正确答案为"}
+_FILLING = {"the", "my", "final", "correct", "right", "best", "letter", "is"}
+_SIGNS = re.compile(r"[+=<>≠¬]")  # they say something of the letter beside them
+_ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 
 
 def mcq_letter(answer: str, choices: int = 4) -> str | None:
     """The option letter an answer gives, or None where its format is wrong.
 
     The text after the last "The correct answer is", else the whole answer, must be one option letter, with nothing
-    around it but punctuation: "B", "(B)", "B." and "The correct answer is B." pass; "B because ..." does not.
+    around it but punctuation (of any script and width), markup or the word answer: "B", "(B)", "Ｂ．", "**b**", "Answer: B",
+    "\\boxed{B}" and "The correct answer is B." pass; "B because ..." and "B. round" do not.
     """
-    text = answer.strip()
-    place = text.lower().rfind(_LEAD)
-    if place >= 0:
-        text = text[place + len(_LEAD):]
-    match = re.fullmatch(r"[\s:(\[*\"']*([A-Za-z])[\s)\].:*\"']*", text)
-    if match is None:
+    folded = unicodedata.normalize("NFKC", _ANSWER_TAG.sub(" ", answer))
+    if _SIGNS.search(folded):
         return None
-    letter = match[1].upper()
-    return letter if ord(letter) - ord("A") < choices else None
+    text = plain(folded)
+    place = text.rfind(_LEAD)
+    if place >= 0:
+        text = text[place + len(_LEAD):].strip()
+    *before, letter = text.split() or [""]
+    if len(letter) != 1 or not "a" <= letter <= "z":
+        return None
+    if before and (_NAMING.isdisjoint(before) or not _NAMING.union(_FILLING).issuperset(before)):
+        return None
+    return letter.upper() if ord(letter) - ord("a") < choices else None
+
+
+def option_letter(reference: str, choices: Sequence[str]) -> str | None:
+    """The letter of the option that a reference names: by its letter, its text, or both ("B. lung"); None where it names none or several."""
+    letter = mcq_letter(reference, len(choices) or 26)
+    if letter is not None:
+        return letter
+    wanted = normalise(reference)
+    named = [chr(ord("A") + place) for place, choice in enumerate(choices) if choice.strip() and wanted in (normalise(choice), _lettered(place, choice))]
+    return named[0] if len(named) == 1 else None
+
+
+def _lettered(place: int, choice: str) -> str:
+    return normalise(f"({chr(ord('A') + place)}) {choice}")
 
 
 def mcq(answer: str, reference: str, choices: int) -> tuple[float, bool]:
     """(hit, parsed) of the strict letter parse; `reference` is the right letter."""
     letter = mcq_letter(answer, choices)
-    return float(letter is not None and letter == reference.strip().upper()), letter is not None
+    return float(letter is not None and letter == mcq_letter(reference, 26)), letter is not None
 
 
 def likeliest(logps: Sequence[float], right: int, lengths: Sequence[int] | None = None) -> float:
@@ -327,7 +362,7 @@ def chance(answer_type: str, reference: str, choices: Sequence[str] | None = Non
         return 1 / len(choices)
     if answer_type == "mcq":
         return 1 / 4
-    return 1 / 2 if normalise(reference) in ("yes", "no") or reference.strip() in _CHINESE else math.nan
+    return 1 / 2 if is_yes_or_no(reference) else math.nan
 
 
 def majority_floor(references: Sequence[str]) -> float:

@@ -277,10 +277,27 @@ def _plots(models: Models, kinds: list[str]) -> str:
 
 def _form(models: Models, kinds: list[str]) -> str:
     rows = [
-        [model, kind, block["n"], block["errors"], block["answer_words"], block["answer_tokens"], block["truncated"], block.get("unparsable")]
+        [
+            model, kind, block["n"], block["errors"], block["answer_words"], block["answer_tokens"], block["truncated"], block.get("unparsable"),
+            block.get("unfinished_thinking") or None,
+        ]
         for model, result in models.items() for kind in kinds if (block := result["by_type"].get(kind))
     ]
-    return _wide(["model", "kind", "n", "errors", "words", "tokens", "truncated", "unparsable"], rows)
+    return _wide(["model", "kind", "n", "errors", "words", "tokens", "truncated", "unparsable", "unfinished thinking"], rows) + "".join(_notes(models))
+
+
+def _notes(models: Models) -> Iterator[str]:
+    """What was not scored as it stands: answers with thinking before them, and questions without an answer by reason."""
+    for model, result in models.items():
+        said = []
+        if (thinking := result.get("thinking") or {}).get("answers"):
+            said.append(
+                f"{thinking['answers']:,} answers hold thinking; what stands after it is scored. {thinking['unfinished']:,} never end it "
+                "and count as empty answers; give the model more tokens (evaluate.max_tokens)"
+            )
+        said += [f"{number:,} without an answer: {reason}" for reason, number in (result.get("error_reasons") or {}).items()]
+        if said:
+            yield f"<p class=\"soft\">{html.escape(model)}: {html.escape('; '.join(said))}.</p>"
 
 
 def _floors(models: Models, kinds: list[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def score(predictions: str, config: EvaluateConfig, text_only: str | None = None
 
     Returns (schema 1)::
 
-        {"schema": 1, "model", "errors", "overall": G,
+        {"schema": 1, "model", "errors", "error_reasons": {reason: number}, "thinking": {"answers", "unfinished"}, "overall": G,
          "by_type": {"open": G + OPEN, "closed": G + CLOSED, "mcq": G + MCQ},
          "by_attribute", "by_modality", "by_language", "by_benchmark":
             {name: G + {"by_type": {type: accuracy}, "types": {type: as in by_type above}}},
@@ -50,7 +51,7 @@ def score(predictions: str, config: EvaluateConfig, text_only: str | None = None
         LIKELIHOOD  {} or {"likelihood": {"n", "accuracy": S, "normalised": S}}: the option of the highest log-likelihood,
                 and of the highest per token, where the predictions hold option_logps
 
-    G is {"n", "images", "errors", "answer_words", "answer_tokens", "truncated", "accuracy": S, "majority", "chance"} and,
+    G is {"n", "images", "errors", "answer_words", "answer_tokens", "truncated", "unfinished_thinking", "accuracy": S, "majority", "chance"} and,
     with text_only, {"text_only": {"n", "accuracy": S, "gain": S, "recall": S, "recall_gain": S}}, over the questions both
     have; recall (strict) and its gain are there for open questions, gains are the model's own minus text-only.
     S is {"value", "low", "high"}, a mean over questions with its 95 % interval over images. `accuracy` is the strict one:
@@ -59,7 +60,9 @@ def score(predictions: str, config: EvaluateConfig, text_only: str | None = None
     accuracy of always giving the attribute's commonest reference (for mcq its commonest letter or option text, whichever
     is right more often); `chance` that of drawing an option (null where a closed question's options are not known).
     `legacy_published` is `legacy` as LLaVA-Med's script averages it: see metrics.closed_published.
-    `errors` counts questions without an answer (unreadable images); they are in no mean. Answer types without questions are
+    Of an answer with thinking before it ("<think>...</think>"), what stands after the last closing tag is scored; one whose thinking is
+    never closed is empty. Both are counted in `thinking`, and `unfinished_thinking` is the share of the latter.
+    `errors` counts questions without an answer (unreadable images), by reason in `error_reasons`; they are in no mean. Answer types without questions are
     absent, tables of a column that is null throughout are empty; questions without an attribute are under "unknown".
 
     Raises StageError where there is nothing to score, an id occurs twice or predictions of several models are mixed,
@@ -71,13 +74,19 @@ def score(predictions: str, config: EvaluateConfig, text_only: str | None = None
 
 def _scored(table: Table, config: EvaluateConfig) -> dict[str, Any]:
     if table.failed_N.all():
-        raise StageError(f"{table.uri}: no prediction to score ({len(table.ids)} with errors)")
+        reasons = "; ".join(f"{number} x {reason}" for reason, number in list(table.reasons.items())[:3])
+        raise StageError(f"{table.uri}: no prediction to score ({len(table.ids)} with errors{': ' + reasons if reasons else ''})")
     overall, blocks = _measured(table, np.arange(len(table.ids)), config)
     return {
-        "schema": SCHEMA, "model": table.model, "errors": int(table.failed_N.sum()), "overall": overall, "by_type": blocks,
+        "schema": SCHEMA, "model": table.model, "errors": int(table.failed_N.sum()), "error_reasons": dict(list(table.reasons.items())[:20]),
+        "thinking": {"answers": _count(table, "thinking"), "unfinished": _count(table, "unfinished_thinking")}, "overall": overall, "by_type": blocks,
         **{key: _groups(table, label, config, (overall, blocks)) for key, label in GROUPS.items()},
         "bootstrap": {"resamples": config.bootstrap, "seed": config.seed, "level": 0.95},
     }
+
+
+def _count(table: Table, name: str) -> int:
+    return int(np.nansum(table.values[name]))
 
 
 def rescore(predictions: str, config: EvaluateConfig, out: str | None = None, text_only: str | None = None) -> dict[str, Any]:
@@ -145,7 +154,7 @@ def _with_text_only(table: Table, blank: Table) -> Table:
     for name, metric in TEXT_ONLY_OF.items():
         columns[name][own] = blank.values[metric][other]
         columns[f"{name}_gain"] = table.values[metric] - columns[name]
-    return Table(table.uri, table.model, table.ids, table.failed_N, table.labels, {**table.values, **columns})
+    return replace(table, values={**table.values, **columns})
 
 
 def matched(first: Table, second: Table) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +250,7 @@ def _common(table: Table, rows: np.ndarray, config: EvaluateConfig, names: Seque
     s = {name: None if math.isnan(interval["value"]) else interval for name, interval in zip(asked, found, strict=True)}
     common = {
         "n": len(rows), "images": len(np.unique(images_G)), "errors": failed,
-        **{name: _mean(table, rows, name) for name in ("answer_words", "answer_tokens", "truncated")},
+        **{name: _mean(table, rows, name) for name in ("answer_words", "answer_tokens", "truncated", "unfinished_thinking")},
         "accuracy": s["accuracy"], "majority": _majority(table, rows), "chance": _mean(table, rows, "chance", every=True),
     }
     if s.get("text_only") is not None:

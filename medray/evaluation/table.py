@@ -6,6 +6,7 @@ A row's texts become a few numbers and are dropped. Letters of shapes: N rows (q
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,9 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from medray.data.exchanges import kind_of_error
 from medray.errors import DataError, StageError
 from medray.evaluation import metrics
-from medray.evaluation.exchange import LETTERS, prediction_tables
+from medray.evaluation.exchange import prediction_tables
+from medray.evaluation.targets import LETTERS
+from medray.inference.thinking import UNFINISHED, said
 from medray.records import ANSWER_TYPES, PREDICTION
 
 GROUPS = {"by_attribute": "attribute", "by_modality": "modality", "by_language": "language", "by_benchmark": "benchmark"}
@@ -32,10 +36,12 @@ METRICS: dict[str, tuple[str, ...]] = {
 TEXT_ONLY_OF = {"text_only": "accuracy", "text_only_recall": "strict_recall"}  # what of the answer to a blank image is kept
 TEXT_ONLY = ("text_only", "text_only_gain", "text_only_recall", "text_only_recall_gain")
 _MEASURED = (*dict.fromkeys(name for names in METRICS.values() for name in names if name not in _LIKELIHOOD), "unparsable", "chance", "answer_words")
-_VALUES = (*_MEASURED, *_LIKELIHOOD, "answer_tokens", "truncated")
+_VALUES = (*_MEASURED, *_LIKELIHOOD, "answer_tokens", "truncated", "thinking", "unfinished_thinking")
 _LABELS = ("image_id", "answer_type", *GROUPS.values(), "right_text", "right_letter")
 _COLUMNS = [name for name in PREDICTION.names if name != "question"]
-_READ = ("sample_id", "image_id", "answer", "reference", "answer_type", "choices", "option_logps", "option_tokens", "text_only_answer")
+_READ = (
+    "sample_id", "image_id", "answer", "reference", "answer_type", "choices", "option_logps", "option_tokens", "text_only_answer", "thinking", "error",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Table:
     failed_N: np.ndarray  # without an answer
     labels: dict[str, tuple[list[str], np.ndarray]]  # names in sorted order, and per row the name's number, -1 for null
     values: dict[str, np.ndarray]  # metric -> [N] float64; NaN: the row has no part in it
+    reasons: dict[str, int]  # why rows have no answer -> their number
 
     def named(self, label: str, name: str) -> np.ndarray:
         """[N] bool: rows with this label."""
@@ -75,7 +82,11 @@ def load(uri: str) -> Table:
     if np.isnan(columns["text_only"]).all():
         columns = {name: column for name, column in columns.items() if name not in TEXT_ONLY}
     labels = {name: _coded([part.labels[name] for part in parts], order) for name in _LABELS}
-    return Table(uri, next(iter(models), None), names, np.concatenate([part.failed for part in parts])[order], labels, columns)
+    reasons: Counter[str] = Counter()
+    for part in parts:
+        reasons.update(part.reasons)
+    failed_N = np.concatenate([part.failed for part in parts])[order]
+    return Table(uri, next(iter(models), None), names, failed_N, labels, columns, dict(reasons.most_common()))
 
 
 class _Part:
@@ -94,10 +105,14 @@ class _Part:
         self.ids = _one(table["sample_id"])
         self.models = table["model"].unique().drop_null().to_pylist()
         self.failed = pc.or_(table["error"].is_valid(), table["answer"].is_null()).to_numpy().astype(bool)
+        self.reasons = Counter(kind_of_error(column["error"][row] or "no answer") for row in np.flatnonzero(self.failed))
         answered = np.flatnonzero(~self.failed).tolist()
         _check_answered(uri, column, answered)
+        thinking = _without_thinking(column, answered)
         self.values = self._measured(column, answered) | self._likelihoods(column, answered)
         known = ~self.failed
+        self.values["thinking"] = np.where(known, [kind is not None for kind in thinking], math.nan)
+        self.values["unfinished_thinking"] = np.where(known, [kind == UNFINISHED for kind in thinking], math.nan)
         self.values["answer_tokens"] = np.where(known, table["tokens"].cast(pa.float64()).fill_null(math.nan).to_numpy(), math.nan)
         self.values["truncated"] = np.where(known, pc.equal(table["finish_reason"], "length").cast(pa.float64()).fill_null(math.nan).to_numpy(), math.nan)
         self.labels = {name: _one(table[name]).dictionary_encode() for name in _LABELS if name in table.column_names}
@@ -162,12 +177,30 @@ def _check_ids(uri: str, column: dict[str, list]) -> None:
             raise DataError(f"{uri}: a row has no sample_id or no image_id (sample_id {identity!r})")
 
 
+def _without_thinking(column: dict[str, list], answered: list[int]) -> list[str | None]:
+    """Leave of each answer what stands after its thinking; returns per row whether there was any, and whether it was finished."""
+    found: list[str | None] = [None] * len(column["answer"])
+    for row in answered:
+        answer, thinking = said(column["answer"][row])
+        found[row] = thinking or column["thinking"][row]
+        column["answer"][row] = answer
+        if (blank := column["text_only_answer"][row]) is not None:
+            column["text_only_answer"][row] = said(blank).answer
+    return found
+
+
 def _check_answered(uri: str, column: dict[str, list], answered: list[int]) -> None:
     for row in answered:
         if column["answer_type"][row] not in ANSWER_TYPES:
             raise StageError(f"{uri}: {column['sample_id'][row]}: answer_type {column['answer_type'][row]!r} is not open, closed or mcq")
         if column["reference"][row] is None:
             raise DataError(f"{uri}: {column['sample_id'][row]}: reference is missing")
+        if column["answer_type"][row] == "mcq":
+            reference, choices = column["reference"][row], column["choices"][row]
+            letter = metrics.option_letter(reference, choices)
+            if letter is None:
+                raise DataError(f"{uri}: {column['sample_id'][row]}: reference {reference[:80]!r} is not the letter or the text of one of the {len(choices)} choices")
+            column["reference"][row] = letter
 
 
 # Short answers repeat: benchmarks of 100k questions hold a few thousand distinct ones.
@@ -180,7 +213,8 @@ def answer_numbers(answer: str, reference: str, answer_type: str, choices: tuple
         legacy = {"legacy": metrics.closed_legacy(answer, reference), "legacy_published": metrics.closed_published(answer, reference)}
         return {**common, **legacy, "accuracy": hit, "unparsable": float(not parsed)}
     if answer_type == "mcq":
-        hit, parsed = metrics.mcq(answer, reference, len(choices) or 4)
+        right = metrics.mcq_letter(reference, len(LETTERS)) or "D"
+        hit, parsed = metrics.mcq(answer, reference, len(choices) or max(4, LETTERS.index(right) + 1))
         return {**common, "accuracy": hit, "unparsable": float(not parsed)}
     values = {"accuracy": metrics.exact_match(answer, reference), "set_recall": metrics.set_recall(answer, reference), "rouge_l": metrics.rouge_l(answer, reference)}
     values |= {f"legacy_{name}": value for name, value in metrics.open_legacy(answer, reference).items()}
@@ -192,7 +226,7 @@ def answer_numbers(answer: str, reference: str, answer_type: str, choices: tuple
 def _right_option(reference: str, answer_type: str, choices: Sequence[str]) -> int:
     """Index of the right option; -1 where it is not among the choices."""
     if answer_type == "mcq":
-        return LETTERS.find(reference.strip().upper()) if len(reference.strip()) == 1 else -1
+        return LETTERS.find(metrics.mcq_letter(reference, len(LETTERS)) or "?")
     wanted = metrics.normalise(reference)
     return next((number for number, choice in enumerate(choices) if metrics.normalise(choice) == wanted), -1)
 
@@ -200,7 +234,7 @@ def _right_option(reference: str, answer_type: str, choices: Sequence[str]) -> i
 @lru_cache(maxsize=16_384)
 def _right(reference: str, answer_type: str, choices: tuple[str, ...]) -> dict[str, str]:
     """The reference as a constant answer would have to give it: for mcq by its text or by its letter."""
-    letter = metrics.normalise(reference) if answer_type != "mcq" else reference.strip().upper()
+    letter = metrics.normalise(reference) if answer_type != "mcq" else metrics.option_letter(reference, choices) or reference
     index = _right_option(reference, answer_type, choices)
     text = metrics.normalise(choices[index]) if answer_type == "mcq" and 0 <= index < len(choices) else letter
     return {"right_text": text, "right_letter": letter}

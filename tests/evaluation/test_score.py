@@ -143,7 +143,7 @@ def test_option_likelihood(tmp_path):
     assert types["mcq"]["unparsable"] == pytest.approx(1 / 3)
     assert types["closed"]["likelihood"]["accuracy"]["value"] == 0.0
     bad = [row(7, "i0", "mcq", "C", "A", **options, option_logps=[-2.0, -4.0])]
-    with pytest.raises(DataError, match="q7: option_logps"):
+    with pytest.raises(DataError, match="q7: reference 'C' is not the letter or the text of one of the 2 choices"):
         score(write(tmp_path / "bad", bad), CONFIG)
 
 
