@@ -316,13 +316,20 @@ def option_letter(reference: str, choices: Sequence[str]) -> str | None:
     letter = mcq_letter(reference, len(choices) or 26)
     if letter is not None:
         return letter
-    wanted = normalise(reference)
-    named = [chr(ord("A") + place) for place, choice in enumerate(choices) if choice.strip() and wanted in (normalise(choice), _lettered(place, choice))]
+    named = _named(plain(reference), [plain(choice) for choice in choices])
+    if not named and (both := _LETTER_AND_TEXT.match(unicodedata.normalize("NFKC", reference))) is not None:
+        named = [both[1].upper()] if both[1].upper() in _named(normalise(both[2]), [normalise(choice) for choice in choices]) else []
+    elif not named:
+        named = _named(normalise(reference), [normalise(choice) for choice in choices])
     return named[0] if len(named) == 1 else None
 
 
-def _lettered(place: int, choice: str) -> str:
-    return normalise(f"({chr(ord('A') + place)}) {choice}")
+_LETTER_AND_TEXT = re.compile(r"\W*([A-Za-z])\s*[.):,、]\s*(.+)", re.DOTALL)
+
+
+def _named(text: str, options: Sequence[str]) -> list[str]:
+    """The letters of the options with this text."""
+    return [chr(ord("A") + place) for place, option in enumerate(options) if text and option == text]
 
 
 def mcq(answer: str, reference: str, choices: int) -> tuple[float, bool]:

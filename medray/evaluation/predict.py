@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from medray.config import DataConfig, EndpointConfig, EngineConfig, ModelConfig, SamplingConfig
+from medray.evaluation import metrics
 from medray.inference.endpoint import Endpoint, Usage, data_url
-from medray.inference.engine import seed_for
+from medray.inference.engine import Output, seed_for
 from medray.inference.worker import EngineWorker, RowWorker
 from medray.records import ANSWERED
 
@@ -29,7 +30,7 @@ def options_of(row: dict[str, Any]) -> list[str]:
     """The answers a question can have: the options of multiple choice, yes and no; empty for open questions."""
     if row.get("choices"):
         return list(row["choices"])
-    is_yes_no = row["answer_type"] == "closed" and row["reference"].strip(" .").lower() in ("yes", "no")
+    is_yes_no = row["answer_type"] == "closed" and metrics.normalise(row["reference"]) in ("yes", "no")
     return ["yes", "no"] if is_yes_no else []
 
 
@@ -66,14 +67,20 @@ class Predict(EngineWorker):
         prompt = self.engine.chat.prompt_ids(turns)
         (output, *_), *others = await asyncio.gather(*(self.engine.generate(prompt, one, self.sampling, image_id=name) for one, name in shown))
         self.told.tokens(len(output.token_ids) + sum(len(other.token_ids) for other, *_ in others))
+        answer, thinking = self._plain(prompt, output)
         options = self.options(row) if self.option_likelihood else []
         likely = await asyncio.gather(*(self.engine.loglikelihood(turns, image, option, image_id=key) for option in options))
         return {
-            **row, "choices": row.get("choices") or options or None, "answer": output.text.strip(), "model": self.name,
+            **row, "choices": row.get("choices") or options or None, "answer": answer, "thinking": thinking, "model": self.name,
             "finish_reason": output.finish_reason, "tokens": len(output.token_ids), "error": None,
             "option_logps": [one.nats for one in likely] or None, "option_tokens": [one.tokens for one in likely] or None,
-            "text_only_answer": others[0][0].text.strip() if others else None,
+            "text_only_answer": self._plain(prompt, others[0][0])[0] if others else None,
         }
+
+    def _plain(self, prompt: list[int], output: Output) -> tuple[str, str | None]:
+        """(answer, whether there was thinking before it)."""
+        answer, thinking = self.said(prompt, output)
+        return (answer if thinking is None else self.engine.chat.without_special_text(answer)).strip(), thinking
 
     def failed(self, row: dict[str, Any], reason: str) -> dict[str, Any]:
         return {**super().failed(row, reason), "model": self.name}

@@ -25,6 +25,7 @@ from medray.inference.dialogue_prompt import (
 )
 from medray.inference.endpoint import Endpoint, EndpointError, Reply, Usage, data_url
 from medray.inference.engine import seed_for
+from medray.inference.thinking import UNFINISHED, without_blocks
 from medray.inference.worker import EngineWorker, RowWorker, client_options, map_options
 from medray.records import GENERATED
 
@@ -79,6 +80,9 @@ class Generate(RowWorker):
             except EndpointError as error:
                 dropped.append({"text": "", "reason": str(error)})
                 return None  # it was sent again often enough
+            except DialogueError as error:
+                dropped.append({"text": "", "reason": str(error)})
+                continue
             try:
                 if reply.finish_reason == "length":
                     raise DialogueError("cut off: the reply reached generate.max_tokens")
@@ -122,7 +126,10 @@ class EngineGenerate(EngineWorker, Generate):
         async def write(text: str, place: str) -> Reply:
             prompt = self.engine.chat.prompt_ids([{"role": "user", "text": text}])
             output = await self.sampled(prompt, image, key, sampling, seed_for(self.config.seed, row["sample_id"], place), usage)
-            return Reply(self.engine.chat.without_special_text(output.text), output.finish_reason, len(output.token_ids))
+            text, thinking = without_blocks(self.spoken(prompt, output))
+            if thinking == UNFINISHED:
+                raise DialogueError("unfinished thinking: the reply never closes it; raise generate.max_tokens")
+            return Reply(self.engine.chat.without_special_text(text), output.finish_reason, len(output.token_ids))
 
         return write
 

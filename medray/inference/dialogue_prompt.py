@@ -14,6 +14,7 @@ from typing import Any
 
 from medray.data.exchanges import normal
 from medray.inference.prompting import fill, known
+from medray.inference.thinking import UNFINISHED, without_blocks
 from medray.records import check_turns
 
 Turn = dict[str, str]
@@ -59,11 +60,15 @@ def one_per_modality(demonstrations: Iterable[Demonstration], seed: str) -> list
 def parse_dialogue(reply: str) -> list[Turn]:
     """The turns of a reply, {"role": user | assistant, "text"}; a turn's text may have any number of lines.
 
-    Words before the first turn ("Here is the dialogue:") are left out. Lines of marks and headings ("### Round 2") between turns too.
+    Words before the first turn ("Here is the dialogue:") are left out, thinking wherever it stands, and lines of marks and headings
+    ("### Round 2") between turns.
 
     Raises DialogueError unless user and assistant take turns, beginning with the user and ending with the assistant, all
     with something to say.
     """
+    reply, thinking = without_blocks(reply)
+    if thinking == UNFINISHED:
+        raise DialogueError("unfinished thinking: the reply never closes it; raise generate.max_tokens")
     found = list(_ROLE.finditer(reply))
     if not found:
         raise DialogueError("no turns")

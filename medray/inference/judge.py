@@ -73,7 +73,7 @@ class EngineJudge(EngineWorker, Judge):
             prompt = self.engine.chat.prompt_ids([{"role": "user", "text": judge_prompt(text, first, second)}])
             # Seeded by what is compared, so that the verdicts of one question differ from each other.
             seed = seed_for(self.config.seed, question_id, "judge", first, second)
-            return (await self.sampled(prompt, image, key, sampling, seed, usage)).text
+            return self.spoken(prompt, await self.sampled(prompt, image, key, sampling, seed, usage))
 
         return await asyncio.gather(*(written_verdict(question, i, j, ask, self.config.both_orders) for i, j in places))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from medray.inference.prompting import fill
+from medray.inference.thinking import UNFINISHED, said
 
 LOWEST, HIGHEST = 1.0, 10.0
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|\.\d)")
@@ -23,11 +24,14 @@ def judge_prompt(question: str, first: str, second: str) -> str:
 
 
 def parse_scores(reply: str) -> tuple[float, float]:
-    """The two scores of a reply's first line.
+    """The two scores of a reply's first line, after the judge's thinking where it wrote any.
 
     Raises VerdictError unless that line holds exactly two numbers, both from 1 to 10: a missing score is missing.
     """
-    line = reply.strip().split("\n", 1)[0].strip()
+    answer, thinking = said(reply)
+    if thinking == UNFINISHED:
+        raise VerdictError("unfinished thinking: the reply never closes it; raise judge.max_tokens")
+    line = answer.strip().split("\n", 1)[0].strip()
     numbers = [float(number) for number in _NUMBER.findall(line)]
     if len(numbers) != 2:
         raise VerdictError(f"the first line holds {len(numbers)} numbers instead of two")

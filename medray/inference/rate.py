@@ -81,7 +81,8 @@ class EngineRate(EngineWorker, Rate):
             return HIGHEST * math.exp(found.nats / found.tokens), None
         sampling = SamplingConfig(temperature=self.config.temperature, top_k=0, top_p=1.0, max_tokens=self.config.max_tokens)
         prompt = self.engine.chat.prompt_ids([{"role": "user", "text": rate_prompt(row["question"], row["answer"], row["context"])}])
-        return None, (await self.sampled(prompt, image, key, sampling, seed_for(self.config.seed, row["sample_id"], "rate"), usage)).text
+        output = await self.sampled(prompt, image, key, sampling, seed_for(self.config.seed, row["sample_id"], "rate"), usage)
+        return None, self.spoken(prompt, output)
 
 
 class ApiRate(Rate):

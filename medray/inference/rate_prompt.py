@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from medray.inference.prompting import fill, known
+from medray.inference.thinking import UNFINISHED, said
 
 LOWEST, HIGHEST = 0.0, 10.0
 # The score alone on its line, named or not: "8", "Score: 8.5", "**Rating - 7**", "[9]", "8/10", "8 out of 10."
@@ -25,14 +26,17 @@ def rate_prompt(question: str, answer: str, context: str | None) -> str:
 
 
 def parse_score(reply: str) -> float:
-    """The score, from 0 to 10, of a reply's first line.
+    """The score, from 0 to 10, of a reply's first line, after the rater's thinking where it wrote any.
 
     The line must hold the score and nothing else but its name: "8", "8.5" and "Score: 8" are read as they stand. "8/10" is 8,
     as it says itself that the scale ends at 10; over another number ("4/5") it is on another scale and no score.
 
     Raises RatingError for anything else: a score that cannot be read is missing.
     """
-    line = reply.strip().split("\n", 1)[0].strip()
+    answer, thinking = said(reply)
+    if thinking == UNFINISHED:
+        raise RatingError("unfinished thinking: the reply never closes it; raise rate.max_tokens")
+    line = answer.strip().split("\n", 1)[0].strip()
     found = _SCORE.fullmatch(line)
     if not found:
         raise RatingError("the first line is not one number from 0 to 10")

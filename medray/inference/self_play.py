@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig, SelfPlayConfig
@@ -17,8 +18,11 @@ from medray.data.exchanges import normal
 from medray.inference.chat import Turn
 from medray.inference.endpoint import Usage
 from medray.inference.engine import Output, seed_for
+from medray.inference.thinking import UNFINISHED
 from medray.inference.worker import EngineWorker
 from medray.records import SELF_PLAY
+
+UNFINISHED_THINKING = "unfinished thinking"  # the finish_reason of an output that never came to its answer
 
 
 class Questioner(EngineWorker):
@@ -30,23 +34,32 @@ class Questioner(EngineWorker):
     async def described(self, sample_id: str, image: Any, key: str, sampling: SamplingConfig, usage: Usage) -> list[Turn]:
         """The turns that come before a question: the describe prompt and the model's description."""
         opening: list[Turn] = [{"role": "user", "text": self.config.describe_prompt}]
-        output = await self.sampled(self.engine.chat.prompt_ids(opening), image, key, sampling, self._seed(sample_id, "describe"), usage)
-        return [*opening, {"role": "assistant", "text": self.engine.chat.without_special_text(output.text).strip()}]
+        prompt = self.engine.chat.prompt_ids(opening)
+        output = await self.sampled(prompt, image, key, sampling, self._seed(sample_id, "describe"), usage)
+        return [*opening, {"role": "assistant", "text": self.engine.chat.without_special_text(self.said(prompt, output).answer).strip()}]
 
     async def asked(self, sample_id: str, described: list[Turn], indices: Iterable[int], image: Any, key: str, usage: Usage) -> list[Output]:
         """One question per index, each sampled by itself."""
         asking = self.engine.chat.prompt_ids(described, role="questioner")
-        return await asyncio.gather(*(
+        outputs = await asyncio.gather(*(
             self.sampled(asking, image, key, self.config.ask, self._seed(sample_id, "ask", index), usage) for index in indices
         ))
+        return [self._without_thinking(asking, output) for output in outputs]
 
     async def answers(self, sample_id: str, question: int, text: str, image: Any, key: str, usage: Usage) -> list[dict[str, Any]]:
         """config.answers rows of records.CANDIDATE, sampled without the description in sight."""
         prompt = self.engine.chat.prompt_ids([{"role": "user", "text": text}])
         seeds = [self._seed(sample_id, "answer", question, index) for index in range(self.config.answers)]
-        return [self._candidate(output) for output in await asyncio.gather(*(
+        return [self._candidate(self._without_thinking(prompt, output)) for output in await asyncio.gather(*(
             self.sampled(prompt, image, key, self.config.answer, seed, usage) for seed in seeds
         ))]
+
+    def _without_thinking(self, prompt: list[int], output: Output) -> Output:
+        """The output with its answer as text; an unfinished thinking leaves none, and is its finish_reason."""
+        answer, thinking = self.said(prompt, output)
+        if thinking is None:
+            return output
+        return replace(output, text=answer, special=False, finish_reason=UNFINISHED_THINKING if thinking == UNFINISHED else output.finish_reason)
 
     def _candidate(self, output: Output) -> dict[str, Any]:
         # An answer that spells a special token would become that token in training: it counts as empty.
@@ -108,8 +121,8 @@ def keep_questions(asked: list[Output], has_special_text: Any) -> tuple[list[tup
         asked: in the order sampled; the first of several equal ones is kept.
         has_special_text: says whether a text spells out a special token.
 
-    Returns (index and text of those kept, {"question", "reason"} of the others); reasons are "empty",
-    "special_token" and "duplicate" (equal after lower-casing and dropping everything but letters and digits).
+    Returns (index and text of those kept, {"question", "reason"} of the others); reasons are "empty", "special_token", "unfinished
+    thinking" and "duplicate" (equal after lower-casing and dropping everything but letters and digits).
     """
     kept: list[tuple[int, str]] = []
     dropped: list[dict[str, str]] = []
@@ -117,7 +130,9 @@ def keep_questions(asked: list[Output], has_special_text: Any) -> tuple[list[tup
     for index, output in enumerate(asked):
         text = output.text.strip()
         same = normal(text)
-        if output.special or has_special_text(text):
+        if output.finish_reason == UNFINISHED_THINKING:
+            reason = UNFINISHED_THINKING
+        elif output.special or has_special_text(text):
             reason = "special_token"
         elif not same:
             reason = "empty"

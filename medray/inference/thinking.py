@@ -33,15 +33,11 @@ class Said(NamedTuple):
     thinking: Thinking | None = None
 
 
-def said(text: str, opened: bool = False) -> Said:
-    """The answer in a text, without the thinking before it.
-
-    Args:
-        opened: the prompt ended with an opening tag, so the text begins inside the thinking.
-    """
+def said(text: str) -> Said:
+    """The answer in a text, without the thinking before it."""
     tags = list(_TAG.finditer(text))
     if not tags:
-        return Said("", UNFINISHED) if opened else Said(_unwrapped(text))
+        return Said(_unwrapped(text))
     if tags[-1]["opening"]:
         return Said("", UNFINISHED)
     return Said(_unwrapped(text[tags[-1].end():]).strip(), FINISHED)
@@ -59,7 +55,7 @@ def without_blocks(text: str) -> Said:
         end = tag.end()
     if depth:
         return Said("", UNFINISHED)
-    return Said("".join([*kept, text[end:]]).strip(), FINISHED if tags else None)
+    return Said(_unwrapped("".join([*kept, text[end:]])).strip(), FINISHED if tags else None)
 
 
 def opens(prompt: str) -> bool:

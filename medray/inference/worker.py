@@ -25,6 +25,7 @@ from medray.config import DataConfig, EngineConfig, ModelConfig, Placement, Samp
 from medray.data.begun import Begun
 from medray.inference.endpoint import EndpointDown, Usage
 from medray.inference.engine import EngineLost, Output, VLMEngine, image_key
+from medray.inference.thinking import Said, opens, said
 from medray.models.cache import localize
 from medray.prometheus import RowMetrics
 from medray.records import conform
@@ -35,6 +36,7 @@ logger = logging.getLogger("medray")
 # nodes lose a few actors in a normal run.
 _TASK_RETRIES = 8
 _NO_ROWS_FAULT = (EngineLost, EndpointDown)
+_LAST_IDS = 16  # of a prompt, that an opening tag would be in
 
 
 def map_options(config: EngineConfig) -> dict[str, Any]:
@@ -165,6 +167,20 @@ class EngineWorker(RowWorker):
         usage.completion_tokens += len(output.token_ids)
         self.told.tokens(len(output.token_ids))
         return output
+
+    def spoken(self, prompt: list[int], output: Output) -> str:
+        """An output's text with its thinking in tags, where it has any: some models' tags are special tokens, which the output's own
+        text lacks, and some templates write the opening one into the prompt."""
+        tokenizer = self.engine.chat.tokenizer
+        text = output.text
+        if output.special:
+            whole = tokenizer.decode(output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids)
+            text = whole if said(whole).thinking is not None else text
+        return f"<think>{text}" if opens(tokenizer.decode(prompt[-_LAST_IDS:])) else text
+
+    def said(self, prompt: list[int], output: Output) -> Said:
+        """The answer in an output, without the thinking before it."""
+        return said(self.spoken(prompt, output))
 
     def _decode(self, data: bytes) -> Any:
         from medray.data.images import decode, pad_to_square

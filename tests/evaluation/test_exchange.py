@@ -10,7 +10,6 @@ from medray.errors import DataError
 from medray.evaluation.exchange import (
     answers,
     by_id,
-    lettered,
     read_lmms_eval,
     read_predictions,
     read_vlmevalkit,
@@ -19,6 +18,7 @@ from medray.evaluation.exchange import (
     write_vlmevalkit,
 )
 from medray.evaluation.scores import score
+from medray.evaluation.targets import TargetError, documented_options, lettered, question_of
 from medray.records import PREDICTION
 
 EMPTY = dict.fromkeys(PREDICTION.names)
@@ -133,9 +133,118 @@ def test_vlmevalkit_tables_as_it_writes_them(tmp_path):
     assert [row["error"] for row in rows[2:]] == ["Failed to obtain answer via API.", "column 'answer' is empty"] and rows[2]["answer"] is None
     result = score(str(path), EvaluateConfig(bootstrap=10))
     assert result["overall"]["accuracy"]["value"] == 1.0 and result["errors"] == 2
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write('"8"\t"Where?"\n')
+    assert list(read_vlmevalkit(str(path)))[-1]["error"] == "the row has 2 cells, the table 8 columns"
+    path.write_text("index\tquestion\tanswer\tprediction\tanswer\n")
+    with pytest.raises(DataError, match="'answer' is there twice"):
+        list(read_vlmevalkit(str(path)))
+    path.write_bytes(b"index\tquestion\tanswer\tprediction\n1\tx\ty\t\xff\n")
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(read_vlmevalkit(str(path)))
     path.write_text("index\tquestion\n1\tx\n")
     with pytest.raises(DataError, match="needs the column 'answer'"):
         list(read_vlmevalkit(str(path)))
+
+
+OPTIONS = "Which organ is shown?\nA. liver\nB. lung\nC. heart\nD. None"
+
+
+@pytest.mark.parametrize(("question", "target", "letter"), [
+    (OPTIONS, 0, "A"), (OPTIONS, 3, "D"), (OPTIONS, "1", "B"), (OPTIONS, 2.0, "C"), (OPTIONS, "Lung.", "B"), (OPTIONS, "(c)", "C"), (OPTIONS, "Ｂ", "B"), (OPTIONS, "B. lung", "B"),
+    (OPTIONS, ["D"], "D"), (OPTIONS, "['heart']", "C"), (OPTIONS, "None", "D"), ("How many?\nA. 0\nB. 1\nC. 2", 1, "B"), ("How many?\nA. 1\nB. 2", 0, "A"),
+    ("Which? (A) lung, (B) liver", "liver", "B"), ("Which? A. lung B. liver", 1, "B"), ("Welches?\nＡ．Leber\n\nＢ．Lunge", "Lunge", "B"), ("哪个？\nA、肝\nB、肺", 1, "B"),
+    ("Which letter?", "B", "B"),
+])
+def test_a_target_may_be_a_letter_a_place_or_a_text(question, target, letter):
+    found = question_of(question, target, None)
+    assert (found["reference"], found["answer_type"]) == (letter, "mcq")
+
+
+@pytest.mark.parametrize(("question", "target", "message"), [
+    (OPTIONS, 4, "4 is not the place"), (OPTIONS, "brain", "'brain' is not one of the 4 options"), (OPTIONS, None, "is missing"), (OPTIONS, True, "is a bool"),
+    (OPTIONS, ["A", "B"], "holds 2 answers"), (OPTIONS, {}, "is a dict"), (OPTIONS, " ", "is empty"), ("How many?\nA. 1\nB. 2", 1, "the place of one option and the text of another"),
+    ("Which organ?", 2, "may be the place of an option"),
+])
+def test_a_target_that_tells_no_answer_is_no_open_question(question, target, message):
+    with pytest.raises(TargetError, match=message):
+        question_of(question, target, None, answer="B")
+
+
+def test_the_kind_of_a_question_without_options():
+    assert question_of("How many?", "2", None, answer="2") == {"reference": "2", "answer_type": "open", "choices": None}
+    assert question_of("Is it?", "ＹＥＳ", None)["answer_type"] == "closed"
+    assert question_of("Is vitamin A. in (B) vitamin?", "yes", None)["answer_type"] == "closed"
+
+
+@pytest.mark.parametrize(("doc", "options"), [
+    ({"choices": ["liver", "lung"]}, ["liver", "lung"]), ({"options": ["A. liver", "B. lung"]}, ["liver", "lung"]), ({"choices": {"text": ["x", "y"], "label": ["A", "B"]}}, ["x", "y"]),
+    ({"options": {"A": "x", "B": "y"}}, ["x", "y"]), ({"A": "x", "B": "y", "C": None}, ["x", "y"]), ({"question": "x"}, []),
+])
+def test_options_stand_in_a_logs_copy_of_the_data(doc, options):
+    assert documented_options(doc) == options
+
+
+def test_logs_whose_target_is_a_place_are_multiple_choice(tmp_path, caplog):
+    lines = [
+        {"doc_id": 0, "input": OPTIONS, "target": 1, "filtered_resps": ["B"], "medqa_acc": 1.0}, {"doc_id": 1, "input": OPTIONS, "target": "3", "filtered_resps": ["D."]},
+        {"doc_id": 2, "input": OPTIONS, "target": "spleen", "filtered_resps": ["B"]},
+        {"doc_id": 3, "doc": {"choices": ["x", "y"]}, "arguments": {"gen_args_0": {"arg_0": "Which?"}}, "target": "1", "resps": [["B"]]},
+        {"doc_id": 4, "input": "Is it?", "target": "Yes", "filtered_resps": ["<think>no</think>Yes"]}, {"doc_id": 5, "input": "Is it?", "target": "Yes", "filtered_resps": ["<think>no"]},
+    ]
+    path = tmp_path / "20250101_000000_samples_medqa.jsonl"
+    path.write_text("\n" + "".join(json.dumps(line) + "\n" for line in lines))
+    rows = list(read_predictions(str(path)))
+    assert [(row["answer_type"], row["reference"]) for row in rows] == [("mcq", "B"), ("mcq", "D"), (None, None), ("mcq", "B"), ("closed", "Yes"), ("closed", "Yes")]
+    assert rows[3]["question"] == "Which?" and rows[3]["choices"] == ["x", "y"]
+    assert "the target 'spleen' is not one of the 4 options" in rows[2]["error"]
+    assert "fields that are not read: medqa_acc" in caplog.text
+    result = score(str(path), EvaluateConfig(bootstrap=10))
+    assert result["error_reasons"] == {"the target '...' is not one of the # options": 1} and result["thinking"] == {"answers": 2, "unfinished": 1}
+    assert result["by_type"]["mcq"]["accuracy"]["value"] == 1.0 and result["by_type"]["closed"]["accuracy"]["value"] == 0.5
+    assert result["by_type"]["closed"]["unfinished_thinking"] == 0.5
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".xlsx"])
+def test_letters_stay_with_their_columns_where_an_option_is_lost(tmp_path, suffix, caplog):
+    table = [
+        ["index", "question", "A", "B", "C", "D", "E", "answer", "prediction", "hint"],
+        ["1", "How many?", "", "Two", "One", "Three", "", "D", "D", ""], ["2", "How many?", "Zero", "", "One", "Three", "", "C", "D", ""],
+        ["3", "Which?", "x", "y", "z", "", "", "D", "D", "h"], ["4", "Which?", "None", "NA", "null", "nan", "", "NA", "B", ""], ["5", "Which?", "x", "y", "", "", "", "z", "A", ""],
+    ]
+    path = str(tmp_path / f"m_seed{suffix}")
+    if suffix == ".xlsx":
+        import openpyxl
+
+        book = openpyxl.Workbook()
+        for line in table:
+            book.active.append([cell or None for cell in line])
+        book.save(path)
+    else:
+        with open(path, "w", encoding="utf-8", newline="") as handle:
+            csv.writer(handle, delimiter="\t" if suffix == ".tsv" else ",").writerows(table)
+    rows = list(read_predictions(path))
+    assert [row["reference"] for row in rows] == ["D", "C", "D", "B", None]
+    assert [row["choices"] for row in rows[:4]] == [["", "Two", "One", "Three"], ["Zero", "", "One", "Three"], ["x", "y", "z", ""], ["None", "NA", "null", "nan"]]
+    assert "column 'answer': the target 'z' is not one of the 2 options" in rows[4]["error"]
+    assert "columns that are not read: hint" in caplog.text
+    assert score(path, EvaluateConfig(bootstrap=10))["by_type"]["mcq"]["accuracy"]["value"] == 3 / 4
+
+
+def test_what_is_not_read_of_our_own_files_is_named_once(tmp_path, caplog):
+    rows = [{"sample_id": f"q{number}", "image_id": "i", "answer": "yes", "reference": "yes", "answer_type": "closed", "confidence": 1} for number in range(3)]
+    folder = tmp_path / "p"
+    folder.mkdir()
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "notes.txt").write_text("x")
+    list(read_predictions(str(folder)))
+    assert caplog.text.count("fields that are not read: confidence") == 1 and "only the .jsonl files are read, of 1 x .jsonl, 1 x .txt" in caplog.text
+    (folder / "p.jsonl").write_text('{"question_id": 1, "text": "yes"}\n')
+    with pytest.raises(DataError, match=r"line 1: has neither 'sample_id'.*it has question_id, text"):
+        list(read_predictions(str(folder)))
+    (folder / "p.jsonl").unlink()
+    with pytest.raises(DataError, match=r"holds no .*; there is 1 x \.txt"):
+        list(read_predictions(str(folder)))
 
 
 @pytest.mark.parametrize(("text", "found"), [

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import pytest
 
@@ -148,6 +149,68 @@ def test_published_mean_of_closed_questions_leaves_wrong_yes_and_no_out():
 ])
 def test_closed_strict(answer, reference, choices, result):
     assert metrics.closed_strict(answer, reference, choices) == result
+
+
+@pytest.mark.parametrize("answer", [
+    "Yes—there is a fracture.", "Yes – a fracture is seen.", "Yes–a fracture.", "Yes‑a fracture", "Yes… a fracture", "«Yes»", "„Yes“", "❝Yes❞", "'Yes'", "‘Yes’",
+    "Yes • fracture", "• Yes", "\u200bYes", "Y\u00ades", "Y\u200des", "\ufeffYes", "Yes\ufe0f.", "ＹＥＳ！", "Yes。", "¡Yes!", "Yes؟", "**Yes**", "`Yes`", "✅ Yes", "1️⃣ Yes",
+    "Yes\u00a0a fracture", "Yes\u2028there", "Yes／fracture", "→ Yes", "𝐘𝐞𝐬", "yes_", "Yes\x00",
+])
+def test_closed_strict_does_not_depend_on_how_an_answer_is_typed(answer):
+    assert metrics.closed_strict(answer, "yes") == (1.0, True)
+    assert metrics.closed_strict(answer, "ＮＯ．") == (0.0, True)
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ("left–sided", "left-sided"), ("left‑sided", "left sided"), ("10 μm", "10 µm"), ("５ mm", "5 mm"), ("１，０００", "1,000"), ("3·5 cm", "3.5 cm"), ("٣", "3"), ("isn’t", "is not"),
+    ("don´t", "do not"), ("naïve", "nai\u0308ve"), ("ﬁbrosis", "fibrosis"), ("type Ⅱ", "Type II"), ("10⁵", "10^5"), ("1½", "1 1/2"), ("37\u202f°C", "37 °C"), ("STRASSE", "straße"),
+    ("a", "A"),
+])
+def test_exact_match_does_not_depend_on_how_a_text_is_typed(first, second):
+    assert metrics.exact_match(first, second) == metrics.exact_match(second, first) == 1.0
+    assert metrics.open_strict(first, second)["f1"] == (0.0 if first == "a" else 1.0)
+
+
+@pytest.mark.parametrize(("first", "second"), [("10⁵", "105"), ("1½", "11/2"), ("3.5", "35"), ("", "a"), ("", "-"), ("a", "an"), ("lung", "lunge")])
+def test_texts_that_differ_stay_apart(first, second):
+    assert metrics.exact_match(first, second) == 0.0
+
+
+def test_normalisation_of_ascii_is_as_it_was():
+    # The punctuation of the VQA v2 code, written down again: a blank each, but decimal points and apostrophes.
+    punctuation = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;/\[\]\"{}()=+\\_<>@?!:|*#&%$^~-]")
+    letters = [chr(code) for code in range(32, 127) if chr(code) not in "`"] + list("aeiou    ..,,1234''")
+    rng = random.Random(3)
+    for _ in range(2000):
+        text = "".join(rng.choices(letters, k=rng.randrange(20)))
+        bare = punctuation.sub(" ", text.lower()).replace("'", "").split()
+        expected = [metrics._EXPANDED.get(word, word) for word in bare if word not in ("a", "an", "the")]
+        assert metrics.normalise(text) == " ".join(expected), repr(text)
+
+
+def test_a_chinese_yes_is_known_by_itself_and_not_by_its_punctuation():
+    assert metrics.closed_strict("是！", "是。") == (1.0, True) and metrics.closed_strict("不是", "是。") == (0.0, True)
+    assert metrics.chance("closed", "是。") == 1 / 2 and metrics.is_yes_or_no("否．") and not metrics.is_yes_or_no("左")
+
+
+@pytest.mark.parametrize("answer", [
+    "Ａ", "ａ", "a)", "(a).", '"A)"', "A。", "【A】", "（Ａ）", "《A》", "A，", "A：", "Ⓐ", "⒜", "A\u200b", "\u00a0A", "**A**", "Answer: A", "**Answer:** (A)", "Final answer — A", "Option A",
+    "\\boxed{A}", "$\\boxed{\\text{A}}$", "<answer>A</answer>", "答案：A", "The correct answer is：Ａ。", "The correct\u00a0answer is **A**", "B? No. The correct answer is “A”…",
+])
+def test_a_letter_is_read_however_it_is_typed(answer):
+    assert metrics.mcq_letter(answer, 4) == "A" and metrics.mcq(answer, "(ａ)", 4) == (1.0, True)
+
+
+@pytest.mark.parametrize("answer", ["A+", "≠ A", "not A", "A or B", "A/B", "A because", "A. lung", "Ä", "А", "1", "AA", "Ｅ", "The best lung is A", "<A>"])
+def test_what_is_more_or_less_than_a_letter_is_none(answer):
+    assert metrics.mcq_letter(answer, 4) is None
+
+
+@pytest.mark.parametrize(("reference", "letter"), [
+    ("B", "B"), ("（ｂ）", "B"), ("Lung.", "B"), ("B. lung", "B"), ("B) Lung", "B"), ("A. lung", None), ("heart", None), ("D", None), ("", None), ("same", None),
+])
+def test_a_reference_names_one_option(reference, letter):
+    assert metrics.option_letter(reference, ["liver", "lung", ""] if reference != "same" else ["same", "same"]) == letter
 
 
 @pytest.mark.parametrize(("answer", "letter"), [

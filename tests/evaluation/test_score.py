@@ -8,6 +8,7 @@ import pytest
 
 from medray.config import EvaluateConfig
 from medray.errors import DataError, StageError
+from medray.evaluation.exchange import answers
 from medray.evaluation.scores import compare, compare_models, rescore, score, score_models
 from medray.records import PREDICTION
 
@@ -145,6 +146,28 @@ def test_option_likelihood(tmp_path):
     bad = [row(7, "i0", "mcq", "C", "A", **options, option_logps=[-2.0, -4.0])]
     with pytest.raises(DataError, match="q7: reference 'C' is not the letter or the text of one of the 2 choices"):
         score(write(tmp_path / "bad", bad), CONFIG)
+
+
+def test_thinking_is_not_scored_and_is_counted(tmp_path):
+    rows = [
+        row(0, "i0", "closed", "yes", "<think>no, no</think>Yes"), row(1, "i1", "mcq", "B", "<think>A</think>\nB", choices=["x", "y"]), row(2, "i2", "open", "lung", "liver?</think>lung"),
+        row(3, "i3", "open", "lung", "<think>lung"), row(4, "i4", "open", "lung", "", thinking="unfinished"), row(5, "i5", "open", "lung", "lung"),
+        row(6, "i6", "open", "lung", None, error="no image"),
+    ]
+    result = score(write(tmp_path / "p", rows), CONFIG)
+    assert result["thinking"] == {"answers": 5, "unfinished": 2} and result["error_reasons"] == {"no image": 1}
+    assert result["by_type"]["closed"]["accuracy"]["value"] == result["by_type"]["mcq"]["accuracy"]["value"] == 1.0
+    opened = result["by_type"]["open"]
+    assert opened["accuracy"]["value"] == 1 / 2 and opened["unfinished_thinking"] == 1 / 2 and opened["answer_words"] == 1 / 2
+    assert opened["legacy"]["precision"]["value"] == 1 / 2
+    assert answers(str(tmp_path / "p"), "open") == {"q2": "lung", "q3": "", "q4": "", "q5": "lung"}
+
+
+def test_a_multiple_choice_reference_may_be_the_options_text(tmp_path):
+    rows = [row(0, "i0", "mcq", "Oval.", "B", choices=["round", "oval"]), row(1, "i1", "mcq", "(ａ)", "A", choices=["round", "oval"]), row(2, "i2", "mcq", "E", "E")]
+    assert score(write(tmp_path / "p", rows), CONFIG)["overall"]["accuracy"]["value"] == 1.0
+    with pytest.raises(DataError, match="q0: reference 'square' is not the letter or the text of one of the 2 choices"):
+        score(write(tmp_path / "bad", [row(0, "i0", "mcq", "square", "B", choices=["round", "oval"])]), CONFIG)
 
 
 def test_order_and_form_of_the_files_do_not_matter(tmp_path):

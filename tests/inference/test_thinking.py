@@ -1,0 +1,54 @@
+import pytest
+
+from medray.inference.dialogue_prompt import DialogueError, parse_dialogue
+from medray.inference.judge_prompt import VerdictError, parse_scores
+from medray.inference.rate_prompt import RatingError, parse_score
+from medray.inference.thinking import FINISHED, UNFINISHED, opens, said, without_blocks
+
+
+@pytest.mark.parametrize("text", [
+    "<think>No mass on the left... wait.</think>\n\nYes", "<thinking>No.</thinking>Yes", "<THINK>No</THINK>Yes", "<reasoning>no</reasoning>\nYes",
+    "[THINK]no[/THINK]Yes", "no mass</think>Yes", "<think>no</think>No<think>yes</think>Yes", "<think>a<think>b</think></think>Yes", "<think>\n\n</think>\n\nYes",
+    "<think>no</think><answer>Yes</answer>", "<think>no</think>\n<answer>Yes", "<seed:think>no</seed:think>Yes", "◁think▷no◁/think▷Yes",
+    "<|begin_of_thought|>no<|end_of_thought|>Yes", "<|START_THINKING|>no<|END_THINKING|>Yes", "<unused94>thought\nno<unused95>Yes",
+    "<|channel|>analysis<|message|>no<|end|><|start|>assistant<|channel|>final<|message|>Yes",
+    "<SUMMARY>x</SUMMARY><REASONING>no</REASONING>\n<CONCLUSION>Yes</CONCLUSION>",
+])
+def test_the_answer_stands_after_the_last_closing_tag(text):
+    assert said(text) == ("Yes", FINISHED)
+
+
+@pytest.mark.parametrize("text", ["<think>Is it yes?", "<think>", "[THINK]yes", "<think>no</think>Yes<think>or no", "<reasoning>\nyes"])
+def test_thinking_that_is_never_closed_leaves_no_answer(text):
+    assert said(text) == ("", UNFINISHED)
+
+
+@pytest.mark.parametrize("text", ["Yes", "I think yes", "3 < 5 and 7 > 6", "<b>Yes</b>", "x < think > y", "[1] Yes", ""])
+def test_a_text_without_thinking_stays_as_it_is(text):
+    assert said(text) == (text, None) and without_blocks(text) == (text, None)
+
+
+def test_an_answer_in_tags_is_taken_out_of_them():
+    assert said("<answer> B </answer>") == ("B", None)
+    assert said("see <answer>B</answer>").answer == "see <answer>B</answer>"
+
+
+@pytest.mark.parametrize(("prompt", "opened"), [("<|assistant|>\n<think>\n", True), ("assistant:", False), ("<think>\n\n</think>\n\n", False), ("use <think> tags", False)])
+def test_a_template_may_open_the_thinking(prompt, opened):
+    assert opens(prompt) is opened
+
+
+def test_scores_are_read_after_the_judges_thinking():
+    assert parse_scores("<think>\n3 for the first,\n9 9 9\n</think>\n\n8 7\nbecause") == (8, 7)
+    assert parse_score("10 or 2?</think>\nScore: 7") == 7
+    with pytest.raises(VerdictError, match=r"unfinished thinking.*judge\.max_tokens"):
+        parse_scores("<think>\n8 7")
+    with pytest.raises(RatingError, match=r"unfinished thinking.*rate\.max_tokens"):
+        parse_score("<think>8")
+
+
+def test_no_thinking_becomes_part_of_a_dialogue():
+    turns = parse_dialogue("<think>User: perhaps this?\nAssistant: no</think>User: What?\nAssistant: <think>hm</think>A cell.\nUser: Big?\nAssistant: Yes.")
+    assert [turn["text"] for turn in turns] == ["What?", "A cell.", "Big?", "Yes."]
+    with pytest.raises(DialogueError, match="unfinished thinking"):
+        parse_dialogue("User: What?\nAssistant: A cell.\nUser: Big?\nAssistant: <think>is it")
