@@ -1,7 +1,8 @@
-"""Files on any fsspec file system: list a folder by its literal name, write whole, hash contents."""
+"""Files on any fsspec file system: list a folder by its literal name, write whole, hash contents, seal small JSON files."""
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+CHECKSUM = "checksum"
 _BLOCK = 2**22  # bytes hashed at once
 
 
@@ -49,3 +51,29 @@ def hash_file(fs: Any, path: str) -> str:
         while block := handle.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def seal(value: dict[str, Any], default: Any = None) -> bytes:
+    """A JSON object as the bytes of a file, with a checksum of its contents under "checksum"."""
+    plain = json.loads(json.dumps(value, default=default))  # as it will be read
+    return (json.dumps(plain | {CHECKSUM: _checksum(plain)}, indent=1) + "\n").encode()
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The object that `seal` was given; one without a checksum, of an older version, is taken as it is.
+
+    Raises ValueError, in a few words, if the file is empty, cut or changed.
+    """
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise ValueError("it is empty" if not data else "it is cut or changed") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is changed")
+    if value.pop(CHECKSUM, None) not in (None, _checksum(value)):
+        raise ValueError("its contents do not match its checksum")
+    return value
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())

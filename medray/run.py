@@ -1,14 +1,15 @@
 """A run is a directory: the resolved config, a folder per stage with its manifest, metrics, the models, the report.
 
 The directory may be a local path, NFS, s3:// or gs:// (anything fsspec opens). Running the same job again on it
-continues: a stage whose manifest carries the same hash of its inputs is skipped, an unfinished stage with the same
-inputs goes on from what it left, a stage whose inputs changed starts over in an emptied folder. A stage may also work
+continues: a stage whose manifest carries the same hash of its inputs, and whose files are those that it wrote, is skipped, an
+unfinished stage, or one whose files are gone or damaged, goes on from what there is, a stage whose inputs changed starts over in an emptied folder. A stage may also work
 through parts that come and go: where only those changed it goes on too.
 
 Layout::
 
     config.yaml              the resolved configuration, without the passwords of its URLs
-    stages/03-self_play/     inputs.json (written first), whatever the stage writes, manifest.json (written last)
+    stages/03-self_play/     inputs.json (written first), whatever the stage writes, files.jsonl (what it wrote: medray.contents),
+                             manifest.json (written last)
     metrics.jsonl            every training metric, one line per step, with its stage
     report.html  results.json
 """
@@ -31,9 +32,11 @@ import fsspec
 import yaml
 from fsspec.core import url_to_fs
 
+from medray import contents
 from medray.config import Section
 from medray.config.section import without_passwords
-from medray.errors import ConfigError
+from medray.errors import ConfigError, StageError
+from medray.files import seal, unseal
 
 logger = logging.getLogger("medray")
 
@@ -108,7 +111,25 @@ class Run:
         self.write_text(json.dumps(value, indent=1, default=_plain) + "\n", *parts)
 
     def read_json(self, *parts: str) -> Any:
-        return json.loads(self.read_text(*parts))
+        """Raises StageError, which names the file, for one that is cut or changed so that it is no JSON."""
+        try:
+            return json.loads(self.read_text(*parts))
+        except ValueError as error:
+            raise StageError(f"{self.path(*parts)}: damaged ({error}); rerun the run's own command to write it anew") from error
+
+    def write_sealed(self, value: dict[str, Any], *parts: str) -> None:
+        """Write a JSON object with a checksum, which `read_sealed` holds it against."""
+        self.write_bytes(seal(value, _plain), *parts)
+
+    def read_sealed(self, *parts: str) -> dict[str, Any] | None:
+        """A JSON object that a stage wrote; None, and a line in the log, if it is damaged, None if there is none."""
+        try:
+            return unseal(self.fs.cat_file(posixpath.join(self._root, *parts)))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            logger.warning("%s: damaged, %s", self.path(*parts), error)
+            return None
 
     def write_config(self, config: Section) -> None:
         self.write_text(yaml.safe_dump(without_passwords(config.model_dump(mode="json")), sort_keys=False), "config.yaml")
@@ -124,19 +145,28 @@ class Run:
             parts: hashes of what it works through, where what it made of one part is still good when there are others:
                 when parts change `work` is called again, in the folder as it is.
 
-        Returns the manifest: {"stage", "hash", "outputs", "seconds", "attempts", "started", "finished"}.
+        Returns the manifest: {"stage", "hash", "key", "content", "outputs", "seconds", "attempts", "started", "finished"}. `hash` is what
+        later stages depend on; it is the `key`, a digest of the inputs, unless the stage was made again and came out otherwise.
         """
         settings = digest({"stage": name, "inputs": inputs})
         fingerprint = settings if parts is None else digest({"stage": settings, "parts": parts})
         folder = posixpath.join("stages", name)
-        if self.exists(folder, MANIFEST):
-            manifest = self.read_json(folder, MANIFEST)
-            if manifest["hash"] == fingerprint:
+        manifest, lost = self.read_sealed(folder, MANIFEST), []
+        before = self.read_sealed(folder, INPUTS) or {"hash": None}
+        same = before["hash"] == settings and (parts is not None or manifest is None)
+        if manifest is not None and manifest.get("key", manifest["hash"]) == fingerprint:
+            lost = contents.check(self.fs, self._root, folder, self._written(folder, manifest["outputs"]), manifest)
+            if not lost:
                 logger.info("stage %s: done before (%.0f s), skipped", name, manifest["seconds"])
                 self.timeline.append(manifest)
                 return manifest
-        before = self.read_json(folder, INPUTS) if self.exists(folder, INPUTS) else {"hash": None}
-        if before["hash"] == settings and (parts is not None or not self.exists(folder, MANIFEST)):
+            logger.warning(
+                "stage %s: %s%s; making what is lost again, and later stages if it comes out otherwise",
+                name, lost[0], f" (and {len(lost) - 1} more files)" if len(lost) > 1 else "")
+            contents.remove(self.fs, self._root, lost)
+            self.remove(folder, MANIFEST)
+            same, before = True, {"attempts": manifest["attempts"]} | before
+        if same:
             attempts = before["attempts"] + 1
             logger.info("stage %s: continues (attempt %d)", name, attempts)
         else:
@@ -146,17 +176,24 @@ class Run:
                 self.remove(folder, INPUTS)  # first: a folder without them that a killed run was emptying is not gone on with
                 self.remove(folder)
         started = time.time()
-        self.write_json({"hash": settings, "inputs": without_passwords(inputs), "parts": parts, "attempts": attempts}, folder, INPUTS)
+        self.write_sealed({"hash": settings, "inputs": without_passwords(inputs), "parts": parts, "attempts": attempts}, folder, INPUTS)
         logger.info("stage %s: begins", name)
         outputs = work(Stage(self, folder))
+        made = contents.record(self.fs, self._root, folder, self._written(folder, outputs), fingerprint)
         manifest = {
-            "stage": name, "hash": fingerprint, "outputs": outputs, "attempts": attempts,
+            "stage": name, "hash": made.hash, "key": fingerprint, "content": made.content, "outputs": outputs, "attempts": attempts,
             "started": started, "finished": time.time(), "seconds": time.time() - started,
         }
-        self.write_json(manifest, folder, MANIFEST)
+        self.write_sealed(manifest, folder, MANIFEST)
         logger.info("stage %s: done in %.0f s", name, manifest["seconds"])
         self.timeline.append(manifest)
         return manifest
+
+    def _written(self, folder: str, outputs: dict[str, Any]) -> list[str]:
+        """Where a stage wrote: its folder, and what its outputs name elsewhere in the run (prepared data lie at the run's top)."""
+        uris = [value for value in outputs.values() if isinstance(value, str) and value.startswith(f"{self.uri}/")]
+        inner = [uri.removeprefix(f"{self.uri}/") for uri in uris]
+        return [folder, *sorted({path for path in inner if not path.startswith("stages/")})]
 
     def remove(self, *parts: str) -> None:
         target = posixpath.join(self._root, *parts)
@@ -202,5 +239,6 @@ class Stage:
             return value
         with tempfile.TemporaryDirectory() as scratch:
             value = make(scratch)
+            self.reset(name)  # of files that an earlier export had and this one has not
             self.run.fs.put(scratch.rstrip("/") + "/", posixpath.join(self.run._root, self.folder, name) + "/", recursive=True)
             return value

@@ -1,0 +1,213 @@
+"""What a finished stage wrote, file by file, so that files that are gone, cut or changed are noticed before they are used.
+
+`files.jsonl` in the stage's folder has a line per file: path in the run, bytes, XXH3-128, and the file system's change mark
+(an ETag or the time of the last change). A later start lists the folder once and compares names, sizes and marks; only a file
+whose mark changed is read. Hashes are taken when a stage ends, by tasks of the cluster when there is much to read.
+
+The first line says what the record is of: the stage's inputs (`key`), the digest of all contents, and the `hash` that later
+stages depend on. That is the key, unless a finished stage had to be made again and came out otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import posixpath
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import xxhash
+
+from medray.files import hash_file, write_whole
+
+logger = logging.getLogger("medray")
+
+FILES = "files.jsonl"
+# Parts of a stage that only the stage itself reads when it resumes; each has checks of its own.
+_OWN = {"inputs.json", "manifest.json", FILES, "train", "done", "cells"}
+_OWN_ENDS = ("committed", "committed-begun", ".part")
+_CARD = "README.md"  # of an exported model, written when the whole run is done
+_IN_TASKS, _PER_TASK = 2**30, 2**28  # bytes: from so many on, the cluster hashes, so many a task
+_THREADS = 8
+
+
+class File(NamedTuple):
+    """A file of a stage: path from the run's root, bytes, change mark, XXH3-128 (None: not taken yet)."""
+
+    path: str
+    bytes: int
+    mark: str
+    hash: str | None = None
+
+
+class Record(NamedTuple):
+    """`key`, `hash` and `content` are those of the first line, see above."""
+
+    key: str
+    hash: str
+    content: str
+    files: list[File]
+
+
+def content_of(files: list[File]) -> str:
+    """Digest of the files' contents. Their names do not count: those of rows are random."""
+    return xxhash.xxh3_128_hexdigest("\n".join(sorted(file.hash or "" for file in files)).encode())
+
+
+def listed(fs: Any, root: str, folders: list[str]) -> list[File]:
+    """The files of a stage's folders that other stages may read.
+
+    Args:
+        root: of the run.
+        folders: paths from the root: the stage's folder, and what it wrote elsewhere.
+    """
+    found = []
+    for folder in folders:
+        base = posixpath.join(root, folder)
+        fs.invalidate_cache(base)
+        for path, info in sorted(fs.find(base, detail=True).items()):
+            inner = path[len(base):].lstrip("/")
+            top = inner.partition("/")[0]
+            hidden = any(part.startswith(".") for part in inner.split("/"))
+            if hidden or posixpath.basename(path) == _CARD or top in _OWN or top.endswith(_OWN_ENDS):
+                continue
+            mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
+            found.append(File(posixpath.join(folder, inner) if inner else folder, info["size"], str(mark)))
+    return found
+
+
+def hashed(fs: Any, root: str, files: list[File]) -> list[File]:
+    """The same files with their hashes."""
+    paths = [posixpath.join(root, file.path) for file in files]
+    if sum(file.bytes for file in files) > _IN_TASKS and _on_cluster():
+        hashes = list(_by_tasks(fs, paths, files))
+    else:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            hashes = list(pool.map(lambda path: hash_file(fs, path), paths))
+    return [file._replace(hash=value) for file, value in zip(files, hashes, strict=True)]
+
+
+def _on_cluster() -> bool:
+    import ray
+
+    return ray.is_initialized()
+
+
+def _by_tasks(fs: Any, paths: list[str], files: list[File]) -> Iterator[str]:
+    import ray
+
+    task = ray.remote(_hash_all).options(num_cpus=0.5, scheduling_strategy="SPREAD")
+    groups: list[list[str]] = []
+    room = 0
+    for path, file in zip(paths, files, strict=True):
+        if room <= 0:
+            groups.append([])
+            room = _PER_TASK
+        groups[-1].append(path)
+        room -= file.bytes
+    for hashes in ray.get([task.remote(fs, group) for group in groups]):
+        yield from hashes
+
+
+def _hash_all(fs: Any, paths: list[str]) -> list[str]:
+    return [hash_file(fs, path) for path in paths]
+
+
+def record(fs: Any, root: str, stage: str, folders: list[str], key: str) -> Record:
+    """Hash a finished stage's files and write its `files.jsonl`.
+
+    Args:
+        stage: the stage's folder, from the root.
+        folders: see `listed`.
+        key: digest of the stage's inputs.
+    """
+    before = recorded(fs, root, stage)
+    files = hashed(fs, root, listed(fs, root, folders))
+    content = content_of(files)
+    if before is None or (isinstance(before, Record) and before.key != key):
+        made = Record(key, key, content, files)
+    elif isinstance(before, Record) and before.content == content:
+        made = before._replace(files=files)
+    else:  # finished before, and other files now: what was made of the former ones is not made of these
+        made = Record(key, xxhash.xxh3_64_hexdigest(f"{key} {content}".encode()), content, files)
+    _write(fs, root, stage, made)
+    return made
+
+
+def _write(fs: Any, root: str, stage: str, made: Record) -> None:
+    lines = [json.dumps({"key": made.key, "hash": made.hash, "content": made.content}), *(json.dumps(file._asdict()) for file in made.files)]
+    write_whole(fs, posixpath.join(root, stage, FILES), ("\n".join(lines) + "\n").encode())
+
+
+def recorded(fs: Any, root: str, stage: str) -> Record | str | None:
+    """The record of a stage; None if there is none, and in a few words what is wrong with a damaged one."""
+    path = posixpath.join(root, stage, FILES)
+    if not fs.exists(path):
+        return None
+    try:
+        first, *rest = fs.cat_file(path).decode().splitlines()
+        made = Record(**json.loads(first), files=[File(**json.loads(line)) for line in rest])
+    except (ValueError, TypeError):
+        return "is empty, cut or changed"
+    return made if content_of(made.files) == made.content else "is changed"
+
+
+class Problem(NamedTuple):
+    """A file, by its path from the run's root, and what is wrong with it."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.reason}"
+
+
+def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str, Any]) -> list[Problem]:
+    """Hold a finished stage's files against its record.
+
+    Args:
+        manifest: of the stage, with the digest of its contents.
+
+    Returns what is wrong, for each file its path and a few words; nothing for a stage of an older version, which has no record.
+    """
+    if "content" not in manifest:
+        return []
+    made = recorded(fs, root, stage)
+    there = listed(fs, root, folders)
+    if not isinstance(made, Record) or made.content != manifest["content"]:
+        files = hashed(fs, root, there)
+        if content_of(files) != manifest["content"]:
+            return [Problem(f"{stage}/{FILES}", made if isinstance(made, str) else "is missing or of other files")]
+        logger.warning("%s/%s was damaged and is written anew; the files are those that the stage wrote", stage, FILES)
+        _write(fs, root, stage, Record(manifest["key"], manifest["hash"], manifest["content"], files))
+        return []
+    by_path = {file.path: file for file in there}
+    problems, unsure = [], []
+    for file in made.files:
+        now = by_path.pop(file.path, None)
+        if now is None:
+            problems.append(Problem(file.path, "is missing"))
+        elif now.bytes != file.bytes:
+            problems.append(Problem(file.path, f"has {now.bytes} bytes instead of {file.bytes}"))
+        elif now.mark != file.mark:
+            unsure.append((file, now))
+    known = {posixpath.dirname(file.path) for file in made.files}
+    problems += [
+        Problem(path, "was added after the stage") for path in by_path if path.endswith(".parquet") and posixpath.dirname(path) in known
+    ]
+    for (file, _), now in zip(unsure, hashed(fs, root, [now for _, now in unsure]), strict=True):
+        if now.hash != file.hash:
+            problems.append(Problem(file.path, "is changed"))
+    if unsure and not problems:  # a run that was copied: the marks are new
+        marks = {now.path: now.mark for _, now in unsure}
+        _write(fs, root, stage, made._replace(files=[file._replace(mark=marks.get(file.path, file.mark)) for file in made.files]))
+    return problems
+
+
+def remove(fs: Any, root: str, problems: list[Problem]) -> None:
+    """Remove the files that `check` found wrong, so that the stage makes them again. Its record stays, to compare with."""
+    for path, _ in problems:
+        target = posixpath.join(root, path)
+        if posixpath.basename(path) != FILES and fs.exists(target):
+            fs.rm(target)
