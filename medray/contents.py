@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from medray.files import hash_file, write_whole
+from medray.files import CHECKSUM, hash_file, write_whole
 
 logger = logging.getLogger("medray")
 
@@ -136,8 +136,14 @@ def record(fs: Any, root: str, stage: str, folders: list[str], key: str) -> Reco
 
 
 def _write(fs: Any, root: str, stage: str, made: Record) -> None:
-    lines = [json.dumps({"key": made.key, "hash": made.hash, "content": made.content}), *(json.dumps(file._asdict()) for file in made.files)]
-    write_whole(fs, posixpath.join(root, stage, FILES), ("\n".join(lines) + "\n").encode())
+    lines = "".join(json.dumps(file._asdict()) + "\n" for file in made.files)
+    first = {"key": made.key, "hash": made.hash, "content": made.content}
+    text = json.dumps(first | {CHECKSUM: _checksum(first, lines)}) + "\n" + lines
+    write_whole(fs, posixpath.join(root, stage, FILES), text.encode())
+
+
+def _checksum(first: dict[str, str], lines: str) -> str:
+    return xxhash.xxh3_64_hexdigest((json.dumps(first) + lines).encode())
 
 
 def recorded(fs: Any, root: str, stage: str) -> Record | str | None:
@@ -146,11 +152,13 @@ def recorded(fs: Any, root: str, stage: str) -> Record | str | None:
     if not fs.exists(path):
         return None
     try:
-        first, *rest = fs.cat_file(path).decode().splitlines()
-        made = Record(**json.loads(first), files=[File(**json.loads(line)) for line in rest])
-    except (ValueError, TypeError):
+        head, _, lines = fs.cat_file(path).decode().partition("\n")
+        first = json.loads(head)
+        checksum = first.pop(CHECKSUM)
+        made = Record(**first, files=[File(**json.loads(line)) for line in lines.splitlines()])
+    except (ValueError, TypeError, KeyError, AttributeError):
         return "is empty, cut or changed"
-    return made if content_of(made.files) == made.content else "is changed"
+    return made if checksum == _checksum(first, lines) else "is changed"
 
 
 class Problem(NamedTuple):
