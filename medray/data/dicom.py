@@ -10,16 +10,13 @@ Pillow decodes JPEG Baseline and JPEG 2000, pydicom RLE; JPEG Lossless, JPEG-LS 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import io
 import json
 import logging
-import os
 import posixpath
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,12 +30,11 @@ from pydicom.pixels import get_decoder
 from medray.config import DataConfig
 from medray.data.dicom_pixels import OTHER_COLOUR_SPACE, render
 from medray.data.images import ImageError, check_size
-from medray.errors import ConfigError
+from medray.data.pseudonyms import pseudonym
 
 # pydicom logs and warns with the values of tags in its words.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
-KEY_VARIABLE = "MEDRAY_PATIENT_KEY"
 MAX_FRAMES = 65_536  # a few bytes can claim two thousand million frames, and each would become a row
 
 # Modality (0008,0060): the codes of pictures, in words; None where the code does not say what is shown.
@@ -108,31 +104,12 @@ def _quietly(what: str, fix: str, read: Callable[..., T], *args: Any) -> T:
     raise ImageError(f"{what} cannot be read ({failed}){fix}")
 
 
-def patient_key(environ: Mapping[str, str] = os.environ) -> bytes | None:
-    """The secret of MEDRAY_PATIENT_KEY, or None. Read it once on the driver and hand it on: every worker must use the same.
-
-    Raises ConfigError where it is shorter than 16 characters: ids could then be found by trying keys.
-    """
-    value = environ.get(KEY_VARIABLE)
-    if not value:
-        return None
-    if len(value) < 16:
-        raise ConfigError(f"{KEY_VARIABLE} is shorter than 16 characters; make one with: python -c 'import secrets; print(secrets.token_hex(32))'")
-    return value.encode()
-
-
-def _pseudonym(text: str, key: bytes | None) -> str:
-    """16 hex digits of HMAC-SHA256 under the key; without one of plain SHA-256, which who can guess the text can check."""
-    digest = hmac.digest(key, text.encode(), "sha256") if key else hashlib.sha256(text.encode()).digest()
-    return digest.hex()[:16]
-
-
 def file_id(relative: str, key: bytes | None = None) -> str:
     """The id under which a file stands in rows and reports: "dcm-" and a hash of its path below the source.
 
     With a key the hash is keyed, since paths often hold patients' numbers.
     """
-    return "dcm-" + _pseudonym(relative, key)
+    return "dcm-" + pseudonym(relative, key)
 
 
 def _read(data: bytes, tags: list[str], pixels: bool = False) -> Dataset:
@@ -182,7 +159,7 @@ def index_rows(path: str, relative: str, data: bytes, key: bytes | None = None) 
     try:
         frames, facts = _quietly("the header", "", _facts, data, relative, key)
     except ImageError as error:
-        yield {"sample_id": identity, "image_id": identity, "image_file": None, **row, "error": str(error)}
+        yield {"sample_id": identity, "image_id": identity, "image_file": f"{path}#frame=0", **row, "error": str(error)}
         return
     for frame in range(frames):
         name = identity if frames == 1 else f"{identity}/f{frame:04d}"
@@ -213,12 +190,12 @@ def _attributes(header: Dataset) -> dict[str, str]:
 def _group(header: Dataset, relative: str, key: bytes | None) -> str:
     folder = posixpath.dirname(relative)
     if key is None:
-        return _pseudonym(folder, None)
+        return pseudonym(folder, None)
     patient = str(header.get("PatientID") or "").strip()
     if patient.casefold() not in NO_PATIENT:
-        return _pseudonym(f"patient:{patient}", key)
+        return pseudonym(f"patient:{patient}", key)
     study = str(header.get("StudyInstanceUID") or "").strip()
-    return _pseudonym(f"study:{study}" if study else f"folder:{folder}", key)
+    return pseudonym(f"study:{study}" if study else f"folder:{folder}", key)
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
@@ -257,6 +234,18 @@ def burned_in_warning(dataset: Dataset) -> str | None:
     return "burned-in-text-likely" if usual or str(dataset.get("SOPClassUID") or "").startswith(SECONDARY_CAPTURE) else None
 
 
+def other_frames_of(data: bytes) -> list[str]:
+    """["first-frame-of-DICOM"] for a file of several frames, to be counted if one is read; else []."""
+    try:
+        return ["first-frame-of-DICOM"] if _quietly("the header", "", _frames, data) > 1 else []
+    except ImageError:
+        return []
+
+
+def _frames(data: bytes) -> int:
+    return _check_picture(_read(data, _SHAPE_TAGS))
+
+
 def frame_png(data: bytes, frame: int, limits: DataConfig) -> bytes:
     """One frame (from 0) as an 8-bit grey or RGB PNG without metadata.
 
@@ -286,7 +275,35 @@ def _frame_header(data: bytes, frame: int, limits: DataConfig) -> tuple[Dataset,
         raise ImageError("BitsAllocated must be 8, 16 or 32 and SamplesPerPixel 1 or 3")
     if str(header.PhotometricInterpretation) not in VOCABULARY["PhotometricInterpretation"]:
         raise ImageError(OTHER_COLOUR_SPACE)
-    return header, uid.UID(str(header.file_meta.get("TransferSyntaxUID") or ""))
+    syntax = uid.UID(str(header.file_meta.get("TransferSyntaxUID") or _guessed_syntax(header)))
+    _check_bits(header, syntax)
+    return header, syntax
+
+
+def _guessed_syntax(header: Dataset) -> str:
+    """The transfer syntax of a file whose meta group does not name it. pydicom has found out how the tags are written; the
+    pixels are then taken as uncompressed, and `_with_pixels` refuses those that are not."""
+    implicit, little = header.original_encoding
+    if not little:
+        return uid.ExplicitVRBigEndian
+    return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
+
+
+def _check_bits(header: Dataset, syntax: uid.UID) -> None:
+    """Raises ImageError where the bits of a value cannot be where the header says."""
+    allocated, stored = int(header.BitsAllocated), int(header.BitsStored)
+    high = _high_bit(header)
+    if not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
+        raise ImageError(f"BitsAllocated {allocated}, BitsStored {stored} and HighBit {high} contradict each other")
+    if high != stored - 1 and syntax not in _NATIVE and syntax != uid.RLELossless:
+        raise ImageError(f"HighBit is {high} where BitsStored is {stored}, in compressed pixels; convert the file")
+    if int(header.SamplesPerPixel) == 3 and header.get("PlanarConfiguration", 0) not in (0, 1, None):
+        raise ImageError("PlanarConfiguration must be 0 or 1")
+
+
+def _high_bit(header: Dataset) -> int:
+    high = header.get("HighBit")
+    return int(header.BitsStored) - 1 if high is None else int(high)
 
 
 def _decode(data: bytes, frame: int, syntax: uid.UID) -> tuple[np.ndarray, str]:
@@ -302,11 +319,14 @@ def _decode(data: bytes, frame: int, syntax: uid.UID) -> tuple[np.ndarray, str]:
     if not plugins:
         raise ImageError(f"no decoder for {syntax.name} is installed; {_EXTRA}")
     dataset = _quietly("the pixels", "", _with_pixels, data, frame, syntax)
+    shift = _high_bit(dataset) + 1 - int(dataset.BitsStored)
+    if shift:  # values in the upper bits, as before 2000: decoded with the bits below them, which go then
+        dataset.BitsStored = int(dataset.BitsStored) + shift
     fix = "; the file may be damaged" + ("" if syntax in _NATIVE or syntax == uid.RLELossless else f", or need another decoder: {_EXTRA}")
     for plugin in plugins:  # one may lack what the next can do: Pillow has no 12-bit JPEG
         try:
             stored, properties = _quietly(f"pixels in {syntax.name}", fix, partial(decoder.as_array, dataset, index=frame, decoding_plugin=plugin))
-            return stored, str(properties["photometric_interpretation"])
+            return stored >> shift if shift else stored, str(properties["photometric_interpretation"])
         except ImageError as error:
             reason = str(error)
     raise ImageError(reason)
@@ -316,6 +336,10 @@ def _with_pixels(data: bytes, frame: int, syntax: uid.UID) -> Dataset:
     dataset = _read(data, [*_FRAME_TAGS, *_PIXEL_TAGS], pixels=True)
     if "PixelData" not in dataset:
         raise ImageError("PixelData is missing, or the file is cut off before its end")
+    if int(dataset.SamplesPerPixel) == 3 and dataset.get("PlanarConfiguration") is None:
+        dataset.PlanarConfiguration = 0  # colour by pixel, as nearly every file has it
+    if dataset["PixelData"].is_undefined_length and not syntax.is_encapsulated:
+        raise ImageError("its pixels are compressed, and TransferSyntaxUID does not say how; convert the file")
     if syntax in _NATIVE:
         _check_length(dataset)
     elif syntax != uid.RLELossless:  # RLE claims no size of its own: pydicom fills the header's

@@ -20,7 +20,7 @@ def render(stored: np.ndarray, photometric: str, header: Dataset, frame: int) ->
 
     Raises ImageError for a colour space medray does not know and for segmented palettes.
     """
-    words = "<u2" if header.file_meta.TransferSyntaxUID.is_little_endian else ">u2"
+    words = "<u2" if header.original_encoding[1] else ">u2"
     if photometric in ("MONOCHROME1", "MONOCHROME2"):
         picture = _grey(stored, header, frame, words)
         picture = np.where(_padding(stored, header), 0, 1 - picture if photometric == "MONOCHROME1" else picture)
@@ -109,23 +109,45 @@ def _window(values: np.ndarray, centre: float, width: float, function: str) -> n
 def _lookup(values: np.ndarray, descriptor: Any, table: Any, words: str, signed: bool) -> tuple[np.ndarray, int]:
     """(table entries of the values as float32, the greatest an entry can be), by PS3.3 C.11.1.1: values below the first mapped one
     take the first entry, values beyond the table the last."""
-    entries, first, bits = int(descriptor[0]) & 0xFFFF or 2**16, int(descriptor[1]), int(descriptor[2])
+    first = int(descriptor[1])
     if signed and first > 2**15 - 1:
         first -= 2**16
+    table = _entries(descriptor, table, words)
+    index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
+    return table[index], _greatest(descriptor, float(table.max()))
+
+
+def _entries(descriptor: Any, table: Any, words: str) -> np.ndarray:
+    """The entries of a table (float32). Their size follows from the table's length, whatever the descriptor says
+    (PS3.3 C.7.6.3.1.5, second note)."""
+    entries = int(descriptor[0]) & 0xFFFF or 2**16
     if isinstance(table, bytes):
         table = np.frombuffer(table, words if len(table) >= 2 * entries else np.uint8)
-    table = np.atleast_1d(np.asarray(table, np.float32))[:entries]
-    index = np.clip(values.astype(np.int64) - first, 0, len(table) - 1)
-    return table[index], 2**bits - 1
+    made = np.atleast_1d(np.asarray(table, np.float32))[:entries]
+    if not made.size:
+        raise ImageError("a lookup table is empty")
+    return made
+
+
+def _greatest(descriptor: Any, largest: float) -> int:
+    """The greatest value that entries can have, if `largest` is the largest there is: by the descriptor's bits, which some files
+    give as 8 for words of 16 bits, and as 16 for bytes."""
+    bits = int(descriptor[2])
+    if not 1 <= bits <= 16 or largest > 2**bits - 1:
+        return 255 if largest <= 255 else 2**16 - 1
+    return 2**bits - 1
 
 
 def _palette(stored: np.ndarray, header: Dataset, words: str) -> np.ndarray:
     """[rows, columns, 3] between 0 and 1. Raises ImageError for segmented palettes: a few bytes of those unfold without bound."""
     if "RedPaletteColorLookupTableData" not in header:
         raise ImageError("its palette is segmented or missing; convert the file to RGB")
-    channels = []
-    for colour in ("Red", "Green", "Blue"):
-        descriptor, table = header[f"{colour}PaletteColorLookupTableDescriptor"].value, header[f"{colour}PaletteColorLookupTableData"].value
-        looked_up, top = _lookup(stored, descriptor, table, words, bool(int(header.PixelRepresentation)))
-        channels.append(looked_up / np.float32(top))
-    return np.stack(channels, axis=-1)
+    tables = [
+        (header[f"{colour}PaletteColorLookupTableDescriptor"].value, header[f"{colour}PaletteColorLookupTableData"].value)
+        for colour in ("Red", "Green", "Blue")
+    ]
+    # One scale for the three colours: a palette of blues has a red table of small numbers.
+    largest = max(float(_entries(descriptor, table, words).max()) for descriptor, table in tables)
+    top = np.float32(255 if largest <= 255 else _greatest(tables[0][0], largest))
+    signed = bool(int(header.PixelRepresentation))
+    return np.stack([_lookup(stored, descriptor, table, words, signed)[0] / top for descriptor, table in tables], axis=-1)

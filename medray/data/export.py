@@ -20,7 +20,7 @@ from medray.data.images import image_format
 from medray.data.readers.common import IMAGE_TOKEN, image_digest
 from medray.errors import DataError
 
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp"}
+_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp", "JPEG2000": "jp2", "PPM": "ppm", "AVIF": "avif"}
 _LLAVA_ROLES = {"user": "human", "assistant": "gpt", "questioner": "vuser", "system": "system"}
 _TEXTS = (
     "sample_id", "image_id", "split", "group_id", "modality", "turns", "question", "reference", "answer_type", "attribute", "choices", "language",

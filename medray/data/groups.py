@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from typing import Any
 
 import pyarrow as pa
 
 from medray.config import DataConfig
-from medray.data.images import ImageError
+from medray.data.images import ImageError, other_frames, page_png
+from medray.data.pseudonyms import file_name
+from medray.data.reading import is_dicom
 from medray.data.sources import read_image_bytes, read_index
 
-_FRAME = "#frame="  # of a DICOM file, in image_file
+_PART = re.compile(r"^(.*)#(frame|page)=(\d+)$", re.DOTALL)
 
 GROUP = pa.schema([
     ("sample_id", pa.string()),  # the image's id, with "@split" where the source has it in several splits
     ("image_id", pa.string()), ("image_file", pa.string()), ("image", pa.binary()),
     ("split", pa.string()), ("group_id", pa.string()), ("modality", pa.string()),
     ("members", pa.string()),  # JSON list of [sample_id, payload]
+    ("places", pa.string()),  # JSON object: sample_id of a member -> its place in the source
+    ("image_name", pa.string()),  # the image's path as errors show it
     ("bad", pa.list_(pa.string())),  # JSON objects {"sample_id", "file", "reason"}
     ("order", pa.int64()),
 ])
@@ -76,42 +81,63 @@ def group_rows(table: pa.Table, config: dict[str, Any]) -> pa.Table:
     for row in table.sort_by([("order", "ascending"), ("sample_id", "ascending"), ("where", "ascending")]).to_pylist():
         split = split_of(row, settings)
         group = groups.setdefault((row["image_id"], split), {
-            **{name: row[name] for name in ("image_id", "image_file", "image", "group_id", "modality", "order")}, "split": split, "members": [], "bad": [],
+            **{name: row[name] for name in ("image_id", "image_file", "image", "group_id", "modality", "order")}, "split": split, "members": [], "places": {},
+            "image_name": row.get("image_name"), "bad": [],
         })
         if row["error"] is not None:
             group["bad"].append(json.dumps({"sample_id": row["sample_id"], "file": row["where"], "reason": row["error"]}))
             continue
         group["members"].append([row["sample_id"], json.loads(row["payload"])])
-        for name in ("image_file", "image", "modality", "group_id"):
+        group["places"][row["sample_id"]] = row["where"]
+        for name in ("image_file", "image", "modality", "group_id", "image_name"):
             if group[name] is None:
-                group[name] = row[name]
+                group[name] = row.get(name)
     splits = Counter(image_id for image_id, _ in groups)
     for (image_id, split), group in groups.items():
         group["sample_id"] = image_id if splits[image_id] == 1 else f"{image_id}@{split or 'unknown'}"
         group["members"] = json.dumps(group["members"])
+        group["places"] = json.dumps(group["places"])
     return pa.Table.from_pylist(list(groups.values()), schema=GROUP)
 
 
 def image_of(group: dict[str, Any], limits: DataConfig) -> tuple[bytes, list[str]]:
-    """(encoded image, warnings) of a GROUP row: the image as the source holds it; a DICOM frame as PNG.
+    """(encoded image, warnings) of a GROUP row: the image as the source holds it; a frame of DICOM or a page of TIFF as
+    PNG. What a file holds decides, not its name: a record may name a DICOM file like any other image.
+
+    The warnings are categories to be counted: what may still show a person, frames that are left out.
 
     Raises ImageError where it is missing, too large or cannot be read.
     """
-    if group["image"] is not None:
-        return group["image"], []
-    path, marker, frame = (group["image_file"] or "").partition(_FRAME)
-    if not marker:
-        return read_image_bytes(path, limits.max_image_bytes), []
-    from medray.data.dicom import frame_png, warnings_of
+    from medray.data.dicom import frame_png, other_frames_of, warnings_of
 
-    try:
-        data = read_image_bytes(path, limits.max_image_bytes)
-    except ImageError:  # its reason names the file, and DICOM files are often named after the patient
-        raise ImageError("the DICOM file is missing or over data.max_image_bytes") from None
-    return frame_png(data, int(frame), limits), warnings_of(data)
+    path, kind, number = _place_in(group["image_file"])
+    if kind == "frame":
+        try:
+            data = read_image_bytes(path, limits.max_image_bytes)
+        except ImageError:  # its reason names the file, and DICOM files are often named after the patient
+            raise ImageError("the DICOM file is missing or over data.max_image_bytes") from None
+        return frame_png(data, number, limits), warnings_of(data)
+    data = group["image"]
+    if data is None:
+        data = read_image_bytes(path, limits.max_image_bytes, group.get("image_name"))
+    if kind == "page":
+        return page_png(data, number, limits), []
+    if is_dicom(data):
+        return frame_png(data, 0, limits), [*warnings_of(data), *other_frames_of(data)]
+    return data, other_frames(data)
 
 
-def place_of(group: dict[str, Any]) -> str:
-    """Where a GROUP row's image lies, for the quarantine; of DICOM the id, as paths often hold patients' names."""
-    file = group["image_file"] or group["image_id"]
-    return group["image_id"] if _FRAME in file else file
+def _place_in(image_file: str | None) -> tuple[str, str | None, int]:
+    """(path, "frame", "page" or None, its number) of an image_file."""
+    part = _PART.match(image_file or "")
+    return (part[1], part[2], int(part[3])) if part else (image_file or "", None, 0)
+
+
+def place_of(group: dict[str, Any], identity: str | None = None) -> str:
+    """Where a record (the member `identity`, else the first) of a GROUP row stands in the source, and its image there, for
+    the quarantine; of DICOM the id, as paths often hold patients' names."""
+    path, kind, _ = _place_in(group["image_file"])
+    name = group.get("image_name") or (file_name(path) if path and kind != "frame" else None)
+    places = json.loads(group.get("places") or "{}")
+    where = places.get(identity) or next(iter(places.values()), None) or name or group["image_id"]
+    return where if name is None or name in where else f"{where}: {name}"

@@ -8,17 +8,22 @@ import math
 import re
 import struct
 import warnings
+from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from medray.config import DataConfig
+from medray.data.colours import to_rgb
+from medray.data.pseudonyms import shortened
 from medray.errors import DataError
 
+TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
 # CLIP's mean colour, which LLaVA pads with: after normalisation it is zero.
 PAD_COLOUR = (122, 116, 104)
+MAX_PAGES = 65_536  # of a TIFF file: each becomes a row
+_NEW_SUBFILE_TYPE = 254
 LARGEST_SQUARE = 178_956_970  # pixels; Pillow opens none larger
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows forty more, one of which (EPS) runs a program of the machine's
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows forty more, one of which (EPS) runs a program of the machine's
 
 _IN_MEMORY = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 
@@ -27,11 +32,12 @@ class ImageError(DataError):
     """One image that cannot be used; its row is quarantined with this reason."""
 
 
-def decode(data: bytes | None, limits: DataConfig) -> Image.Image:
-    """RGB image out of encoded bytes, upright (EXIF), first frame.
+def decode(data: bytes | None, limits: DataConfig, page: int = 0) -> Image.Image:
+    """RGB image out of encoded bytes, upright (EXIF): its first frame, or a page of a TIFF file (from 0).
 
     Size limits are checked on the header, before any pixel is decoded, so a small file that claims huge dimensions
-    costs nothing. 16-bit greyscale is scaled by its own range, alpha is laid over white.
+    costs nothing. Grey of more than 8 bits and floating point are scaled by the image's own range (white is zero where TIFF
+    says so), alpha is laid over white, CMYK, YCCK and CIE L*a*b* become sRGB.
 
     Raises ImageError with the reason; so for a file that is none of FORMATS.
     """
@@ -44,17 +50,18 @@ def decode(data: bytes | None, limits: DataConfig) -> Image.Image:
             # Pillow only warns between one and two times its own limit; ours decides.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if page:
+                image.seek(page)
             check_size(image.size, limits)
             image.load()
         ImageOps.exif_transpose(image, in_place=True)
-    except ImageError:
+        return to_rgb(image)
+    except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"image is over data.max_image_pixels {limits.max_image_pixels}: {error}") from None
-    # Pillow's decoders raise these for damaged files; SyntaxError is what its PNG reader uses for a broken chunk, and its EXIF reader for a broken header.
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError, struct.error) as error:
-        raise ImageError(f"image cannot be decoded: {_IN_MEMORY.sub('', str(error)).strip()}") from None
-    return image if image.mode == "RGB" else _to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise anything for a damaged file; the caller quarantines the row
+        raise ImageError(f"image cannot be decoded: {shortened(_IN_MEMORY.sub('', str(error)).strip())}") from None
 
 
 def check_size(size: tuple[int, int], limits: DataConfig) -> None:
@@ -65,19 +72,6 @@ def check_size(size: tuple[int, int], limits: DataConfig) -> None:
         raise ImageError(f"image of {width} x {height} pixels is under data.min_image_side {limits.min_image_side}")
     if max(size) > limits.max_aspect * min(size):
         raise ImageError(f"image of {width} x {height} pixels is longer than data.max_aspect {limits.max_aspect:g} allows")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        low, high = float(values.min()), float(values.max())
-        scaled = np.zeros_like(values) if high == low else (values - low) * (255.0 / (high - low))
-        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, int, int] = PAD_COLOUR, max_pixels: int = LARGEST_SQUARE) -> Image.Image:
@@ -114,9 +108,96 @@ def filler_picture() -> bytes:
     return data.getvalue()
 
 
+# The first bytes of each format; of those in boxes after the box's length.
+_MAGIC = (
+    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (0, b"GIF8", "GIF"), (0, b"BM", "BMP"), (0, b"II*\x00", "TIFF"),
+    (0, b"MM\x00*", "TIFF"), (0, b"II+\x00", "TIFF"), (0, b"MM\x00+", "TIFF"), (8, b"WEBP", "WEBP"), (4, b"jP  \r\n", "JPEG2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG2000"), (4, b"ftypavif", "AVIF"), (4, b"ftypavis", "AVIF"),
+)
+
+
 def image_format(data: bytes) -> str:
     """JPEG, PNG, ... by the first bytes; "unknown" otherwise."""
-    for magic, name in ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG", "PNG"), (b"GIF8", "GIF"), (b"BM", "BMP"), (b"II*\x00", "TIFF"), (b"MM\x00*", "TIFF")):
-        if data.startswith(magic):
+    for at, magic, name in _MAGIC:
+        if data.startswith(magic, at):
             return name
-    return "WEBP" if data[8:12] == b"WEBP" else "unknown"
+    # Two letters and a blank: P5 of a PGM file.
+    return "PPM" if data[:1] == b"P" and data[1:2] in (*map(bytes, zip(b"123456fF")),) and data[2:3].isspace() else "unknown"
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether every program shows the encoded image as `decode` does: 8-bit grey or RGB, upright, no alpha, one frame."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return image.mode in ("L", "RGB") and upright and "transparency" not in image.info and not getattr(image, "is_animated", False)
+
+
+def other_frames(data: bytes) -> list[str]:
+    """What `decode` leaves out of a file, as a category to be counted: "first-frame-of-animated-GIF", "first-page-of-TIFF".
+    [] for a file of one picture, and for one that cannot be read."""
+    kind = image_format(data)
+    if kind == "TIFF":
+        return ["first-page-of-TIFF"] if len(_pages_or_none(data)) > 1 else []
+    # A JPEG's second picture (MPO) is another view or a gain map of the first.
+    if kind in ("GIF", "WEBP", "AVIF") or (kind == "PNG" and b"acTL" in data[:2**16]):
+        try:
+            animated = getattr(Image.open(io.BytesIO(data), formats=(kind,)), "is_animated", False)
+        except Exception:  # a damaged file; decoding it says so
+            return []
+        return [f"first-frame-of-animated-{kind}"] if animated else []
+    return []
+
+
+def _pages_or_none(data: bytes) -> list[int]:
+    try:
+        return pages_of(io.BytesIO(data))
+    except (ImageError, struct.error):
+        return []
+
+
+def pages_of(handle: BinaryIO) -> list[int]:
+    """The pages of a TIFF file, from 0, in their order, without reduced copies (pyramids, thumbnails) and masks.
+
+    Reads the directories alone (TIFF 6.0 section 2; BigTIFF has wider numbers). Raises ImageError or struct.error for a file
+    that is no TIFF or is cut off, and for more than MAX_PAGES.
+    """
+    order = {b"II": "<", b"MM": ">"}.get(handle.read(2))
+    version = struct.unpack(f"{order}H", handle.read(2))[0] if order else 0
+    if version not in (42, 43):
+        raise ImageError("no TIFF file")
+    # Directories: number of entries, bytes of an entry, next directory.
+    number, entry, following = ("H", 12, "I") if version == 42 else ("Q", 20, "Q")
+    if version == 43:
+        handle.read(4)
+
+    def read(kind: str) -> int:
+        return struct.unpack(f"{order}{kind}", handle.read(struct.calcsize(kind)))[0]
+
+    pages, seen, at = [], set(), read(following)
+    while at and at not in seen:
+        if len(seen) == MAX_PAGES:
+            raise ImageError(f"the TIFF file has more than {MAX_PAGES} pages")
+        seen.add(at)
+        handle.seek(at)
+        entries = handle.read(read(number) % 2**16 * entry)
+        kinds = [
+            struct.unpack_from(f"{order}I" if field == 4 else f"{order}H", entries, start + entry - (4 if version == 42 else 8))[0]
+            for start in range(0, len(entries) - entry + 1, entry)
+            for tag, field in [struct.unpack_from(f"{order}HH", entries, start)] if tag == _NEW_SUBFILE_TYPE
+        ]
+        if not any(kind & 0b101 for kind in kinds):
+            pages.append(len(seen) - 1)
+        at = read(following)
+    return pages
+
+
+def page_png(data: bytes, page: int, limits: DataConfig) -> bytes:
+    """One page of a TIFF file (from 0) as a PNG of the pixels that `decode` gives, grey where they are.
+
+    Raises ImageError with the reason.
+    """
+    image = decode(data, limits, page)
+    red, green, blue = image.split()
+    out = io.BytesIO()
+    (red if red.tobytes() == green.tobytes() == blue.tobytes() else image).save(out, "PNG")
+    return out.getvalue()

@@ -193,7 +193,7 @@ def _write_shards(
 
 def set_aside(identity: str, group: dict[str, Any], reason: str) -> dict[str, str]:
     """The quarantine's row of a record of a GROUP row."""
-    return {"sample_id": identity, "file": place_of(group), "stage": "data", "reason": reason}
+    return {"sample_id": identity, "file": place_of(group, identity), "stage": "data", "reason": reason}
 
 
 @dataclass(frozen=True)

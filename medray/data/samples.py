@@ -62,8 +62,10 @@ class ToSamples:
             image, row["warnings"] = load()
             pixels = decode(image, self.limits)
         except ImageError as error:
-            place = place_of(group)
-            row["set_aside"] += [{"sample_id": identity, "file": place, "reason": str(error)} for identity, _ in members]
+            reason = str(error)
+            row["set_aside"] += [
+                {"sample_id": identity, "file": place_of(group, identity), "reason": reason} for identity, _ in members
+            ]
             return {**row, "error": str(error)}
         row["image_hash"], row["phash"] = fingerprint(pixels)
         return {**row, "image": image, "image_format": image_format(image), "width": pixels.width, "height": pixels.height, **_texts(members)}

@@ -7,7 +7,8 @@ themselves are read in `medray.data.readers`, one small module per family.
 Columns (INDEX): sample_id; image_id; image_file (a path, "path.tar#offset=<byte>&size=<bytes>" or "path.dcm#frame=<n>") or
 image (bytes, where the source holds them inline); split (train, val, test; null: the source knows none); group_id (what
 must not be spread over splits, such as the patient, hashed; null: the image); modality (lower case); where (file and
-place, for the quarantine); error; payload, JSON of exactly one of
+place, for the quarantine); error; image_name (the image's path as errors show it, see medray.data.pseudonyms; null for
+inline images and DICOM); payload, JSON of exactly one of
 
 - {"record": {...}}: WBCAtt attributes (the schema of medray.data.dialogues)
 - {"qa": {question, reference, answer_type (open, closed, mcq), attribute, choices, language, context}}: one question; `context`,
@@ -22,7 +23,6 @@ place, for the quarantine); error; payload, JSON of exactly one of
 from __future__ import annotations
 
 import json
-import os
 import posixpath
 import re
 from collections.abc import Iterator
@@ -35,7 +35,9 @@ from fsspec.core import url_to_fs
 
 from medray.config import DataConfig
 from medray.data.images import ImageError
+from medray.data.inline_images import take_out
 from medray.data.notes import Notes
+from medray.data.pseudonyms import file_name, patient_key, patients_of, shortened, shown_path
 from medray.data.readers import (
     captions,
     concepts,
@@ -66,7 +68,8 @@ from medray.data.readers.detect import (
     parquet_format,
     table_format,
 )
-from medray.data.readers.files import records
+from medray.data.readers.files import readable, records
+from medray.data.reading import failure, open_file
 from medray.data.shards import read_rows
 from medray.data.walk import subfolders
 from medray.errors import DataError
@@ -74,6 +77,7 @@ from medray.errors import DataError
 INDEX = pa.schema([
     ("sample_id", pa.string()), ("image_id", pa.string()), ("image_file", pa.string()), ("image", pa.binary()), ("split", pa.string()),
     ("group_id", pa.string()), ("modality", pa.string()), ("payload", pa.string()), ("where", pa.string()), ("error", pa.string()),
+    ("image_name", pa.string()),
 ])
 
 READERS = {
@@ -84,6 +88,7 @@ READERS = {
 
 MANIFEST = "manifest.json"
 RANGE_BYTES = 4 * 2**20
+INLINE_BYTES = 16 * 2**20  # of inline images, in a batch of rows
 # A source is searched this many levels deep, and this many folders wide: below that lie images.
 LEVELS, FOLDERS = 3, 1000
 # Folders that images are in where data.images names none; else they lie where the source is.
@@ -91,6 +96,7 @@ _IMAGE_FOLDERS = {
     "slake": ("imgs",), "pmc-vqa": ("images", "figures"), "skincon": ("images",), "llava-med-captions": ("images",), "llava-med-qa": ("images",),
     "cbis-ddsm": ("CBIS-DDSM",),
 }
+_FRAME = "#frame="  # of a DICOM file, in image_file
 _RANGE = re.compile(r"^(.*\.tar)#offset=(\d+)&size=(\d+)$", re.DOTALL)
 
 
@@ -185,12 +191,8 @@ def _folder_format(source: str) -> str | None:
     for number, path in enumerate(folders.files_below(source)):
         if path.lower().endswith(IMAGE_SUFFIXES):
             kind = "images"
-        elif path.lower().endswith(folders.DICOM_SUFFIXES):
+        elif path.lower().endswith(folders.DICOM_SUFFIXES) or folders.begins_as_dicom(path):
             return "dicom"
-        else:
-            fs, inner = url_to_fs(path)
-            if folders.is_dicom(fs.read_block(inner, 0, 132)):
-                return "dicom"
         if number == 1000:
             break
     return kind
@@ -211,17 +213,8 @@ def read_index(config: DataConfig, num_cpus: float = 1.0, notes: str | None = No
     pieces = list(_pieces(kind, config, files))
     if not pieces:
         raise DataError(f"data.source: {config.source} is empty")
-    settings = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": num_cpus, "fn_kwargs": {"patient_key": _patient_key(kind), "notes_uri": notes}}
+    settings = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": num_cpus, "fn_kwargs": {"patient_key": patient_key(), "notes_uri": notes}}
     return ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(_read_piece, **settings)
-
-
-def _patient_key(kind: str) -> bytes | None:
-    """The driver's key: every worker must hash patients' ids alike."""
-    if kind != "dicom":
-        return None
-    from medray.data.dicom import patient_key
-
-    return patient_key()
 
 
 def _uri(fs: Any, path: str) -> str:
@@ -265,12 +258,14 @@ def _image_folder(fs: Any, kind: str, path: str, root: str) -> str:
 def _read_piece(table: pa.Table, patient_key: bytes | None, notes_uri: str | None) -> Iterator[pa.Table]:
     for piece in table.to_pylist():
         rows: list[Row] = []
+        held = 0
         notes = Notes()
         for row in index_rows(**piece, patient_key=patient_key, notes=notes):
             rows.append(row)
-            if len(rows) == 1024:
+            held += len(row["image"] or b"")
+            if len(rows) == 1024 or held > INLINE_BYTES:
                 yield pa.Table.from_pylist(rows, schema=INDEX)
-                rows = []
+                rows, held = [], 0
         notes.write(notes_uri, piece["path"], piece["start"])
         yield pa.Table.from_pylist(rows, schema=INDEX)
 
@@ -284,21 +279,21 @@ def index_rows(
     Args:
         path: the file; for "images" and "dicom" the folder, of which `end` levels are read (0: all).
         images: the folder of the images; for "images" and "dicom" the folder that ids are relative to.
-        patient_key: the secret of the pseudonyms of patients (see medray.data.dicom.patient_key).
+        patient_key: the secret of the pseudonyms of patients (see medray.data.pseudonyms).
         notes: takes what is seen and not used.
     """
     notes = Notes() if notes is None else notes
     if kind == "webdataset":
         yield from webdataset.tar_rows(path, notes)
     elif kind == "images":
-        yield from folders.image_rows(path, images, end or None)
+        yield from folders.image_rows(path, images, end or None, patient_key)
     elif kind == "dicom":
         yield from folders.dicom_rows(path, images, end or None, patient_key)
     else:
         fs, _ = url_to_fs(images)
         place = Place(images, path, lru_cache(256)(partial(_names, fs)), partial(_head, fs))
-        for where, record, error in records(path, start, end):
-            yield from _record_rows(kind, place, where, record, error)
+        for where, record, error in readable(records(path, start, end)):
+            yield from _record_rows(kind, place, where, record, error, patient_key)
 
 
 def _names(fs: Any, folder: str) -> list[str]:
@@ -313,22 +308,42 @@ def _head(fs: Any, path: str) -> bytes:
     return fs.read_block(fs._strip_protocol(path), 0, HEAD_BYTES)
 
 
-def _record_rows(kind: str, place: Place, where: str, record: Any, error: str | None) -> Iterator[Row]:
+def _record_rows(
+    kind: str, place: Place, where: str, record: Any, error: str | None, key: bytes | None = None,
+) -> Iterator[Row]:
     where = f"{place.name} {where}"
     if error is None and not isinstance(record, dict):
         error = f"the record is a {type(record).__name__}, not an object"
     if error is None:
         try:
+            record, inline = take_out(record)
             # All rows of a record or none.
             made = list(READERS[kind](record, place))
         except BadRecord as bad:
             error = str(bad)
         else:
-            yield from ({**row, "where": where, "error": None} for row in made)
+            patients = patients_of(record)
+            for row in made:
+                named = _with_image(row, place, inline, patients, key)
+                yield {**named, "where": where, "error": None}
             return
     known = record if isinstance(record, dict) else {}
     own = next((known[name] for name in ("qid", "img_name", "sample_id", "id", "question_id", "pair_id") if known.get(name) is not None), None)
-    yield error_row(where if own is None else str(own), where, error)
+    yield error_row(where if own is None else shortened(str(own)), where, error)
+
+
+def _with_image(row: Row, place: Place, inline: dict[str, bytes], patients: list[str], key: bytes | None) -> Row:
+    """The row with its inline image, or with the name that its image file has in errors (none for DICOM frames: their
+    paths begin with the patient)."""
+    file = row["image_file"]
+    if file is None:
+        return row
+    image = inline.get(posixpath.basename(file))
+    if image is not None:
+        return {**row, "image_file": None, "image": image}
+    if _FRAME in file:
+        return row
+    return {**row, "image_name": shown_path(file.removeprefix(place.images).lstrip("/"), patients, key)}
 
 
 def _parquet_index(kind: str, config: DataConfig, files: list[str], num_cpus: float) -> Any:
@@ -358,22 +373,26 @@ def _hf_table(table: pa.Table, split: str | None, images: str) -> pa.Table:
     return pa.Table.from_pylist([parquet.hugging_face(record, split, images) for record in table.to_pylist()], schema=INDEX)
 
 
-def read_image_bytes(image_file: str, max_bytes: int) -> bytes:
+def read_image_bytes(image_file: str, max_bytes: int, name: str | None = None) -> bytes:
     """The encoded image of a path, or of the part of a tar that "path.tar#offset=<byte>&size=<bytes>" names.
 
-    Raises ImageError where it is missing, larger than `max_bytes` (data.max_image_bytes) or cut short. A DICOM frame
-    ("#frame=") is medray.data.dicom's.
+    Args:
+        name: what to call the file in errors (default: its name, see medray.data.pseudonyms.shown_path).
+
+    Raises ImageError where it cannot be read, is larger than `max_bytes` (data.max_image_bytes) or cut short. A DICOM
+    frame ("#frame=") or a page of TIFF ("#page=") is medray.data.groups.image_of's.
     """
     part = _RANGE.match(image_file)
     path, offset, size = (part[1], int(part[2]), int(part[3])) if part else (image_file, 0, None)
+    name = name or file_name(path)
     try:
         data = _stored_bytes(path, offset, size, max_bytes)
-    except FileNotFoundError:
-        raise ImageError(f"image file {posixpath.basename(path)} does not exist") from None
-    except IsADirectoryError:
-        raise ImageError(f"image path {posixpath.basename(path)} is a folder") from None
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # of any file system; the row is quarantined
+        raise ImageError(f"image file {name!r} {failure(error)}") from None
     if size is not None and len(data) != size:
-        raise ImageError(f"{posixpath.basename(path)} ends within the image at byte {offset}")
+        raise ImageError(f"{name!r} ends within the image at byte {offset}")
     return data
 
 
@@ -382,11 +401,12 @@ def _stored_bytes(path: str, offset: int, size: int | None, max_bytes: int) -> b
         fs, inner = url_to_fs(path)
         _check_bytes(fs.size(inner) if size is None else size, max_bytes)
         return fs.cat_file(inner) if size is None else fs.cat_file(inner, start=offset, end=offset + size)
-    # A file on a disk is opened without fsspec, which takes a quarter of the time that decoding does.
-    with open(path, "rb") as file:
-        _check_bytes(os.fstat(file.fileno()).st_size if size is None else size, max_bytes)
+    _check_bytes(size, max_bytes)
+    with open_file(path) as file:
         file.seek(offset)
-        return file.read(-1 if size is None else size)
+        data = file.read(max_bytes + 1 if size is None else size)
+        _check_bytes(len(data), max_bytes)
+        return data
 
 
 def _check_bytes(length: int | None, most: int) -> None:

@@ -153,10 +153,10 @@ def data_url(data: bytes | None, limits: DataConfig) -> str:
 
     Raises medray.errors.DataError for an image outside the limits.
     """
-    from medray.data.images import decode, image_format, png_url
+    from medray.data.images import decode, image_format, is_plain, png_url
 
     image = decode(data, limits)
     mime = _SENT_AS_THEY_ARE.get(image_format(data))
-    if mime is None:
+    if mime is None or not is_plain(data):  # else the endpoint would see other pixels than the tuned model
         return png_url(image)
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"

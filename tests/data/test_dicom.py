@@ -16,8 +16,9 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 
 from medray.config import DataConfig
-from medray.data.dicom import file_id, frame_png, index_rows, patient_key, warnings_of
+from medray.data.dicom import file_id, frame_png, index_rows, warnings_of
 from medray.data.images import ImageError
+from medray.data.pseudonyms import patient_key
 from medray.errors import ConfigError
 
 LIMITS = DataConfig()

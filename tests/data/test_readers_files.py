@@ -169,8 +169,8 @@ def test_images_are_read_with_limits(tmp_path):
     assert read_image_bytes(str(tmp_path / "a.png"), 5) == b"12345"
     assert read_image_bytes(f"{path}#offset=514&size=3", 5) == b"cde"
     for name, reason in (
-        ("a.png", "max_image_bytes 4"), ("b.png", "b.png does not exist"), ("x.tar#offset=512&size=6", "max_image_bytes 4"),
-        (f"x.tar#offset={path.stat().st_size - 1}&size=3", "ends within"), ("y.tar#offset=0&size=3", "y.tar does not exist"),
+        ("a.png", "max_image_bytes 4"), ("b.png", "'b.png' does not exist"), ("x.tar#offset=512&size=6", "max_image_bytes 4"),
+        (f"x.tar#offset={path.stat().st_size - 1}&size=3", "ends within"), ("y.tar#offset=0&size=3", "'y.tar' does not exist"),
     ):
         with pytest.raises(ImageError, match=reason):
             read_image_bytes(f"{tmp_path}/{name}", 4)
@@ -200,7 +200,7 @@ def test_image_folders(tmp_path):
 
 
 def test_dicom_folders(tmp_path):
-    """Each file with the suffix, or with DICM at byte 128 and no other suffix, goes to the DICOM module."""
+    """Each file with the suffix, or with DICM at byte 128 and whatever suffix, goes to the DICOM module."""
     header = b"\0" * 128 + b"DICM" + b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\0"
     picture = b"".join((
         b"\x08\x00\x60\x00CS\x02\x00CT", b"\x28\x00\x10\x00US\x02\x00\x10\x00", b"\x28\x00\x11\x00US\x02\x00\x20\x00",
@@ -210,9 +210,10 @@ def test_dicom_folders(tmp_path):
         (tmp_path / name).write_bytes(data)
     rows = list(index_rows(str(tmp_path), 0, 0, "dicom", str(tmp_path)))
     assert [(row["image_file"], row["modality"], row["error"] is None) for row in rows] == [
-        (None, None, False), (f"{tmp_path}/p1/1.2.840#frame=0", "ct", True), (f"{tmp_path}/p1/a.dcm#frame=0", "ct", True),
+        (f"{tmp_path}/bad.dcm#frame=0", None, False), (f"{tmp_path}/p1/1.2.840#frame=0", "ct", True), (f"{tmp_path}/p1/a.dcm#frame=0", "ct", True),
+        (f"{tmp_path}/p1/readme.txt#frame=0", None, False),
     ]
-    assert pa.Table.from_pylist(rows, schema=INDEX).num_rows == 3
+    assert pa.Table.from_pylist(rows, schema=INDEX).num_rows == 4
 
 
 def test_hugging_face_rows():

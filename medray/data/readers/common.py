@@ -12,11 +12,16 @@ from string import ascii_uppercase
 from typing import Any
 
 from medray.data.dialogues import MCQ_LETTER
+from medray.data.pseudonyms import LONGEST_SHOWN, shortened, shown_path
 
 Row = dict[str, Any]
 
 IMAGE_TOKEN = "<image>"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".btf", ".tf8",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif",
+)
+"""Suffixes of the files of medray.data.images.FORMATS, in lower case."""
 
 _SPLITS = {
     "train": "train", "training": "train", "trainset": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val", "dev": "val",
@@ -64,8 +69,8 @@ def row(
 
 def error_row(identity: str, where: str, error: str) -> Row:
     """The index row of a record that cannot be used."""
-    identity = as_unicode(identity)
-    return {**row(identity, identity, None, {}), "where": as_unicode(where), "error": as_unicode(error)}
+    identity = shortened(identity)
+    return {**row(identity, identity, None, {}), "where": shortened(where), "error": shortened(error, 2 * LONGEST_SHOWN)}
 
 
 def as_unicode(text: str) -> str:
@@ -108,7 +113,7 @@ def inside(folder: str, relative: str) -> str:
     """Path of an image in its folder. Raises BadRecord where the name leads out of the folder or to another address."""
     clean = posixpath.normpath(str(relative).replace("\\", "/"))
     if "://" in str(relative) or clean.startswith(("/", "..")):
-        raise BadRecord(f"image path {relative!r} leads out of the image folder")
+        raise BadRecord(f"image path {shown_path(str(relative))!r} leads out of the image folder")
     return posixpath.join(folder, clean)
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from fsspec.core import url_to_fs
+from medray.data.reading import failure, open_file
 
 CHUNK = 2**20
 # A JSON value that is longer than this is taken for a broken file (characters).
@@ -20,8 +20,7 @@ Found = tuple[str, Any, str | None]
 
 def records(path: str, start: int, end: int) -> Iterator[Found]:
     """(place, record, error) of each record of the file; of JSON Lines those that begin in the byte range [start, end)."""
-    fs, inner = url_to_fs(path)
-    with fs.open(inner, "rb") as handle:
+    with open_file(path) as handle:
         if path.endswith(".jsonl"):
             yield from json_lines(handle, start, end)
         elif path.endswith(".csv"):
@@ -30,28 +29,44 @@ def records(path: str, start: int, end: int) -> Iterator[Found]:
             yield from json_records(handle)
 
 
+def readable(found: Iterator[Found]) -> Iterator[Found]:
+    """The records, and an error row in place of what follows if the file cannot be read on."""
+    number = 0
+    try:
+        for one in found:
+            number += 1
+            yield one
+    except OSError as error:
+        yield f"after record {number}" if number else "whole file", None, f"the file {failure(error)}"
+
+
 def json_lines(handle: BinaryIO, start: int, end: int) -> Iterator[Found]:
     if start:
         handle.seek(start - 1)
         handle.readline()  # the line that began before the range is another task's
+    number = 0
     while (at := handle.tell()) < end:
         line = handle.readline()
         if not line:  # the file has become shorter
             return
+        number += 1
+        # Lines before another task's range are not counted.
+        where = f"byte {at}" if start else f"byte {at} (line {number})"
         if not line.strip():
             continue
         try:
-            yield f"byte {at}", json.loads(line.decode("utf-8-sig" if at == 0 else "utf-8")), None
+            yield where, json.loads(line.decode("utf-8-sig" if at == 0 else "utf-8")), None
         except UnicodeDecodeError as error:
-            yield f"byte {at}", None, f"the line is not UTF-8: {error.reason} at byte {at + error.start}"
+            yield where, None, f"the line is not UTF-8: {error.reason} at byte {at + error.start}"
         except json.JSONDecodeError as error:
-            yield f"byte {at}", None, f"the line is not JSON: {error.msg}"
+            yield where, None, f"the line is not JSON: {error.msg}"
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
-            yield f"byte {at}", None, f"the line cannot be read: {error}"
+            yield where, None, f"the line cannot be read: {error}"
 
 
 def csv_records(handle: BinaryIO) -> Iterator[Found]:
     """Records by the header's names. What follows a part that cannot be read is lost with one error row."""
+    csv.field_size_limit(LONGEST_VALUE)  # the default of 128 KiB is shorter than an image as base64
     reader = csv.DictReader(io.TextIOWrapper(handle, encoding="utf-8-sig", newline=""))
     number = 0
     while True:

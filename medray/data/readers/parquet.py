@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from medray.data.inline_images import inline_image, named_file
 from medray.data.readers.canonical import members_of, payloads
 from medray.data.readers.captions import TEXT_COLUMNS, column
 from medray.data.readers.common import (
@@ -77,10 +78,10 @@ def hugging_face(record: dict[str, Any], split: str | None, images: str) -> Row:
 def _image(record: dict[str, Any], images: str) -> tuple[bytes | None, str | None]:
     """(bytes, None) of an inline image, (None, file) of one that is named."""
     value = one_image(record)
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes) and value:
-        return value, None
+    data = inline_image(value)
+    if data is not None:
+        return data, None
+    value = named_file(value)
     if isinstance(value, str) and value.strip():
         return None, inside(images, value.strip())
     raise BadRecord("field 'image' is empty")
