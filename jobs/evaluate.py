@@ -104,13 +104,15 @@ def check_folders(benchmarks: Iterable[str], models: list) -> None:
         raise ConfigError(f"--model: names that begin as a benchmark ends give two stages the name {twice[0]!r}; write --model NAME=PATH with another name")
 
 
-def check_judge(config: EvaluateJobConfig) -> None:
-    """Raises ConfigError for a local judge that is not there, or one that cannot read a reference."""
-    from medray.preflight import model_problems
+def check_asked(config: EvaluateJobConfig, models: list) -> None:
+    """Raises ConfigError for an endpoint that cannot be asked, a local judge that is not there, or one that cannot read a reference."""
+    from medray.preflight import endpoint_problems, strong_model_problems
 
     if config.judge is not None and config.judge.kind == "rater":
         raise ConfigError("judge.kind: a rating model has learned no references, and gives no scores from 1 to 10; take api or vllm")
-    problems = model_problems("judge.model", config.judge.model) if config.judge is not None and config.judge.kind == "vllm" else []
+    problems = endpoint_problems("api", config.api) if any(model.api is not None for model in models) else []
+    if config.judge is not None and config.judge.kind != "random":
+        problems += strong_model_problems("judge", config.judge)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -124,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.rescore:
             sources, models = sources_of(arguments), models_of(arguments)
             check_folders(sources, models)
-            check_judge(config)
+            check_asked(config, models)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from medray.config import (
     TESTBED_SCENES,
@@ -199,10 +200,12 @@ def judge_problems(config: SelfTrainingConfig) -> list[str]:
 
 
 def endpoint_problems(section: str, config: EndpointConfig) -> list[str]:
+    """Problems of an endpoint that is asked over the network."""
     problems = []
-    if not re.match(r"https?://", config.base_url):
-        problems.append(f"{section}.base_url: {config.base_url!r} is not an http(s) address")
-    host = re.sub(r"^https?://", "", config.base_url).partition("/")[0].partition(":")[0]
-    if host not in ("localhost", "127.0.0.1") and not os.environ.get(config.key_env):
+    if not re.match(r"https?://[^/]", config.base_url):
+        return [f"{section}.base_url: {config.base_url!r} is not an http(s) address; write it as https://host/v1"]
+    if config.base_url.rstrip("/").endswith("/completions"):
+        problems.append(f"{section}.base_url: {config.base_url} must end before /chat/completions, which is added to it")
+    if urlsplit(config.base_url).hostname not in ("localhost", "127.0.0.1", "::1") and not os.environ.get(config.key_env):
         problems.append(f"{section}.key_env: the environment variable {config.key_env} is not set; it must hold the key for {config.base_url}")
     return problems

@@ -17,6 +17,8 @@ SELF_QUESTIONING_SYSTEM_PROMPT = (
 )
 ACCUMULATION = "Forward passes per optimiser step and worker, at the largest num_workers; fewer workers accumulate more. With global_batch given it follows from that: leave it out."
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
+SentParameter = Literal["max_tokens", "temperature", "seed"]
+_NOT_PARAMETERS = {"model", "messages", "stream", "n"}  # a parameter of a request that is not the user's to choose
 _RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY = re.compile(rf"(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?{_LABEL}")
@@ -261,7 +263,7 @@ class EndpointConfig(Section):
     """An OpenAI-compatible endpoint."""
 
     execution_only: ClassVar[frozenset[str]] = frozenset({
-        "key_env", "concurrency", "retries", "timeout", "usd_per_million_input", "usd_per_million_output",
+        "key_env", "concurrency", "retries", "give_up", "timeout", "rename", "usd_per_million_input", "usd_per_million_output",
     })
 
     model: str = Field("gpt-4o", description="Model name at the endpoint.")
@@ -270,10 +272,29 @@ class EndpointConfig(Section):
     temperature: NonNegative = Field(0.0, description="Sampling temperature.")
     max_tokens: PositiveInt = Field(512, description="Longest reply in tokens.")
     concurrency: PositiveInt = Field(16, description="Requests in flight, per actor.")
-    retries: int = Field(4, ge=0, description="Retries of a failed request, with exponential backoff; then the row is quarantined. Ten such one after the other, or a key that is refused, stop the stage.")
+    rename: dict[SentParameter, str] = Field(default_factory=dict, description="Other names for the parameters max_tokens, temperature and seed, for models that refuse these: {max_tokens: max_completion_tokens} for newer models of OpenAI.")
+    omit: tuple[SentParameter, ...] = Field((), description="Parameters that are not sent at all, of max_tokens, temperature and seed, for models that refuse them.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Further parameters of every request, as the endpoint names them: {reasoning_effort: low}.")
+    retries: int = Field(4, ge=0, description="Retries of a request that is met with 429, 5xx or no response, with exponential backoff; then the row is quarantined, as is one that is refused.")
+    give_up: PositiveInt = Field(10, description="Requests that fail one after the other, each after its retries, until the stage stops; their rows are asked again when it resumes.")
     timeout: Annotated[float, Field(gt=0)] = Field(120.0, description="Seconds one request may take.")
     usd_per_million_input: NonNegative = Field(2.5, description="Price of input tokens for the cost ledger (USD per million).")
     usd_per_million_output: NonNegative = Field(10.0, description="Price of output tokens for the cost ledger (USD per million).")
+
+
+    @model_validator(mode="after")
+    def _parameters(self):
+        sent = [self.rename.get(name, name) for name in ("max_tokens", "temperature", "seed") if name not in self.omit]
+        for name in self.parameters:
+            if name in _NOT_PARAMETERS:
+                raise ValueError(f"parameters: {name} is set by the job; leave it out")
+            if name in sent:
+                raise ValueError(f"parameters: {name} is sent already; set the field of that name, or name it in omit")
+        if len(set(sent)) < len(sent) or _NOT_PARAMETERS.intersection(sent):
+            raise ValueError(f"rename: the parameters would be sent as {', '.join(sent)}; give each a name of its own")
+        if both := self.rename.keys() & set(self.omit):
+            raise ValueError(f"omit: {', '.join(sorted(both))} is in rename too; name it in one of them")
+        return self
 
 
 class JudgeConfig(EndpointConfig):

@@ -12,8 +12,10 @@ from typing import Any
 
 from medray.config import DataConfig, EndpointConfig, EngineConfig, ModelConfig, SamplingConfig
 from medray.evaluation import metrics
-from medray.inference.endpoint import Endpoint, Usage, data_url
+from medray.inference.completions import Usage
+from medray.inference.endpoint import Endpoint, data_url
 from medray.inference.engine import Output, seed_for
+from medray.inference.thinking import said
 from medray.inference.worker import EngineWorker, RowWorker
 from medray.records import ANSWERED
 
@@ -118,10 +120,14 @@ class ApiPredict(RowWorker):
         urls = [await asyncio.to_thread(data_url, data, self.data_config) for data in shown]
         seed = seed_for(self.seed, row["sample_id"], "predict") >> 31
         reply, *others = await asyncio.gather(*(self.endpoint.ask(text, url, seed, Usage()) for url in urls))
+        answer, thinking = said(reply.spoken)
         return {
-            **row, "answer": reply.text.strip(), "model": self.name, "finish_reason": reply.finish_reason,
-            "tokens": reply.tokens, "error": None, "text_only_answer": others[0].text.strip() if others else None,
+            **row, "answer": answer.strip(), "thinking": thinking or reply.thinking, "model": self.name, "finish_reason": reply.finish_reason,
+            "tokens": reply.tokens, "error": None, "text_only_answer": said(others[0].spoken).answer.strip() if others else None,
         }
+
+    async def settled(self) -> None:
+        await self.endpoint.settled()
 
     def _blank(self, data: bytes) -> bytes:
         from medray.data.images import decode

@@ -13,8 +13,8 @@ from typing import Any
 
 from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig
 from medray.config.dialogues import GenerateConfig
+from medray.inference.completions import Usage
 from medray.inference.dialogue_prompt import Demonstration
-from medray.inference.endpoint import Usage
 from medray.inference.engine import Output
 from medray.inference.self_play import Questioner, keep_questions
 from medray.records import GENERATED

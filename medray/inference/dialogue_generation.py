@@ -14,6 +14,7 @@ from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig
 from medray.config.dialogues import GenerateConfig
 from medray.data.exchanges import normal
 from medray.inference.asking import Asking
+from medray.inference.completions import Reply, Usage
 from medray.inference.dialogue_prompt import (
     Demonstration,
     DialogueError,
@@ -23,7 +24,7 @@ from medray.inference.dialogue_prompt import (
     parse_rounds,
     without_repeats,
 )
-from medray.inference.endpoint import Endpoint, EndpointError, Reply, Usage, data_url
+from medray.inference.endpoint import Endpoint, EndpointError, data_url
 from medray.inference.engine import seed_for
 from medray.inference.thinking import UNFINISHED, without_blocks
 from medray.inference.worker import EngineWorker, RowWorker, client_options, map_options
@@ -86,7 +87,7 @@ class Generate(RowWorker):
             try:
                 if reply.finish_reason == "length":
                     raise DialogueError("cut off: the reply reached generate.max_tokens")
-                found, repeated = read(reply.text)
+                found, repeated = read(reply.spoken)
             except DialogueError as error:
                 dropped.append({"text": reply.text, "reason": str(error)})
                 continue
@@ -153,6 +154,9 @@ class ApiGenerate(Generate):
             return await self.endpoint.ask(text, url, seed_for(self.config.seed, row["sample_id"], place) >> 31, usage)
 
         return write
+
+    async def settled(self) -> None:
+        await self.endpoint.settled()
 
 
 def generate_map(

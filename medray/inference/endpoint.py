@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint: GPT-4o, a vLLM server or any other.
 
 Requests in flight are bounded per client; 429, 5xx and timeouts are retried with exponential backoff and jitter, then
-the request has failed. Where every request fails no row is to blame, and the stage stops, to be gone on with. The key comes
+the request has failed. Where every request fails no row is to blame: the stage stops, and the same command asks again. The key comes
 from the environment of the node the client runs on, and is never logged.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
+import logging
 import os
 import random
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,30 +21,21 @@ import httpx
 from medray.config import DataConfig, EndpointConfig
 from medray.config.section import without_passwords
 from medray.errors import StageError
+from medray.inference.completions import (
+    Reply,
+    Unusable,
+    Usage,
+    how_to_fix,
+    read_reply,
+    request_body,
+)
 
-_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-_REFUSED = frozenset({401, 402, 404})  # whatever is asked: the key, the account, the address or the model's name is wrong
-_FORBIDDEN = 403  # a key without the right to this, or what one request asks
-_GIVE_UP = 10  # requests that failed one after the other, each after its retries
+logger = logging.getLogger("medray")
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _LONGEST_WAIT = 60.0
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
-
-
-@dataclass
-class Usage:
-    """What some requests took. A retry is a request that failed and was sent again; it is not in `requests`."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    requests: int = 0
-    retries: int = 0
-
-
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    finish_reason: str | None
-    tokens: int | None
+_TRIAL = "Reply with one word: yes."
 
 
 class EndpointError(Exception):
@@ -55,7 +47,11 @@ class EndpointDown(StageError):
 
 
 class Endpoint:
-    """A client of one endpoint and model.
+    """A client of one endpoint and model. A stage asks through one actor, so what is counted here is counted over all its requests.
+
+    Whether a refused request or the endpoint itself is at fault shows in the others: `config.give_up` requests that fail one after
+    the other, for whatever reasons, stop the stage. Where some were answered before, one of those is sent again first, so that
+    neighbouring rows that each are refused do not. `settled` decides about fewer of them before their rows are handed on.
 
     Args:
         config: endpoint, model, bounds.
@@ -68,10 +64,17 @@ class Endpoint:
 
     def __init__(self, config: EndpointConfig, section: str):
         self.config = config
-        key = os.environ.get(config.key_env)
-        if not key and urlsplit(config.base_url).hostname not in ("localhost", "127.0.0.1", "::1"):
+        key = (os.environ.get(config.key_env) or "").strip()
+        if not key and urlsplit(config.base_url).hostname not in LOCAL_HOSTS:
             raise StageError(f"{section}.key_env: {config.key_env} is not set on this node; it must hold the key for {without_passwords(config.base_url)}")
-        self._section, self._failed = section, 0
+        if not (key.isascii() and key.isprintable()):
+            raise StageError(f"{section}.key_env: {config.key_env} holds characters that no key has; set it to the key alone")
+        self._section, self._key = section, key
+        self._failed = 0  # requests that failed one after the other, each after its retries
+        self._last: Unusable | None = None
+        self._answered: dict[str, Any] | None = None  # the last request that was
+        self._down: str | None = None
+        self._checking = asyncio.Lock()
         self._requests = asyncio.Semaphore(config.concurrency)
         self._client = httpx.AsyncClient(
             timeout=config.timeout, headers={"Authorization": f"Bearer {key}"} if key else {}, limits=httpx.Limits(max_connections=config.concurrency),
@@ -84,68 +87,84 @@ class Endpoint:
             image_url: see `data_url`; None for a question without an image.
             seed: endpoints take 32 bits at most.
 
-        Raises EndpointError; EndpointDown where the key, the address or the model is refused, or requests fail one after the other.
+        Raises EndpointError; EndpointDown where requests fail one after the other, or one does for the key, the address or the model.
         """
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
-        if image_url is not None:
-            content.insert(0, {"type": "image_url", "image_url": {"url": image_url}})
-        body = {
-            "model": self.config.model, "temperature": self.config.temperature, "max_tokens": self.config.max_tokens, "seed": seed,
-            "messages": [{"role": "user", "content": content}],
-        }
-        problem = ""
+        if self._down is not None:
+            raise EndpointDown(self._down)
+        body = request_body(self.config, text, image_url, seed)
+        try:
+            reply = await self._sent(body, usage)
+        except Unusable as problem:
+            await self._count(problem)
+            raise EndpointError(str(problem)) from None
+        if reply.text.strip():
+            self._failed, self._answered = 0, body
+        else:
+            await self._count(Unusable(f"HTTP 200: a reply without content (finish_reason {reply.finish_reason}){self._cut_off(reply)}", 200))
+        return reply
+
+    async def settled(self) -> None:
+        """Find out, before rows are handed on, whether the last failures were the endpoint's: then no row of theirs must be kept.
+
+        Raises EndpointDown.
+        """
+        if self._failed and self._last is not None:
+            await self._check(self._last)
+
+    async def _sent(self, body: dict[str, Any], usage: Usage) -> Reply:
+        url = f"{self.config.base_url.rstrip('/')}/chat/completions"
         for attempt in range(self.config.retries + 1):
-            wait = self.backoff_seconds * 2**attempt * random.uniform(0.5, 1.5)
             try:
                 async with self._requests:
-                    response = await self._client.post(f"{self.config.base_url.rstrip('/')}/chat/completions", json=body)
-            except httpx.TransportError as error:  # timeouts and broken connections
-                problem = type(error).__name__
-            else:
-                if response.status_code == 200:
-                    self._failed = 0
-                    return _reply(response, usage)
-                problem = f"HTTP {response.status_code}: {response.text[:200]}"
-                if response.status_code in _REFUSED:
-                    raise self._down(problem)
-                if response.status_code == _FORBIDDEN:
-                    raise self._failure(problem)
-                if response.status_code not in _RETRIED:
-                    self._failed = 0
-                    raise EndpointError(problem)
-                wait = max(wait, _retry_after(response))
+                    response = await self._client.post(url, json=body)
+                return read_reply(response, usage)
+            except (httpx.RequestError, httpx.InvalidURL) as error:  # timeouts, broken connections, bodies that cannot be decoded
+                problem = Unusable(type(error).__name__, retry=isinstance(error, httpx.RequestError))
+            except Unusable as error:
+                problem = error
+            if not problem.retry:
+                break
             if attempt < self.config.retries:
                 usage.retries += 1
+                wait = max(self.backoff_seconds * 2**attempt * random.uniform(0.5, 1.5), problem.wait)
                 await asyncio.sleep(min(wait, _LONGEST_WAIT))
-        raise self._failure(f"{problem} (after {self.config.retries} retries)")
+        said = str(problem).replace(self._key, "...") if len(self._key) > 7 else str(problem)
+        after = f" (after {self.config.retries} retries)" if problem.retry else ""
+        raise Unusable(said + after, problem.status)
 
-    def _failure(self, problem: str) -> EndpointError | EndpointDown:
-        self._failed += 1
-        if self._failed < _GIVE_UP:
-            return EndpointError(problem)
-        return self._down(f"{self._failed} requests one after the other failed, the last with {problem}")
+    async def _count(self, problem: Unusable) -> None:
+        self._failed, self._last = self._failed + 1, problem
+        if problem.whatever_is_asked or self._failed >= self.config.give_up:
+            await self._check(problem)
 
-    def _down(self, problem: str) -> EndpointDown:
+    async def _check(self, problem: Unusable) -> None:
+        """Raise EndpointDown unless a request is answered."""
+        async with self._checking:
+            if self._down is None and self._failed and not await self._answers():
+                self._down = self._why(problem)
+            if self._down is not None:
+                raise EndpointDown(self._down)
+            self._failed = 0
+
+    async def _answers(self) -> bool:
+        if self._answered is None and self._failed >= self.config.give_up:
+            return False  # nothing was ever answered, and enough was asked
+        body = self._answered or request_body(self.config, _TRIAL, _trial_image(), 0)
+        logger.info("%s: %d requests in a row failed; one more is sent to see whether the endpoint answers", self._section, self._failed)
+        try:
+            return bool((await self._sent(body, Usage())).text.strip())
+        except Unusable:
+            return False
+
+    def _cut_off(self, reply: Reply) -> str:
+        longest = "evaluate.max_tokens" if self._section == "api" else f"{self._section}.max_tokens"
+        return f"; its tokens were used up before the answer: raise {longest}" if reply.finish_reason == "length" or reply.thinking else ""
+
+    def _why(self, problem: Unusable) -> str:
+        many = f"{self._failed} requests one after the other failed, the last with " if self._failed > 1 else ""
+        fix = how_to_fix(self.config, self._section, problem)
         where = f"{self._section}.base_url {without_passwords(self.config.base_url)}, {self._section}.model {self.config.model}, the key in {self.config.key_env}"
-        return EndpointDown(f"{self._section}: the endpoint answers no request: {problem}. Look at {where}")
-
-
-def _reply(response: httpx.Response, usage: Usage) -> Reply:
-    usage.requests += 1
-    try:
-        content = response.json()
-        counted = content.get("usage") or {}
-        usage.prompt_tokens += counted.get("prompt_tokens") or 0
-        usage.completion_tokens += counted.get("completion_tokens") or 0
-        choice = content["choices"][0]
-        return Reply(choice["message"]["content"] or "", choice.get("finish_reason"), counted.get("completion_tokens"))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise EndpointError(f"the endpoint's reply is not a chat completion ({type(error).__name__})") from error
-
-
-def _retry_after(response: httpx.Response) -> float:
-    value = response.headers.get("retry-after", "")
-    return float(value) if value.isdigit() else 0.0
+        return f"{self._section}: every request to the endpoint fails: {many}{problem}; {fix + '; ' if fix else ''}check {where}"
 
 
 def data_url(data: bytes | None, limits: DataConfig) -> str:
@@ -160,3 +179,11 @@ def data_url(data: bytes | None, limits: DataConfig) -> str:
     if mime is None or not is_plain(data):  # else the endpoint would see other pixels than the tuned model
         return png_url(image)
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def _trial_image() -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "grey").save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

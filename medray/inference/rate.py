@@ -18,7 +18,8 @@ from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig
 from medray.config.dialogues import RateConfig
 from medray.data.exchanges import kind_of_error
 from medray.data.shards import tables
-from medray.inference.endpoint import Endpoint, EndpointError, Usage, data_url
+from medray.inference.completions import Usage
+from medray.inference.endpoint import Endpoint, EndpointError, data_url
 from medray.inference.engine import seed_for
 from medray.inference.rate_prompt import HIGHEST, RatingError, parse_score, rate_prompt
 from medray.inference.worker import EngineWorker, RowWorker, client_options, map_options
@@ -100,7 +101,10 @@ class ApiRate(Rate):
     async def rated(self, row, usage):
         url = await asyncio.to_thread(data_url, row["image"], self.data_config)
         seed = seed_for(self.config.seed, row["sample_id"], "rate") >> 31  # endpoints take 32 bits at most
-        return None, (await self.endpoint.ask(rate_prompt(row["question"], row["answer"], row["context"]), url, seed, usage)).text
+        return None, (await self.endpoint.ask(rate_prompt(row["question"], row["answer"], row["context"]), url, seed, usage)).spoken
+
+    async def settled(self) -> None:
+        await self.endpoint.settled()
 
 
 def rate_map(

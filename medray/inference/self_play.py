@@ -16,7 +16,7 @@ from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig,
 from medray.config.dialogues import GenerateConfig
 from medray.data.exchanges import normal
 from medray.inference.chat import Turn
-from medray.inference.endpoint import Usage
+from medray.inference.completions import Usage
 from medray.inference.engine import Output, seed_for
 from medray.inference.thinking import UNFINISHED
 from medray.inference.worker import EngineWorker

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medray.config import JudgeConfig
-from medray.inference.endpoint import Usage
+from medray.inference.completions import Usage
 from medray.inference.judge_prompt import VerdictError, parse_scores
 from medray.inference.pairs import EMPTY, IDENTICAL
 from medray.inference.worker import RowWorker

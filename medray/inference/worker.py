@@ -2,7 +2,7 @@
 
 One output row per input row. A row that fails carries its reason in `error` and never stops the batch; a dead engine
 ends the actor's process, so that Ray starts a new one and gives it the unfinished rows again. An endpoint that answers nothing
-fails the stage.
+fails the stage, and the rows it failed are not kept.
 
 Example::
 
@@ -23,7 +23,8 @@ import pyarrow as pa
 
 from medray.config import DataConfig, EngineConfig, ModelConfig, Placement, SamplingConfig
 from medray.data.begun import Begun
-from medray.inference.endpoint import EndpointDown, Usage
+from medray.inference.completions import Usage
+from medray.inference.endpoint import EndpointDown
 from medray.inference.engine import EngineLost, Output, VLMEngine, image_key
 from medray.inference.thinking import Said, opens, said
 from medray.models.cache import localize
@@ -62,7 +63,10 @@ def map_options(config: EngineConfig) -> dict[str, Any]:
 
 
 def client_options(config: EngineConfig) -> dict[str, Any]:
-    """Arguments of `map_batches` for one actor that needs no engine: it waits for an endpoint, or for nothing."""
+    """Arguments of `map_batches` for one actor that needs no engine: it waits for an endpoint, or for nothing.
+
+    One, so that it sees all requests of its stage: it tells an endpoint that is down from rows that are refused.
+    """
     import ray.data
 
     pool = ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
@@ -120,7 +124,11 @@ class RowWorker:
         lost = next((task.result() for task in tasks if isinstance(task.result(), _NO_ROWS_FAULT)), None)
         if lost is not None:
             raise lost
+        await self.settled()
         return [task.result() for task in tasks]
+
+    async def settled(self) -> None:
+        """Called when a table's rows are done and before they are handed on, and so kept; what it raises fails the stage."""
 
     async def _guarded(self, row: dict[str, Any]) -> dict[str, Any] | EngineLost | EndpointDown:
         async with self._slots:

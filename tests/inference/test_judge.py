@@ -45,6 +45,8 @@ class Peer(peer.Peer):
     """Prefers the answer with more words, or says what `script` says to the two answers."""
 
     def said(self, text):
+        if "Answer 1:" not in text:
+            return "yes"
         first, second = text.split("Answer 1:\n")[1].split("\n\nRate")[0].split("\n\nAnswer 2:\n")
         return self.script(first, second) if self.script else f"{len(first.split())} {len(second.split())}\nwords"
 
@@ -93,15 +95,16 @@ def test_failures_are_retried_and_counted(api, png):
 
 
 def test_retries_are_bounded_and_refusals_not_retried(api, png):
-    down = Peer(failures=10**6)
+    down = Peer(failures=6)
     row = api(down, retries=2)(table(png, "one two", "one")).to_pylist()[0]
     assert "HTTP 503" in row["verdicts"][0]["error"] and row["verdicts"][0]["first_score"] is None
-    assert len(down.bodies) == 6 and (row["requests"], row["retries"]) == (0, 4)
-    refusing = Peer(failures=10**6, status=400)
+    assert len(down.bodies) == 7 and (row["requests"], row["retries"]) == (0, 4)  # the last: does it answer at all?
+    refusing = Peer(failures=2, status=400)
     assert "HTTP 400" in api(refusing)(table(png, "one two", "one")).to_pylist()[0]["verdicts"][0]["error"]
-    assert len(refusing.bodies) == 2
-    with pytest.raises(EndpointDown, match="judge: the endpoint answers no request: HTTP 401"):
-        api(Peer(failures=10**6, status=401))(table(png, "one two", "one"))
+    assert len(refusing.bodies) == 3
+    for status in (400, 401, 503):
+        with pytest.raises(EndpointDown, match=f"judge: every request to the endpoint fails: .*HTTP {status}"):
+            api(Peer(failures=10**6, status=status), retries=0)(table(png, "one two", "one"))
 
 
 def test_unreadable_replies_keep_their_words(api, png):

@@ -164,7 +164,7 @@ CONFIGS: dict[str, Section] = {
 NONE = ""
 LOOP = "num_workers cpus_per_worker gpus_per_worker place.* threads zero_stage gradient_checkpointing checkpoint_every keep_checkpoints max_failures"
 ENGINE = "actors cpus_per_actor gpus_per_actor place.* tensor_parallel_size memory_utilization kv_cache_gib enforce_eager max_num_seqs rows_per_task rows_in_flight"
-ENDPOINT = "key_env concurrency retries timeout usd_per_million_input usd_per_million_output"
+ENDPOINT = "key_env concurrency retries give_up timeout rename usd_per_million_input usd_per_million_output"
 # The limits say which images are set aside when the source is read; what trains and answers reads the images that are left.
 # For each job: fields (the first pattern that fits counts) -> the stages whose own key changes ("among": some of them do). A stage after those
 # gets another key by theirs.
