@@ -41,7 +41,7 @@ def work(config: ClinicianPreferenceConfig, run_uri: str, shared_uri: str | None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 3 waiting for clinicians, 130 interrupted."""
+    """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 3 waiting for clinicians, 4 held by another job, 130 interrupted."""
     parser = method_parser("clinician_preference", __doc__, EPILOG)
     parser.add_argument("--shared", metavar="DIR", help="run directory for what other runs can use too (all stages up to the scores, the base model's evaluation); default: --run")
     arguments = parser.parse_args(argv)

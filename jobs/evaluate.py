@@ -118,7 +118,7 @@ def check_asked(config: EvaluateJobConfig, models: list) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 2 bad configuration, 130 interrupted."""
+    """Exit status: 0 done, 1 failed, 2 bad configuration, 4 held by another job, 130 interrupted."""
     arguments = parse(argv)
     run_uri = arguments.run or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
     try:

@@ -39,7 +39,7 @@ def work(config: InstructionFreeConfig, run_uri: str, shared_uri: str | None) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 130 interrupted."""
+    """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 4 held by another job, 130 interrupted."""
     parser = method_parser("instruction_free", __doc__, EPILOG)
     parser.add_argument("--shared", metavar="DIR", help="run directory for what other runs can use too (data, warm-up, base model's evaluation); default: --run")
     arguments = parser.parse_args(argv)

@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 2 bad configuration, 130 interrupted."""
+    """Exit status: 0 done, 1 failed, 2 bad configuration, 4 held by another job, 130 interrupted."""
     arguments = parse(argv)
     if arguments.inspect:
         return _inspect(arguments)

@@ -19,3 +19,11 @@ class StageError(MedrayError):
 
 class Waiting(MedrayError):
     """Not a failure: a run that can go on only when people have done their part; the same command then continues it."""
+
+
+class RunHeld(MedrayError):
+    """Another job holds the run directory. Nothing was started or changed."""
+
+
+class RunLost(StageError):
+    """Another job has taken the run directory over; this one must write nothing more."""

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
-import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from medray import run_hold
 from medray.config import ConfigT, load_config
-from medray.errors import ConfigError, MedrayError, Waiting
+from medray.errors import ConfigError, MedrayError, RunHeld, RunLost, Waiting
+from medray.failures import describe
+from medray.interrupts import JobSignals, descendants, kill
+from medray.run import stage_in_progress
+from medray.run_lock import release_all
+from medray.run_log import kept_aside, location
+from medray.watcher import Watcher
 
+DONE, FAILED, BAD_CONFIGURATION, WAITING, HELD, INTERRUPTED = 0, 1, 2, 3, 4, 130
+RELEASE_SECONDS = 2.0
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -54,10 +64,10 @@ def run_method(
         check(config)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
-        return 2
+        return BAD_CONFIGURATION
     if arguments.check:
-        print("configuration is well", file=sys.stderr)
-        return 0
+        print("configuration OK", file=sys.stderr)
+        return DONE
     return run_job(lambda: work(config, run_uri), f"--run {run_uri}", _tuned)
 
 
@@ -74,28 +84,102 @@ def _tuned(summary: dict[str, Any]) -> str:
 def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict[str, Any]], str] | None = None) -> int:
     """Do the work, print what `show` says of its summary to stderr and the summary as one JSON line to stdout.
 
+    Whatever leaves the work ends in a line that says what failed, where the log is and how to resume; its traceback is in the log.
+
     Args:
-        again: the argument with which the same command continues, for example "--run runs/a".
+        again: the argument with which the same command resumes the run, for example "--run runs/a".
         show: may take entries out of the summary that are for reading only.
 
-    Returns the exit status: 0 done, 1 a stage failed, 3 the run waits for people. Interrupted, the process ends with status 130.
+    Returns the exit status: 0 done, 1 failed, 3 the run waits for people, 4 another job holds the run. Interrupted, or taken over
+    by another job, the process ends here with 130 or 4.
     """
-    # A stopped job gets SIGTERM: leave through the same door as Ctrl-C, so that Ray is shut down in order.
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    try:
-        summary = work()
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command with {again} continues", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(130)  # threads of Ray and vLLM may still wait for something
-    except Waiting as waiting:
-        print(f"\nwaiting: {waiting}\nthen the same command with {again} continues", file=sys.stderr)
-        return 3
-    except MedrayError as error:
-        print(f"failed: {error}\nafter mending it, the same command with {again} continues", file=sys.stderr)
-        return 1
+    ending = _Ending(again)
+    with JobSignals(ending.interrupted, ending.notice, ending.lost) as signals:
+        ending.signals = signals
+        try:
+            return _done(work(), show)
+        except (KeyboardInterrupt, SystemExit) as error:  # handlers that Ray installs end the process by SystemExit
+            if isinstance(error, KeyboardInterrupt) or signals.received:
+                ending.interrupted()
+            return ending.failed(error)
+        except Exception as error:  # the job's boundary: everything ends in words for the user, its traceback is in the log
+            if signals.received:  # what the work made of the interrupt, or of processes that it ended
+                ending.interrupted()
+            return ending.failed(error)
+        finally:
+            signals.over()
+            ending.close()
+
+
+def _done(summary: dict[str, Any], show: Callable[[dict[str, Any]], str] | None) -> int:
     if show is not None:
         print(f"\n{show(summary)}", file=sys.stderr)
     print(json.dumps(summary), flush=True)
-    return 0
+    return DONE
+
+
+def _say(text: str) -> None:
+    """To stderr, if there still is somebody: a terminal that was closed must not keep a job from its end."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Ending:
+    """How a job ends other than well.
+
+    Args:
+        again: the argument with which the same command resumes.
+    """
+
+    def __init__(self, again: str):
+        self.again = again
+        self.signals: JobSignals | None = None
+        self._once = threading.Lock()
+        self._watcher = Watcher(again)
+        run_hold.announce = lambda uri: self._watcher.tell(f"log {uri}")
+
+    def close(self) -> None:
+        run_hold.announce = None
+        self._watcher.end()
+
+    def failed(self, error: BaseException) -> int:
+        """Say what failed. Returns the exit status."""
+        if isinstance(error, Waiting):
+            _say(f"\nwaiting: {error}\nthen rerun the same command with {self.again} to resume")
+            return WAITING
+        if isinstance(error, RunHeld | RunLost):
+            _say(f"failed: {error}")
+            return HELD
+        stage = stage_in_progress()
+        where = f"stage {stage}: " if stage else ""
+        said = str(error) if isinstance(error, MedrayError) else describe(error)
+        log = location()
+        if log is None and not isinstance(error, MedrayError):
+            log = kept_aside(error)
+        at = f"log: {log}\n" if log else ""
+        _say(f"failed: {where}{said}\n{at}fix the cause, then rerun the same command with {self.again} to resume")
+        return FAILED
+
+    def notice(self) -> None:
+        """The first signal was heard."""
+        _say("\nstopping; press Ctrl-C again to stop at once")
+
+    def interrupted(self) -> NoReturn:
+        """End the process: whatever of Ray and vLLM is left may be waiting for something."""
+        self._end(f"interrupted; rerun the same command with {self.again} to resume", INTERRUPTED)
+
+    def lost(self, reason: str) -> NoReturn:
+        """End the process before it writes anything into a run that another job has taken over."""
+        self._end(f"failed: {reason}", HELD)
+
+    def _end(self, line: str, status: int) -> NoReturn:
+        self._once.acquire()  # for good: the main thread and that of the signals may both come here
+        processes = descendants() | (self.signals.family if self.signals is not None else set())
+        kill({process for process in processes if process.pid != self._watcher.pid})
+        release_all(RELEASE_SECONDS)
+        _say(f"\n{line}")
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        self._watcher.tell("end")
+        os._exit(status)

@@ -37,11 +37,20 @@ from medray.config import Section
 from medray.config.section import without_passwords
 from medray.errors import ConfigError, StageError
 from medray.files import seal, unseal
+from medray.run_lock import SCRATCH, RunLock, unwritable
 
 logger = logging.getLogger("medray")
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
+FOLDER_MODE = 0o700  # patients' images are in a run: for its owner alone, until the owner says otherwise
+
+_in_progress: str | None = None
+
+
+def stage_in_progress() -> str | None:
+    """The stage that this process works on, or that failed in it."""
+    return _in_progress
 
 
 def digest(value: Any) -> str:
@@ -60,9 +69,12 @@ class Run:
     """One run directory.
 
     Args:
-        uri: local path or fsspec URL. Created if absent.
+        uri: local path or fsspec URL. Created if absent, a local one for its owner alone (mode 0700).
 
-    Raises ConfigError where the place cannot be written.
+    Attributes:
+        lock: held by this process while it works in the run (medray.run_hold.held); None in a worker, which works for one that holds it.
+
+    Raises ConfigError if the place cannot be written, StageError if there is no space.
     """
 
     def __init__(self, uri: str | os.PathLike):
@@ -74,10 +86,16 @@ class Run:
         self.is_local = isinstance(self.fs, fsspec.get_filesystem_class("file"))
         self._root = path
         self.uri = os.path.abspath(path) if self.is_local else uri.rstrip("/")
+        self.lock: RunLock | None = None
+        if self.is_local and os.path.exists(path) and not os.path.isdir(path):
+            raise ConfigError(f"--run {uri}: cannot be written: it is a file; give a directory, or a name that does not exist yet")
         try:
-            self.fs.makedirs(path, exist_ok=True)
+            if self.is_local:
+                _make_private(Path(path))
+            else:
+                self.fs.makedirs(path, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"--run {uri}: cannot be written: {error}") from error
+            raise unwritable(uri, error) from error
         self.timeline: list[dict[str, Any]] = []
 
     def path(self, *parts: str) -> str:
@@ -95,17 +113,28 @@ class Run:
         self.write_bytes(text.encode(), *parts)
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
+        """Write whole or not at all. Raises RunLost if another job has taken the run over."""
+        self.check_held()
         target = posixpath.join(self._root, *parts)
         self.fs.makedirs(posixpath.dirname(target), exist_ok=True)
         if not self.is_local:
             self.fs.pipe_file(target, data)
             return
-        with tempfile.NamedTemporaryFile(dir=posixpath.dirname(target), delete=False) as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(handle.name, 0o644)
-        os.replace(handle.name, target)
+        handle, scratch = tempfile.mkstemp(prefix=SCRATCH, dir=posixpath.dirname(target))  # mode 0600
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, target)
+        except OSError:  # no space: what there is of it would take some
+            os.unlink(scratch)
+            raise
+
+    def check_held(self) -> None:
+        """Raise RunLost if another job has taken the run over since this process began to hold it."""
+        if self.lock is not None:
+            self.lock.check()
 
     def write_json(self, value: Any, *parts: str) -> None:
         self.write_text(json.dumps(value, indent=1, default=_plain) + "\n", *parts)
@@ -147,7 +176,12 @@ class Run:
 
         Returns the manifest: {"stage", "hash", "key", "content", "outputs", "seconds", "attempts", "started", "finished"}. `hash` is what
         later stages depend on; it is the `key`, a digest of the inputs, unless the stage was made again and came out otherwise.
+
+        Raises RunLost if another job has taken the run over, and what `work` raises.
         """
+        global _in_progress
+        _in_progress = name
+        self.check_held()
         settings = digest({"stage": name, "inputs": inputs})
         fingerprint = settings if parts is None else digest({"stage": settings, "parts": parts})
         folder = posixpath.join("stages", name)
@@ -157,8 +191,9 @@ class Run:
         if manifest is not None and manifest.get("key", manifest["hash"]) == fingerprint:
             lost = contents.check(self.fs, self._root, folder, self._written(folder, manifest["outputs"]), manifest)
             if not lost:
-                logger.info("stage %s: done before (%.0f s), skipped", name, manifest["seconds"])
+                logger.info("stage %s: cached (took %.0f s), skipping", name, manifest["seconds"])
                 self.timeline.append(manifest)
+                _in_progress = None
                 return manifest
             logger.warning(
                 "stage %s: %s%s; making what is lost again, and later stages if it comes out otherwise",
@@ -168,16 +203,16 @@ class Run:
             same, before = True, {"attempts": manifest["attempts"]} | before
         if same:
             attempts = before["attempts"] + 1
-            logger.info("stage %s: continues (attempt %d)", name, attempts)
+            logger.info("stage %s: resuming (attempt %d)", name, attempts)
         else:
             attempts = 1
             if self.exists(folder):
-                logger.info("stage %s: its inputs changed, starts over", name)
+                logger.info("stage %s: inputs changed, restarting", name)
                 self.remove(folder, INPUTS)  # first: a folder without them that a killed run was emptying is not gone on with
                 self.remove(folder)
         started = time.time()
         self.write_sealed({"hash": settings, "inputs": without_passwords(inputs), "parts": parts, "attempts": attempts}, folder, INPUTS)
-        logger.info("stage %s: begins", name)
+        logger.info("stage %s: started", name)
         outputs = work(Stage(self, folder))
         made = contents.record(self.fs, self._root, folder, self._written(folder, outputs), fingerprint)
         manifest = {
@@ -187,6 +222,7 @@ class Run:
         self.write_sealed(manifest, folder, MANIFEST)
         logger.info("stage %s: done in %.0f s", name, manifest["seconds"])
         self.timeline.append(manifest)
+        _in_progress = None
         return manifest
 
     def _written(self, folder: str, outputs: dict[str, Any]) -> list[str]:
@@ -196,9 +232,16 @@ class Run:
         return [folder, *sorted({path for path in inner if not path.startswith("stages/")})]
 
     def remove(self, *parts: str) -> None:
+        self.check_held()
         target = posixpath.join(self._root, *parts)
         if self.fs.exists(target):
             self.fs.rm(target, recursive=True)
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder for its owner alone, and the folders it lies in as usual; one that is there keeps its mode, which its owner may have chosen."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
 
 
 class Stage:
@@ -231,14 +274,15 @@ class Stage:
         if self.run.is_local:
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+            scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{name}-", dir=target.parent))  # mode 0700
             value = make(str(scratch))
+            self.run.check_held()
             shutil.rmtree(target, ignore_errors=True)
-            os.chmod(scratch, 0o755)
             os.replace(scratch, target)
             return value
         with tempfile.TemporaryDirectory() as scratch:
             value = make(scratch)
             self.reset(name)  # of files that an earlier export had and this one has not
+            self.run.check_held()
             self.run.fs.put(scratch.rstrip("/") + "/", posixpath.join(self.run._root, self.folder, name) + "/", recursive=True)
             return value

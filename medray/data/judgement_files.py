@@ -40,6 +40,8 @@ from medray.data.shards import READ_ROWS, count_rows, parquet_files, tables, tab
 from medray.errors import DataError, MedrayError
 from medray.private_files import private_folder
 from medray.records import CLINICIAN_ITEM, EXCHANGE, JUDGEMENT, RATING_PAIR, conform
+from medray.run import Run
+from medray.run_hold import held
 
 Row = dict[str, Any]
 
@@ -245,7 +247,11 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--database", required=True, metavar="URL", help="such as sqlite:///judgements.db")
     given = parser.parse_args(arguments)
     try:
-        done = import_items(given.items, given.database, given.seed, given.priority) if given.command == "import" else export_all(given.database, given.to)
+        if given.command == "import":
+            done = import_items(given.items, given.database, given.seed, given.priority)
+        else:
+            with held(Run(given.to), keep=False):
+                done = export_all(given.database, given.to)
     except MedrayError as error:
         raise SystemExit(str(error)) from None
     print(json.dumps(done))

@@ -32,6 +32,7 @@ from medray.methods.judging import judge_models
 from medray.methods.session import ray_session
 from medray.records import BENCHMARK_QUESTION
 from medray.run import Run, Stage, digest
+from medray.run_hold import held
 
 
 def evaluate_models(config: EvaluateJobConfig, models: list[Asked], benchmarks: Mapping[str, str], run_uri: str, splits: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -49,8 +50,8 @@ def evaluate_models(config: EvaluateJobConfig, models: list[Asked], benchmarks: 
 
     started = time.time()
     run = Run(run_uri)
-    run.write_config(config)
-    with ray_session(config.cluster):
+    with held(run), ray_session(config.cluster):
+        run.write_config(config)
         results: dict[str, Any] = {"schema": 1, "benchmarks": {}}
         asked = {name: splits or BENCHMARKS[name].splits for name in benchmarks}
         questions = {name: make_questions(run, config, name, source, asked[name]) for name, source in benchmarks.items()}
@@ -63,11 +64,11 @@ def evaluate_models(config: EvaluateJobConfig, models: list[Asked], benchmarks: 
             }
             if config.judge is not None:
                 results["benchmarks"][name] |= judge_models(run, config, name, made, folders)
-    run.write_json(results, "results.json")
-    table = markdown_table(results)
-    run.write_text(table, "table.md")
-    run.write_text(latex_table(results), "table.tex")
-    run.write_text(write_page(results, {name: gallery(run, name) for name in benchmarks}, run.timeline), "results.html")
+        run.write_json(results, "results.json")
+        table = markdown_table(results)
+        run.write_text(table, "table.md")
+        run.write_text(latex_table(results), "table.tex")
+        run.write_text(write_page(results, {name: gallery(run, name) for name in benchmarks}, run.timeline), "results.html")
     return {
         "run": run.uri, "accuracy": {name: {model: score["overall"]["accuracy"] for model, score in one["models"].items()} for name, one in results["benchmarks"].items()},
         "report": run.path("results.html"), "table": table, "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),

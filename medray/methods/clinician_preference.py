@@ -40,6 +40,7 @@ from medray.methods.model_card import CLINICIAN_PREFERENCE, publish_models
 from medray.methods.session import ray_session
 from medray.preflight import check_clinician_preference
 from medray.run import Run, Stage
+from medray.run_hold import held
 
 Manifests = dict[str, dict[str, Any]]
 Common = Callable[[str, dict[str, Any], Callable[[Stage], dict[str, Any]]], dict[str, Any]]
@@ -60,13 +61,13 @@ def clinician_preference(config: ClinicianPreferenceConfig, run_uri: str, shared
     check_clinician_preference(config)
     started = time.time()
     run = Run(run_uri)
-    run.write_config(config)
     shared = Run(shared_uri) if shared_uri else run
 
     def common(name: str, inputs: dict[str, Any], work: Callable[[Stage], dict[str, Any]]) -> dict[str, Any]:
         return stages.shared_stage(run, shared, name, inputs, work)
 
-    with ray_session(config.cluster):
+    with held(run, shared), ray_session(config.cluster):
+        run.write_config(config)
         made = write_and_judge(config, common)
         raters = train_raters(config, made, common)
         chosen = steps.best_rater(raters)

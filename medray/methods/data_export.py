@@ -12,6 +12,8 @@ from medray.data.readers.canonical import members_of
 from medray.data.shards import count_rows, parquet_files, stored_rows
 from medray.errors import ConfigError, DataError
 from medray.private_files import private_folder
+from medray.run import Run
+from medray.run_hold import held
 
 # Writer, and the payloads it has a place for.
 WRITERS = {
@@ -32,7 +34,7 @@ def check_export(kind: str, dataset: str) -> None:
 def export_dataset(kind: str, dataset: str, target: str) -> dict[str, Any]:
     """Write every record of the prepared directory `dataset` that the format has a place for.
 
-    Returns {"to", "format", "rows", "left_out": records without a place}. Raises DataError where nothing was written.
+    Returns {"to", "format", "rows", "left_out": records without a place}. Raises DataError where nothing was written, RunHeld where another job writes there.
     """
     write, kinds = WRITERS[kind]
     left_out = 0
@@ -46,7 +48,8 @@ def export_dataset(kind: str, dataset: str, target: str) -> dict[str, Any]:
                 left_out += 1
 
     private_folder(target)
-    rows = write(fitting(), target)
+    with held(Run(target), keep=False):
+        rows = write(fitting(), target)
     if not rows:
         raise DataError(f"{dataset} holds nothing that {kind} has a place for ({left_out} records of other kinds)")
     return {"to": target, "format": kind, "rows": rows, "left_out": left_out}

@@ -30,6 +30,7 @@ from medray.methods.data_report import write_report
 from medray.methods.session import ray_session
 from medray.records import QUARANTINE
 from medray.run import Run, Stage
+from medray.run_hold import held
 
 logger = logging.getLogger("medray")
 
@@ -56,8 +57,8 @@ def prepare_dataset(config: PrepareDataConfig, run_uri: str) -> dict[str, Any]:
     """
     started = time.time()
     run = Run(run_uri)
-    run.write_config(config)
-    with ray_session(config.cluster):
+    with held(run), ray_session(config.cluster):
+        run.write_config(config)
         index = run.stage("01-index", index_inputs(config.data), lambda stage: write_index(stage, config.data))
         kind = index["outputs"]["format"]
         limits = config.data.model_dump(include=LIMITS)

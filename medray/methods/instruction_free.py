@@ -30,6 +30,7 @@ from medray.methods.session import ray_session
 from medray.methods.stages import shared_stage
 from medray.preflight import check_instruction_free
 from medray.run import Run
+from medray.run_hold import held
 
 
 def instruction_free(config: InstructionFreeConfig, run_uri: str, shared_uri: str | None = None) -> dict[str, Any]:
@@ -47,9 +48,9 @@ def instruction_free(config: InstructionFreeConfig, run_uri: str, shared_uri: st
     check_instruction_free(config)
     started = time.time()
     run = Run(run_uri)
-    run.write_config(config)
     shared = Run(shared_uri) if shared_uri else run
-    with ray_session(config.cluster):
+    with held(run, shared), ray_session(config.cluster):
+        run.write_config(config)
         data = shared_stage(run, shared, "00-data", steps.data_inputs(config), lambda stage: steps.prepare_data(stage, config))
         base = stages.resolve_base(config)
         common = {"data": data["hash"], "model": stages.model_inputs(config.model), "base": base.hash}

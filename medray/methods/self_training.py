@@ -30,6 +30,7 @@ from medray.methods.session import ray_session
 from medray.methods.summary import write_report
 from medray.preflight import check_self_training
 from medray.run import Run
+from medray.run_hold import held
 
 
 def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
@@ -44,8 +45,8 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
     check_self_training(config)
     started = time.time()
     run = Run(run_uri)
-    run.write_config(config)
-    with ray_session(config.cluster):
+    with held(run), ray_session(config.cluster):
+        run.write_config(config)
         data = run.stage("00-data", stages.data_inputs(config), lambda stage: stages.prepare_data(stage, config))
         base = stages.resolve_base(config)
 

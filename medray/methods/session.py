@@ -6,15 +6,14 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from medray.config import ClusterConfig
-from medray.errors import MedrayError
+from medray.failures import error_of_ours
+from medray.interrupts import handlers_kept
 
 logger = logging.getLogger("medray")
 
@@ -87,19 +86,18 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             "object_store_memory": int(config.object_store_gib * 2**30) if config.object_store_gib else None,
         }
         variables = {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        on_stop = signal.getsignal(signal.SIGTERM)
         arguments = {"address": address, "log_to_driver": True, "logging_level": logging.WARNING, **local}
         if local:
             # A Ray of our own inherits them. Given as a runtime_env they would cost every worker a second interpreter: Ray starts it by way of
             # another that imports Ray too, and throws away those that it has started before.
             # Nor need one machine be watched for notice that it will be taken away, by a process of its own in each training.
             watcher = {_WATCHER: os.environ.get(_WATCHER, "0")}
-            with _environment({**variables, **watcher, WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "medray._worker_setup.quiet"}):
+            # Ray's own handler of SIGTERM, which init installs, would exit silently.
+            with handlers_kept(), _environment({**variables, **watcher, WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "medray._worker_setup.quiet"}):
                 start_ray(**arguments)
         else:
-            start_ray(**arguments, runtime_env={"env_vars": _not_of_the_job(variables)})
-        if threading.current_thread() is threading.main_thread() and callable(on_stop):
-            signal.signal(signal.SIGTERM, on_stop)  # Ray's own handler, set by init, would leave without a word
+            with handlers_kept():
+                start_ray(**arguments, runtime_env={"env_vars": _not_of_the_job(variables)})
     context = ray.data.DataContext.get_current()
     # A log file wants lines, a terminal wants bars.
     context.enable_progress_bars = terminal
@@ -117,11 +115,12 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     try:
         yield
-    except ray.exceptions.RayTaskError as error:
-        if not isinstance(error, MedrayError):
+    except ray.exceptions.RayError as error:
+        ours = error_of_ours(error)
+        if ours is None:
             raise
-        # An error of ours that a task or actor raised, without the remote traceback and Ray's words about its retries.
-        raise type(error.cause)(str(error.cause).partition("\nFailed to apply UDF transform")[0]) from error
+        # An error of ours that a task or an actor's constructor raised, without the remote traceback and Ray's words about its retries.
+        raise type(ours)(str(ours).partition("\nFailed to apply UDF transform")[0]) from error
     finally:
         if started:
             ray.shutdown()

@@ -40,6 +40,7 @@ from medray.config import (
 from medray.data.collate import Encoder, collate_dpo, collate_sft
 from medray.data.images import filler_picture
 from medray.errors import ConfigError, StageError
+from medray.failures import describe
 from medray.prometheus import TrainMetrics
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 from medray.train.done import BEFORE, Ids, count_done, done_rows, keep_done, write_done
@@ -326,7 +327,7 @@ def run_training(
     Raises ConfigError for a train_config of the wrong kind or a proxy that does not fit it, DataError where there is no such
     proxy, StageError where workers failed more than max_failures times.
     """
-    from ray.train.torch import TorchTrainer
+    from medray.train.trainer import Trainer
 
     if not isinstance(train_config, CONFIGS[objective]):
         raise ConfigError(f"train_config: objective {objective} needs a {CONFIGS[objective].__name__}, not a {type(train_config).__name__}")
@@ -341,7 +342,7 @@ def run_training(
     if train_config.epochs > 1 and rows <= train_config.shuffle_buffer:
         # What one worker's buffer holds, the object store holds too: encoded once instead of in every epoch.
         datasets = {name: dataset.materialize() for name, dataset in datasets.items()}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config={
             "stage_dir": stage_dir, "model_dir": model_dir, "objective": objective, "rows": rows, "datasets": list(datasets), "proxy": proxy,
@@ -360,7 +361,7 @@ def run_training(
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise StageError(f"training in {stage_dir} failed; the same command goes on from its last checkpoint: {error}") from error
+        raise StageError(f"training in {stage_dir} failed: {describe(error)}; the same command resumes from its last checkpoint") from error
     with result.checkpoint.as_directory() as folder:
         state = json.loads(Path(folder, "progress.json").read_text())
         done, quarantine = count_done(folder)

@@ -55,7 +55,7 @@ def test_summary_line_and_resume(finished):
     assert summary["run"] == str(run)
     check_ready_to_serve(run, summary["model"])
     assert summary["clinicians"]["kind"] == "simulated"
-    assert "stage 03-candidates: done before" in done.stderr
+    assert "stage 03-candidates: cached" in done.stderr
     assert "simulated clinicians, error rate 0.1" in done.stderr
     continued = manifest(run, "05-generate")["attempts"]
     assert continued >= 2  # killed in it, and gone on

@@ -47,7 +47,7 @@ def test_summary_line_and_resume(finished):
     assert summary["tuned"]["strict"]["low"] <= summary["tuned"]["strict"]["value"] <= summary["tuned"]["strict"]["high"]
     assert summary["run"] == str(run)
     check_ready_to_serve(run, summary["model"])
-    assert "stage 01-warm_up: done before" in done.stderr
+    assert "stage 01-warm_up: cached" in done.stderr
     assert "floors  chance 0." in done.stderr
 
 

@@ -55,7 +55,7 @@ def test_summary_line(finished):
 
 def test_killed_driver_leaves_each_generated_and_judged_id_exactly_once(finished):
     run, done = finished
-    assert "stage 01-sq_sft: done before" in done.stderr
+    assert "stage 01-sq_sft: cached" in done.stderr
     attempts = {path.parent.name: json.loads(path.read_text())["attempts"] for path in run.glob("stages/*/manifest.json")}
     assert sum(attempts[stage] > 1 for stage in KILLED) >= (len(KILLED) + 1) // 2, attempts  # the others were over
     images = Counter(row["sample_id"] for row in rows(run, "00-data", "images", columns=["sample_id"]))
@@ -115,10 +115,10 @@ def test_interrupted_job_says_how_to_go_on(tmp_path, end):
         time.sleep(0.05)
     job.send_signal(end)
     assert job.wait(timeout=300) == 130
-    assert f"the same command with --run {tmp_path / 'run'} continues" in (tmp_path / "log").read_text()
+    assert f"interrupted; rerun the same command with --run {tmp_path / 'run'} to resume" in (tmp_path / "log").read_text()
 
 
 def test_same_command_again_does_nothing(finished):
     run, _ = finished
     again = JOB.run(run)
-    assert ": begins" not in again.stderr
+    assert ": started" not in again.stderr

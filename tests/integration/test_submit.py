@@ -121,8 +121,8 @@ def run(cluster, s3, cells, tmp_path_factory):
 
     second = cluster.job("submit", *submission, check=False)
     assert second.returncode == 0, second.stdout[-6000:]
-    assert "stage 00-data: done before" in second.stdout
-    assert "stage 01-sq_sft: continues (attempt 2)" in second.stdout
+    assert "stage 00-data: cached" in second.stdout
+    assert "stage 01-sq_sft: resuming (attempt 2)" in second.stdout
     line = next(line for line in reversed(second.stdout.splitlines()) if line.startswith('{"run"'))
     assert json.loads(line)["run"] == run
     results = json.loads(fs.cat_file(f"{place}/results.json"))

@@ -199,7 +199,7 @@ def test_real_clinicians_are_waited_for(asked, tmp_path, caplog, capsys):
     said = capsys.readouterr().err
     assert "0 of 4 questions are judged by 1 clinicians each, 3 are needed" in said
     assert f"serve run serve.annotate:build items={asked[0]['outputs']['items']} database={database}" in said
-    assert "--run there continues" in said
+    assert "with --run there to resume" in said
     judge(database, 2)
     with pytest.raises(Waiting, match="2 of 4"):
         stage()

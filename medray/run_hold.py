@@ -1,0 +1,76 @@
+"""What a job does around its work in a run: it holds it, logs into it, and leaves files for their owner alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from medray import interrupts
+from medray.errors import RunLost
+from medray.run import Run
+from medray.run_lock import SCRATCH, RunLock
+from medray.run_log import RunLog
+
+logger = logging.getLogger("medray")
+
+UMASK = 0o077
+_LEFTOVER_DEPTH = 4  # stages/NAME/FOLDER/FILE: what is written whole or not at all lies no deeper
+_LEFTOVERS = (f"{SCRATCH}*", "*.????????.part")  # of this module's kind, and of medray.files.write_whole
+
+announce: Callable[[str], None] | None = None  # a job's way to tell its watcher where the log is
+
+
+@contextlib.contextmanager
+def held(*runs: Run, keep: bool = True) -> Iterator[None]:
+    """Hold runs for the time of the block: no other job writes them, what is logged goes into the first one's logs/.
+
+    New files are for their owner alone (a Ray that is started in the block inherits that). What a killed job left half written
+    is removed.
+
+    Args:
+        keep: leave a note of who held them.
+
+    Raises RunHeld if another job holds one of them, ConfigError or StageError if one cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.umask, os.umask(UMASK))
+        locks: dict[str, RunLock] = {}
+        for run in runs:
+            if run.uri not in locks:
+                lock = RunLock(run.fs, run._root, run.uri, run.is_local, on_lost=interrupts.end_lost, keep=keep)
+                lock.acquire()
+                stack.callback(lock.release)
+                locks[run.uri] = lock
+                remove_leftovers(run)
+            run.lock = locks[run.uri]
+            stack.callback(setattr, run, "lock", None)
+        if keep:
+            log = stack.enter_context(RunLog(runs[0], locks[runs[0].uri].number))
+            logger.info("log: %s", log.uri)
+            if announce is not None:
+                announce(log.uri)
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            for lock in locks.values():
+                if lock.lost_to is not None:
+                    raise RunLost(lock.lost_to) from interrupt
+            raise
+
+
+def remove_leftovers(run: Run) -> None:
+    """Remove what a killed job was writing beside its place, to rename it when whole. The run must be held."""
+    if not run.is_local:
+        return
+    root = Path(run.uri)
+    for depth in range(1, _LEFTOVER_DEPTH + 1):
+        for path in [path for name in _LEFTOVERS for path in root.glob("/".join(["*"] * (depth - 1) + [name]))]:
+            logger.info("removing %s, which a killed job left", path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
