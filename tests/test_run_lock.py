@@ -195,6 +195,7 @@ def test_a_job_that_slept_while_it_was_taken_over_writes_nothing_more(tmp_path):
     assert sleeper.stdout.readline() == "held\n"
     time.sleep(0.3)
     sleeper.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)
     lock = lock_of(tmp_path, lost=1.0)
     lock.acquire()
     taken_over = time.time_ns()
