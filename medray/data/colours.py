@@ -56,7 +56,8 @@ def _values(image: Image.Image, sign: object, bits: object) -> np.ndarray:
 
 
 def _spread(values: np.ndarray) -> np.ndarray:
-    finite = values[np.isfinite(values)]
+    known = np.isfinite(values)
+    finite = values if known.all() else values[known]
     if not finite.size:
         raise ValueError("no value of the image is finite")
     low, high = float(finite.min()), float(finite.max())

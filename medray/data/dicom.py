@@ -82,6 +82,8 @@ _FRAME_TAGS = [
 ]
 _PIXEL_TAGS = ["PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"]
 _NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
+_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
+_JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.JPEG2000MCLossless, uid.JPEG2000MC)
 _EXTRA = "pip install 'medray[dicom]' adds JPEG Lossless, JPEG-LS and 12-bit JPEG"
 # pydicom's plugins in the order they are tried. Not gdcm: a damaged JPEG makes it abort the whole process, so nothing could be quarantined.
 _PLUGINS = ("pydicom", "pillow", "pylibjpeg", "pyjpegls")
@@ -271,10 +273,15 @@ def _frame_header(data: bytes, frame: int, limits: DataConfig) -> tuple[Dataset,
     if not 0 <= frame < frames:
         raise ImageError(f"frame {frame} was asked for; the file has {frames}")
     check_size((int(header.Columns), int(header.Rows)), limits)
+    for name in ("BitsAllocated", "BitsStored", "SamplesPerPixel", "PixelRepresentation", "PhotometricInterpretation"):
+        if header.get(name) in (None, ""):
+            raise ImageError(f"{name} is missing")
     if int(header.BitsAllocated) not in (8, 16, 32) or int(header.SamplesPerPixel) not in (1, 3):
         raise ImageError("BitsAllocated must be 8, 16 or 32 and SamplesPerPixel 1 or 3")
     if str(header.PhotometricInterpretation) not in VOCABULARY["PhotometricInterpretation"]:
         raise ImageError(OTHER_COLOUR_SPACE)
+    if (int(header.SamplesPerPixel) == 1) != (str(header.PhotometricInterpretation) in _ONE_SAMPLE):
+        raise ImageError("PhotometricInterpretation and SamplesPerPixel contradict each other")
     syntax = uid.UID(str(header.file_meta.get("TransferSyntaxUID") or _guessed_syntax(header)))
     _check_bits(header, syntax)
     return header, syntax
@@ -343,7 +350,10 @@ def _with_pixels(data: bytes, frame: int, syntax: uid.UID) -> Dataset:
     if syntax in _NATIVE:
         _check_length(dataset)
     elif syntax != uid.RLELossless:  # RLE claims no size of its own: pydicom fills the header's
-        _check_codestream(dataset, frame)
+        encoded = _check_codestream(dataset, frame)
+        if syntax in _JPEG_2000 and int(dataset.SamplesPerPixel) == 3 and _has_colour_transform(encoded):
+            # The decoder gives RGB then, whatever the tag says: some writers leave the space before compression there.
+            dataset.PhotometricInterpretation = "RGB"
     return dataset
 
 
@@ -356,8 +366,20 @@ def _check_length(dataset: Dataset) -> None:
         raise ImageError(f"the file is cut off: {len(dataset.PixelData)} bytes of pixels, {wanted} are needed")
 
 
-def _check_codestream(dataset: Dataset, frame: int) -> None:
-    """A compressed frame says its own size, and decoders believe it: it must be the size that passed the limits."""
+def _has_colour_transform(frame: bytes) -> bool:
+    """Whether a JPEG 2000 stream says that its colours are transformed from RGB (COD, T.800 A.6.1)."""
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 2**16)
+    at = start + 2
+    while start >= 0 and at + 9 <= len(frame) and frame[at] == 0xFF and frame[at + 1] != 0x90:  # SOT: the pixels
+        if frame[at + 1] == 0x52:
+            return frame[at + 8] == 1
+        at += 2 + int.from_bytes(frame[at + 2 : at + 4])
+    return False
+
+
+def _check_codestream(dataset: Dataset, frame: int) -> bytes:
+    """The frame as it is stored. A compressed frame says its own size, and decoders believe it: it must be the size that
+    passed the limits."""
     offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths) if "ExtendedOffsetTable" in dataset else None
     encoded = get_frame(dataset.PixelData, frame, number_of_frames=int(dataset.get("NumberOfFrames") or 1), extended_offsets=offsets)
     size = _codestream_size(encoded)
@@ -365,6 +387,7 @@ def _check_codestream(dataset: Dataset, frame: int) -> None:
         raise ImageError("the compressed frame has no readable header of its own")
     if size != (int(dataset.Columns), int(dataset.Rows)):
         raise ImageError(f"the compressed frame is {size[0]} x {size[1]} pixels, the file says {dataset.Columns} x {dataset.Rows}")
+    return encoded
 
 
 def _codestream_size(frame: bytes) -> tuple[int, int] | None:

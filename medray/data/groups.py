@@ -137,7 +137,8 @@ def place_of(group: dict[str, Any], identity: str | None = None) -> str:
     """Where a record (the member `identity`, else the first) of a GROUP row stands in the source, and its image there, for
     the quarantine; of DICOM the id, as paths often hold patients' names."""
     path, kind, _ = _place_in(group["image_file"])
-    name = group.get("image_name") or (file_name(path) if path and kind != "frame" else None)
+    apart = path and kind != "frame" and "#offset=" not in path  # a tar's member is named by its place
+    name = group.get("image_name") or (file_name(path) if apart else None)
     places = json.loads(group.get("places") or "{}")
     where = places.get(identity) or next(iter(places.values()), None) or name or group["image_id"]
     return where if name is None or name in where else f"{where}: {name}"

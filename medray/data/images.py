@@ -10,7 +10,7 @@ import struct
 import warnings
 from typing import BinaryIO
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from medray.config import DataConfig
 from medray.data.colours import to_rgb
@@ -60,6 +60,8 @@ def decode(data: bytes | None, limits: DataConfig, page: int = 0) -> Image.Image
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"image is over data.max_image_pixels {limits.max_image_pixels}: {error}") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"image cannot be decoded: cannot identify image file; medray reads {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise anything for a damaged file; the caller quarantines the row
         raise ImageError(f"image cannot be decoded: {shortened(_IN_MEMORY.sub('', str(error)).strip())}") from None
 

@@ -6,8 +6,10 @@ that stands for it is put in its place.
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +38,8 @@ def inline_image(value: Any) -> bytes | None:
     """The encoded image that a value of an image field holds itself; None if it names a file or holds nothing.
 
     Base64 may have line breaks, blanks, the URL-safe alphabet and no padding, with or without data:TYPE;...;base64, before it. Of
-    {bytes, path} the bytes count, as bytes, base64 or a list of numbers.
+    {bytes, path} the bytes count, as bytes, base64 or a list of numbers; tables hold such an object as text, in JSON or as
+    Python writes it.
 
     Raises BadRecord for a text that begins as an inline image and is none, or is neither that nor a path.
     """
@@ -49,6 +52,8 @@ def inline_image(value: Any) -> bytes | None:
     if not isinstance(value, str):
         return None
     text = value.strip()
+    if text[:1] in ("{", "[") and (written := _written_object(text)) is not None:
+        return inline_image(written)
     if text[:5].lower() == "data:":
         return _of_data_uri(text)
     if text[:2] in ("b'", 'b"') and text[-1:] == text[1]:  # Python's own writing of bytes
@@ -61,7 +66,10 @@ def inline_image(value: Any) -> bytes | None:
 
 
 def named_file(value: Any) -> Any:
-    """The file's name in {bytes: null, path}; any other value as it is."""
+    """The file's name in {bytes: null, path}, also as text of a table; any other value as it is."""
+    if isinstance(value, str) and value.strip()[:1] == "{":
+        written = _written_object(value.strip())
+        value = value if written is None else written
     if not isinstance(value, Mapping):
         return value
     return next((value[field] for field in _NAMES if isinstance(value.get(field), str)), value)
@@ -78,14 +86,29 @@ def take_out(record: Any) -> tuple[Any, dict[str, bytes]]:
     changed = {}
     for field, value in record.items():
         if _may_be_image(field, value):
-            replaced = [_replaced(one, images) for one in value] if _is_list(value) else _replaced(value, images)
-            if replaced is not value:
+            alone = value[0] if _is_list(value) and len(value) == 1 else value
+            replaced = [_replaced(one, images) for one in alone] if _is_list(alone) else _replaced(alone, images)
+            if replaced is not alone:
                 changed[field] = replaced
     return (record | changed if changed else record), images
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list) and not all(isinstance(one, int) for one in value)
+
+
+def _written_object(text: str) -> Mapping[str, Any] | None:
+    """The object with an image's bytes or path that a text is, or that is alone in a list; None if it is none."""
+    if not any(f"{quote}{name}{quote}" in text[:200] for name in (*_BYTES, *_NAMES) for quote in "'\""):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        return value if isinstance(value, Mapping) else None
+    return None
 
 
 def _may_be_image(field: Any, value: Any) -> bool:

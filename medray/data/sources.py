@@ -284,7 +284,7 @@ def index_rows(
     """
     notes = Notes() if notes is None else notes
     if kind == "webdataset":
-        yield from webdataset.tar_rows(path, notes)
+        yield from webdataset.tar_rows(path, notes, patient_key)
     elif kind == "images":
         yield from folders.image_rows(path, images, end or None, patient_key)
     elif kind == "dicom":

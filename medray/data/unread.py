@@ -47,7 +47,7 @@ def unread_files(source: str, tables: Iterable[str], images: Callable[[], Iterat
     for walk in range(walks):
         read = _hashes(images, walks, walk)
         with ThreadPoolExecutor(WALKERS) as pool:
-            for found in pool.map(partial(_count, read=read, own=own, walks=walks, walk=walk), pieces):
+            for found in pool.map(partial(_count, source=source, read=read, own=own, walks=walks, walk=walk), pieces):
                 counts.update(found)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
@@ -70,9 +70,9 @@ def _hashes(images: Callable[[], Iterator[Iterable[str | None]]], walks: int, wa
     return np.unique(np.concatenate(parts))
 
 
-def _count(piece: tuple[str, int | None], read: np.ndarray, own: set[int], walks: int, walk: int) -> Counter[str]:
+def _count(piece: tuple[str, int | None], source: str, read: np.ndarray, own: set[int], walks: int, walk: int) -> Counter[str]:
     counts: Counter[str] = Counter()
-    files = walk_files(*piece, in_order=False)
+    files = walk_files(*piece, in_order=False, part_of=source)
     while part := list(islice(files, 2**14)):
         paths = [found.path for found in part if found.problem is None]
         hashes = np.fromiter(map(_file_hash, paths), np.uint64)

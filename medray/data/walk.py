@@ -38,12 +38,16 @@ def suffix_of(name: str) -> str:
     return (inner if _SUFFIX.fullmatch(inner) else "") + suffix
 
 
-def walk_files(folder: str, depth: int | None = None, in_order: bool = True) -> Iterator[Found]:
+def walk_files(
+    folder: str, depth: int | None = None, in_order: bool = True, part_of: str | None = None,
+) -> Iterator[Found]:
     """The files of a folder (or the one file), folder by folder.
 
     Args:
         depth: levels to read; None for all.
         in_order: by name. Without it a folder of any number of files takes no memory.
+        part_of: the source, if `folder` is one of its folders: a link that leads back to the source is not followed, and
+            a `folder` that cannot be read is a problem among others.
 
     A linked folder is followed unless it leads back to a folder above it. Folders that cannot be listed, such links,
     and what is no file (pipes, sockets, devices) come with their problem.
@@ -55,9 +59,15 @@ def walk_files(folder: str, depth: int | None = None, in_order: bool = True) -> 
         yield Found(folder)
     elif isinstance(fs, LocalFileSystem):
         # The address goes out as it came in: ids are paths relative to it.
-        yield from _walk_local(folder, root, depth, in_order, ())
+        apart = part_of is not None and part_of.rstrip("/") != folder.rstrip("/")
+        yield from _walk_local(folder, root, depth, in_order, (_identity(part_of),) if apart else ())
     else:
         yield from _walk_remote(fs, folder, root, depth)
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(url_to_fs(folder)[1])
+    return found.st_dev, found.st_ino
 
 
 def subfolders(folder: str) -> list[str]:

@@ -439,3 +439,85 @@ def test_the_png_holds_pixels_only():
         kinds.append(png[at + 4: at + 8])
         at += 12 + int.from_bytes(png[at: at + 4], "big")
     assert kinds == [b"IHDR", b"IDAT", b"IEND"]
+
+
+RAMP12 = np.tile(np.arange(0, 4096, 64, dtype=np.uint16), (8, 1))
+PLAIN12 = np.tile((np.arange(0, 4096, 64) / 4032 * 255).round(), (8, 1))  # percentiles of 0, 64, ..., 4032 are its ends, almost
+
+
+@pytest.mark.parametrize(("pixels", "bits", "high"), [
+    (RAMP12 << 4, 12, 15), (RAMP12 << 4 | 9, 12, 15), (RAMP12 | (np.arange(64, dtype=np.uint16) % 2 << 12), 12, 11),
+    (((RAMP12.astype(np.int16) - 2048) << 4), 12, 15), ((RAMP12.astype(np.int16) - 2048) & 0xFFF, 12, 11), (RAMP12 << 2, 12, 13),
+], ids=["left", "left-with-rubbish", "overlay-above", "signed-left", "signed-masked", "in-the-middle"])
+def test_values_lie_where_high_bit_says(pixels, bits, high):
+    """Values in the upper bits (before 2000), overlays in the unused bits (PS3.5 8.1.1): the values alone are shown."""
+    plain = shown(saved(tagged(RAMP12, bits=12))).astype(int)
+    assert np.abs(plain - PLAIN12).max() <= 2
+    assert np.array_equal(shown(saved(tagged(pixels, bits=bits, HighBit=high))), plain)
+
+
+def test_upper_bits_of_compressed_pixels_are_refused():
+    stream = io.BytesIO()
+    Image.fromarray(RAMP12).save(stream, "JPEG2000")
+    data = encapsulated(tagged(RAMP12, bits=12, HighBit=15), [stream.getvalue()], uid.JPEG2000Lossless)
+    with pytest.raises(ImageError, match="HighBit is 15 where BitsStored is 12"):
+        shown(data)
+
+
+@pytest.mark.parametrize(("tags", "reason"), [
+    ({"BitsStored": 20}, "contradict each other"), ({"HighBit": 5}, "contradict each other"), ({"HighBit": 16}, "contradict each other"),
+    ({"BitsStored": None}, "BitsStored is missing"), ({"PixelRepresentation": None}, "PixelRepresentation is missing"),
+    ({"PhotometricInterpretation": None}, "PhotometricInterpretation is missing"), ({"PhotometricInterpretation": "RGB"}, "SamplesPerPixel contradict"),
+    ({"SamplesPerPixel": 3}, "SamplesPerPixel contradict"), ({"PlanarConfiguration": 3, "SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "PlanarConfiguration"),
+])
+def test_headers_that_contradict_themselves_are_refused(tags, reason):
+    with pytest.raises(ImageError, match=reason):
+        shown(saved(tagged(RAMP12, bits=12, **tags)))
+
+
+def test_colour_without_planar_configuration_is_by_pixel():
+    dataset = tagged(np.full((4, 6, 3), (200, 30, 20), np.uint8), photometric="RGB")
+    del dataset.PlanarConfiguration
+    assert shown(saved(dataset))[0, 0].tolist() == [200, 30, 20]
+
+
+@pytest.mark.parametrize(("transform", "photometric"), [(1, "YBR_RCT"), (1, "RGB"), (1, "YBR_FULL"), (0, "RGB")])
+def test_jpeg_2000_says_itself_whether_its_colours_are_transformed(transform, photometric):
+    pixels = np.full((16, 16, 3), (200, 30, 20), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG2000", irreversible=False, mct=transform)
+    data = encapsulated(tagged(pixels, photometric=photometric), [stream.getvalue()], uid.JPEG2000Lossless)
+    assert shown(data)[0, 0].tolist() == [200, 30, 20]
+
+
+@pytest.mark.parametrize(("bits", "entries"), [
+    (16, lambda values: (values * 257).astype("<u2")), (8, lambda values: (values * 257).astype("<u2")), (8, lambda values: values.astype("<u2")),
+    (8, lambda values: values.astype("u1")), (16, lambda values: values.astype("<u2")), (0, lambda values: (values * 257).astype("<u2")),
+], ids=["words", "words-called-8", "padded-bytes", "bytes", "padded-bytes-called-16", "words-called-0"])
+def test_palettes_are_scaled_by_what_they_hold(bits, entries):
+    """PS3.3 C.7.6.3.1.5: the descriptor's bits and the entries differ in many ultrasound files."""
+    palette = {}
+    for colour, scale in (("Red", 1.0), ("Green", 0.5), ("Blue", 0)):
+        palette[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
+        palette[f"{colour}PaletteColorLookupTableData"] = entries(np.arange(256) * scale).tobytes()
+    picture = shown(saved(tagged(np.array([[0, 128], [200, 255]], np.uint8), photometric="PALETTE COLOR", **palette)))
+    assert np.abs(picture.reshape(-1, 3).astype(int) - [[0, 0, 0], [128, 64, 0], [200, 100, 0], [255, 128, 0]]).max() <= 1
+
+
+def test_a_voi_table_with_more_than_its_bits():
+    data = saved(tagged(np.array([[0, 1], [2, 3]], np.uint8), VOILUTSequence=table([0, 20_000, 40_000, 65_535], bits=8)))
+    assert shown(data).tolist() == [[0, 78], [156, 255]]  # 20000 / 65535 * 255, ...
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
+def test_files_without_transfer_syntax_are_read_as_uncompressed(syntax):
+    dataset = tagged(RAMP12, bits=12, syntax=syntax)
+    data = saved(dataset)
+    element = b"\x02\x00\x10\x00UI" + struct.pack("<H", len(syntax) + len(syntax) % 2) + (syntax + "\0" * (len(syntax) % 2)).encode()
+    assert element in data
+    at = data.index(b"\x02\x00\x00\x00UL\x04\x00") + 8
+    length = struct.unpack_from("<I", data, at)[0] - len(element)
+    bare = (data[:at] + struct.pack("<I", length) + data[at + 4:]).replace(element, b"", 1)
+    assert np.array_equal(shown(bare), shown(data))
+    (row,) = index_rows("/d/a.dcm", "a.dcm", bare)
+    assert row["error"] is None

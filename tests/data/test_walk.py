@@ -49,6 +49,14 @@ def test_linked_folders_are_read_and_loops_are_named(tmp_path):
     assert {"self", "gone.png"} <= set(found)  # opening them says what is wrong
 
 
+def test_a_part_of_a_source_knows_the_whole(tmp_path):
+    root = folder(tmp_path / "source")
+    (root / "one" / "up").symlink_to(root)
+    found = list(walk_files(f"{root}/one", part_of=str(root)))
+    assert [path.removeprefix(f"{root}/") for path, problem in found if problem] == ["one/up"]
+    assert list(walk_files(f"{root}/gone", part_of=str(root))) == [(f"{root}/gone", "the folder cannot be read: No such file or directory")]
+
+
 def test_pipes_are_named_and_never_opened(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (path, problem), = walk_files(str(tmp_path))

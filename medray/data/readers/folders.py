@@ -34,7 +34,7 @@ def files_below(folder: str, depth: int | None = None) -> Iterator[str]:
 def image_rows(folder: str, root: str, depth: int | None = None, patient_key: bytes | None = None) -> Iterator[Row]:
     """A row without payload for each image, and for each page of a TIFF file with several; the id is the path below
     `root`. The split is the name of the first folder below the root where that is train, val(idation) or test."""
-    for path, problem in walk_files(folder, depth):
+    for path, problem in walk_files(folder, depth, part_of=root):
         relative = path.removeprefix(root).lstrip("/")
         shown = shown_path(relative, key=patient_key)
         if problem is not None:
@@ -72,7 +72,7 @@ def dicom_rows(folder: str, root: str, depth: int | None = None, patient_key: by
     folder that cannot be read becomes a row with `error`, under the hash of its path."""
     from medray.data.dicom import file_id, index_rows
 
-    for path, problem in walk_files(folder, depth):
+    for path, problem in walk_files(folder, depth, part_of=root):
         relative = path.removeprefix(root).lstrip("/")
         identity = file_id(relative, patient_key)
         if problem is not None:

@@ -9,9 +9,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from medray.data.notes import UNREAD, Notes
+from medray.data.pseudonyms import shown_path
 from medray.data.readers.canonical import payloads
 from medray.data.readers.common import (
     IMAGE_SUFFIXES,
@@ -23,6 +22,7 @@ from medray.data.readers.common import (
     row,
     split_of,
 )
+from medray.data.reading import failure, open_file
 from medray.data.walk import suffix_of
 
 # A member's text that is longer than this is not read (bytes).
@@ -33,49 +33,49 @@ _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
-def tar_rows(path: str, notes: Notes) -> Iterator[Row]:
+def tar_rows(path: str, notes: Notes, patient_key: bytes | None = None) -> Iterator[Row]:
     """Index rows of a tar's samples, read once from begin to end; the members of a sample stand together. Members that
     nothing is read from are noted by their suffix.
 
     `image_file` is "<path>#offset=<byte>&size=<bytes>". The id is the JSON's sample_id, else "<tar's name>/<key>".
     """
     name = posixpath.basename(path)
-    fs, inner = url_to_fs(path)
     sample: dict[str, Any] = {}
-    with fs.open(inner, "rb") as handle:
-        try:
-            with tarfile.open(fileobj=handle, mode="r:") as tar:
-                for member in tar:
-                    tar.members = []  # tarfile would keep every header of the file
-                    match = _MEMBER.match(member.name)
-                    if member.isdir():
-                        continue
-                    if not member.isfile() or match is None or _META.match(member.name):
-                        notes.add(UNREAD, name, suffix_of(member.name))
-                        continue
-                    key, suffix = match[1], f".{match[2].lower()}"
-                    if sample and sample["key"] != key:
-                        yield from _sample_rows(sample, path)
-                        sample = {}
-                    sample = sample or {"key": key, "images": [], "texts": {}}
-                    if suffix in IMAGE_SUFFIXES:
-                        sample["images"].append(f"{path}#offset={member.offset_data}&size={member.size}")
-                    elif suffix in (".json", ".txt", ".caption"):
-                        sample["texts"][suffix] = tar.extractfile(member).read() if member.size <= LONGEST_TEXT else None
-                    else:
-                        notes.add(UNREAD, name, suffix_of(member.name))
-                handle.seek(tar.offset)
-                if handle.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
-                    raise tarfile.ReadError("broken header")
-        except tarfile.TarError as error:
-            yield error_row(f"{name}@end", f"{name} after {sample.get('key', 'its begin')}", f"the tar cannot be read on: {error}")
+    try:
+        with open_file(path) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # tarfile would keep every header of the file
+                match = _MEMBER.match(member.name)
+                if member.isdir():
+                    continue
+                if not member.isfile() or match is None or _META.match(member.name):
+                    notes.add(UNREAD, name, suffix_of(member.name))
+                    continue
+                key, suffix = match[1], f".{match[2].lower()}"
+                if sample and sample["key"] != key:
+                    yield from _sample_rows(sample, path, patient_key)
+                    sample = {}
+                sample = sample or {"key": key, "images": [], "texts": {}}
+                if suffix in IMAGE_SUFFIXES:
+                    sample["images"].append(f"{path}#offset={member.offset_data}&size={member.size}")
+                elif suffix in (".json", ".txt", ".caption"):
+                    sample["texts"][suffix] = tar.extractfile(member).read() if member.size <= LONGEST_TEXT else None
+                else:
+                    notes.add(UNREAD, name, suffix_of(member.name))
+            handle.seek(tar.offset)
+            if handle.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
+                raise tarfile.ReadError("broken header")
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        why = str(error) if isinstance(error, tarfile.TarError) else f"it {failure(error)}"
+        after = shown_path(sample.get("key", "its begin"), key=patient_key)
+        yield error_row(f"{name}@end", f"{name} after {after}", f"the tar cannot be read on: {why}")
     if sample:
-        yield from _sample_rows(sample, path)
+        yield from _sample_rows(sample, path, patient_key)
 
 
-def _sample_rows(sample: dict[str, Any], path: str) -> Iterator[Row]:
+def _sample_rows(sample: dict[str, Any], path: str, patient_key: bytes | None) -> Iterator[Row]:
     name = posixpath.basename(path)
-    where = f"{name} {sample['key']}"
+    where = f"{name} {shown_path(sample['key'], key=patient_key)}"
     identity = f"{name.removesuffix('.tar')}/{sample['key']}"
     try:
         record = _record(sample["texts"])
