@@ -19,6 +19,7 @@ from medray.config import (
     JudgeConfig,
     LoopConfig,
     ModelConfig,
+    OwnModelConfig,
     RateConfig,
     SelfTrainingConfig,
 )
@@ -137,7 +138,9 @@ def rater_problems(field: str, path: str) -> list[str]:
 
 def strong_model_problems(section: str, config: GenerateConfig | RateConfig | JudgeConfig) -> list[str]:
     """Problems of a model that a section asks: a local one by its reference, or an endpoint's."""
-    return model_problems(f"{section}.model", config.model) if config.kind == "vllm" else endpoint_problems(section, config)
+    if config.kind != "vllm":
+        return endpoint_problems(section, config)
+    return [*model_problems(f"{section}.model", config.model), *template_problems(config.model_settings, f"{section}.model_settings")]
 
 
 def clinician_problems(config: CliniciansConfig) -> list[str]:
@@ -148,9 +151,9 @@ def clinician_problems(config: CliniciansConfig) -> list[str]:
     return []
 
 
-def template_problems(model: ModelConfig) -> list[str]:
+def template_problems(model: ModelConfig | OwnModelConfig, section: str = "model") -> list[str]:
     if model.chat_template and not Path(model.chat_template).is_file():
-        return [f"model.chat_template: file {model.chat_template} does not exist"]
+        return [f"{section}.chat_template: file {model.chat_template} does not exist"]
     return []
 
 

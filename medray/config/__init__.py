@@ -51,9 +51,12 @@ from medray.config.shared import (
     LoopConfig,
     LoraConfig,
     ModelConfig,
+    OwnEngineConfig,
+    OwnModelConfig,
     Placement,
     PlainModelConfig,
     SamplingConfig,
+    StrongModelConfig,
     TrainConfig,
     VerifyConfig,
 )
@@ -62,7 +65,7 @@ __all__ = [
     "SELF_QUESTIONING_SYSTEM_PROMPT", "TESTBED_SCENES", "CaptionedDataConfig", "CaptionsConfig", "ClinicianPreferenceConfig", "CliniciansConfig", "ClusterConfig",
     "ConfigT", "DataConfig", "DemonstrationsConfig", "DescriptionDataConfig", "DescriptionEvaluateConfig", "DpoConfig", "EndpointConfig",
     "EngineConfig", "EvaluateConfig", "EvaluateJobConfig", "GenerateConfig", "InstructionFreeConfig", "InstructionFreeTrainConfig", "JudgeConfig",
-    "LeaksConfig", "LoopConfig", "LoraConfig", "ModelConfig", "PairsConfig", "Placement", "PlainModelConfig", "PreferenceEvaluateConfig", "PreferenceTuneConfig",
+    "LeaksConfig", "LoopConfig", "LoraConfig", "ModelConfig", "OwnEngineConfig", "OwnModelConfig", "PairsConfig", "Placement", "PlainModelConfig", "PreferenceEvaluateConfig", "PreferenceTuneConfig",
     "PrepareDataConfig", "ProxyConfig", "RateConfig", "RaterConfig", "SamplingConfig", "ScoreConfig", "Section", "SelectConfig", "SelfPlayConfig",
-    "SelfTrainingConfig", "ServeConfig", "SftConfig", "TrainConfig", "TunedModelConfig", "VerifyConfig", "WarmUpConfig", "fields_of", "load_config",
+    "SelfTrainingConfig", "ServeConfig", "SftConfig", "StrongModelConfig", "TrainConfig", "TunedModelConfig", "VerifyConfig", "WarmUpConfig", "fields_of", "load_config",
 ]

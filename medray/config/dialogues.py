@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from medray.config.section import NonNegative, PositiveInt, Probability, Section
-from medray.config.shared import EndpointConfig, Placement, SamplingConfig
+from medray.config.shared import Placement, SamplingConfig, StrongModelConfig
 
 
 class DemonstrationsConfig(Section):
@@ -33,7 +33,7 @@ class DemonstrationsConfig(Section):
     seed: int = Field(0, description="Seed of k-means, the draw and the picture.")
 
 
-class GenerateConfig(EndpointConfig):
+class GenerateConfig(StrongModelConfig):
     """Who writes the dialogues, and how."""
 
     kind: Literal["vllm", "api"] = Field("api", description="api: any OpenAI-compatible endpoint; vllm: a local VLM.")
@@ -59,7 +59,7 @@ class GenerateConfig(EndpointConfig):
         return self
 
 
-class RateConfig(EndpointConfig):
+class RateConfig(StrongModelConfig):
     """Who scores single question-answer pairs from 0 to 10."""
 
     kind: Literal["vllm", "api"] = Field("api", description="api: any OpenAI-compatible endpoint; vllm: a local VLM.")

@@ -259,6 +259,43 @@ class EngineConfig(Section):
     rows_in_flight: PositiveInt = Field(128, description="Rows an actor works on at once.")
 
 
+class OwnModelConfig(Section):
+    """How a local model beside the tuned one is asked: as itself, whatever the tuned model's settings are."""
+
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Precision of this model.")
+    pad_to_square: bool = Field(False, description="Pad images to a square before this model's processor.")
+    system_prompt: str = Field("", description="System prompt of what this model is asked; empty for none.")
+    questioner_role: str = Field("vuser", description="Role name its chat template is given for the questioner.")
+    chat_template: str | None = Field(None, description="Jinja file that replaces this model's own chat template.")
+    trust_remote_code: bool = Field(False, description="Run Python code shipped with this model. Leave false unless you have read that code.")
+
+
+class OwnEngineConfig(Section):
+    """Engines of a local model beside the tuned one; null stands for the value of `engine`, unless a field says otherwise."""
+
+    execution_only: ClassVar[frozenset[str]] = EngineConfig.execution_only
+
+    actors: tuple[PositiveInt, PositiveInt] | None = Field(None, description="[min, max] engine actors.")
+    cpus_per_actor: NonNegative | None = Field(None, description="CPUs each actor reserves.")
+    gpus_per_actor: NonNegative | None = Field(None, description="GPUs each actor reserves.")
+    place: Placement | None = Field(None, description="Where the engines run.")
+    tensor_parallel_size: PositiveInt | None = Field(None, description="GPUs one engine spans; null: those that its actor reserves.")
+    max_model_len: PositiveInt | None = Field(None, description="Context in tokens; null: this model's own.")
+    memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Share of device memory vLLM may take.")
+    kv_cache_gib: PositiveInt | None = Field(None, description="KV cache on CPU (GiB).")
+    enforce_eager: bool | None = Field(None, description="Skip graph capture and compilation.")
+    max_num_seqs: PositiveInt | None = Field(None, description="Sequences an engine decodes at once.")
+    rows_per_task: PositiveInt | None = Field(None, description="Rows handed to an actor at once: the unit of retry after a lost actor.")
+    rows_in_flight: PositiveInt | None = Field(None, description="Rows an actor works on at once.")
+
+    def beside(self, engine: EngineConfig) -> EngineConfig:
+        """The engine's settings, with those given here in their place."""
+        own = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+        gpus = own.get("gpus_per_actor", engine.gpus_per_actor)
+        own.setdefault("tensor_parallel_size", max(1, int(gpus)))
+        return engine.model_copy(update={"max_model_len": None, **own})
+
+
 class EndpointConfig(Section):
     """An OpenAI-compatible endpoint."""
 
@@ -281,7 +318,6 @@ class EndpointConfig(Section):
     usd_per_million_input: NonNegative = Field(2.5, description="Price of input tokens for the cost ledger (USD per million).")
     usd_per_million_output: NonNegative = Field(10.0, description="Price of output tokens for the cost ledger (USD per million).")
 
-
     @model_validator(mode="after")
     def _parameters(self):
         sent = [self.rename.get(name, name) for name in ("max_tokens", "temperature", "seed") if name not in self.omit]
@@ -297,7 +333,27 @@ class EndpointConfig(Section):
         return self
 
 
-class JudgeConfig(EndpointConfig):
+class StrongModelConfig(EndpointConfig):
+    """A model beside the tuned one: at an endpoint, or a local one with settings of its own."""
+
+    model_settings: OwnModelConfig = Field(default_factory=OwnModelConfig, description="How a local model (kind vllm) is asked.")
+    engine: OwnEngineConfig = Field(default_factory=OwnEngineConfig, description="Engines of a local model (kind vllm); where they run holds for kind rater too.")
+
+    def own_model(self) -> ModelConfig:
+        """The settings of the local model."""
+        return ModelConfig(path=self.model, **self.model_settings.model_dump())
+
+    def described(self, section: str) -> str:
+        """How a local model is asked, for the log: none of it follows from the tuned model's settings."""
+        own = self.model_settings
+        parts = [
+            f"the chat template {own.chat_template}" if own.chat_template else "its own chat template", "padded images" if own.pad_to_square else "images as they are",
+            own.precision, "a system prompt" if own.system_prompt else "no system prompt", f"at most {self.engine.max_model_len} tokens" if self.engine.max_model_len else "its own context length",
+        ]
+        return f"{section}: {self.model} is asked with {', '.join(parts)} ({section}.model_settings, {section}.engine)"
+
+
+class JudgeConfig(StrongModelConfig):
     """Who says which answer is better."""
 
     kind: Literal["vllm", "api", "rater", "random"] = Field("api", description="api: any OpenAI-compatible endpoint; vllm: a local, stronger VLM; rater: the rating model of jobs/clinician_preference.py, an extension; random: coin flips, an ablation.")

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig
+from medray.config import DataConfig, EngineConfig, SamplingConfig
 from medray.config.dialogues import GenerateConfig
 from medray.inference.completions import Usage
 from medray.inference.dialogue_prompt import Demonstration
@@ -27,7 +27,7 @@ class Asking(Questioner):
         config: the section; rounds[1] questions are aimed at. Where too many repeat each other, more are asked, in
             config.attempts turns at most; an image with fewer than rounds[0] left goes without a dialogue.
         demonstrations: config.demonstrated of the questions are drawn from those of the image's modality (about other images).
-        model, model_config, data_config, engine_config: see EngineWorker.
+        model, data_config, engine_config: see EngineWorker.
     """
 
     schema = GENERATED
@@ -35,11 +35,11 @@ class Asking(Questioner):
     config: GenerateConfig
 
     def __init__(
-        self, config: GenerateConfig | dict, demonstrations: Sequence[Demonstration], model: str, model_config: ModelConfig | dict,
-        data_config: DataConfig | dict, engine_config: EngineConfig | dict,
+        self, config: GenerateConfig | dict, demonstrations: Sequence[Demonstration], model: str, data_config: DataConfig | dict,
+        engine_config: EngineConfig | dict,
     ):
-        super().__init__(model, model_config, data_config, engine_config)
         self.config, self.demonstrations = GenerateConfig.model_validate(config), demonstrations
+        super().__init__(model, self.config.own_model(), data_config, engine_config)
 
     async def row(self, row: dict[str, Any]) -> dict[str, Any]:
         sample_id, usage = row["sample_id"], Usage()

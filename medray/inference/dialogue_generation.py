@@ -7,10 +7,11 @@ dialogues that clinicians approved. Where clinicians are to choose, the question
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig
+from medray.config import DataConfig, EngineConfig, SamplingConfig
 from medray.config.dialogues import GenerateConfig
 from medray.data.exchanges import normal
 from medray.inference.asking import Asking
@@ -29,6 +30,8 @@ from medray.inference.engine import seed_for
 from medray.inference.thinking import UNFINISHED, without_blocks
 from medray.inference.worker import EngineWorker, RowWorker, client_options, map_options
 from medray.records import GENERATED
+
+logger = logging.getLogger("medray")
 
 ReadT = TypeVar("ReadT")
 Write = Callable[..., Any]  # (text, place, usage) -> Reply
@@ -110,15 +113,14 @@ def _answers_to(questions: Sequence[str], text: str) -> tuple[list[str | None], 
 
 
 class EngineGenerate(EngineWorker, Generate):
-    """A local VLM as writer, through its own chat template and without the system prompt; see Generate and EngineWorker."""
+    """A local VLM as writer, asked as `model_settings` says; see Generate and EngineWorker."""
 
     def __init__(
-        self, config: GenerateConfig | dict, demonstrations: Sequence[Demonstration], model: str, model_config: ModelConfig | dict,
-        data_config: DataConfig | dict, engine_config: EngineConfig | dict,
+        self, config: GenerateConfig | dict, demonstrations: Sequence[Demonstration], model: str, data_config: DataConfig | dict,
+        engine_config: EngineConfig | dict,
     ):
         self.config, self.demonstrations = GenerateConfig.model_validate(config), demonstrations
-        model_config = ModelConfig.model_validate(model_config).model_copy(update={"system_prompt": ""})
-        super().__init__(model, model_config, data_config, engine_config)
+        super().__init__(model, self.config.own_model(), data_config, engine_config)
 
     async def writer(self, row, usage):
         image, key = await self.image(row)
@@ -160,18 +162,20 @@ class ApiGenerate(Generate):
 
 
 def generate_map(
-    config: GenerateConfig, model: str | None, model_config: ModelConfig, data_config: DataConfig, engine_config: EngineConfig,
+    config: GenerateConfig, model: str | None, data_config: DataConfig, engine_config: EngineConfig,
     demonstrations: Sequence[Demonstration] = (),
 ) -> tuple[type[RowWorker], dict[str, Any]]:
     """The writer as (callable class, arguments) for `map_batches`.
 
     Args:
         model: resolved path of the local writer; not used by kind api.
+        engine_config: the writer's (OwnEngineConfig.beside).
     """
     common = {"config": config.model_dump(), "demonstrations": list(demonstrations), "data_config": data_config.model_dump()}
     if config.kind == "api":
         return ApiGenerate, {**client_options(engine_config), "fn_constructor_kwargs": common}
-    engine = {"model": model, "model_config": model_config.model_dump(), "engine_config": engine_config.model_dump()}
+    logger.info(config.described("generate"))
+    engine = {"model": model, "engine_config": engine_config.model_dump()}
     worker = EngineGenerate if config.writing == "dialogue" else Asking
     return worker, {**map_options(engine_config), "fn_constructor_kwargs": {**common, **engine}}
 

@@ -14,15 +14,18 @@ Every unordered pair of distinct answers of a question gets a verdict. Kinds of 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from typing import Any
 
-from medray.config import DataConfig, EngineConfig, JudgeConfig, ModelConfig, SamplingConfig, ScoreConfig
+from medray.config import DataConfig, EngineConfig, JudgeConfig, SamplingConfig, ScoreConfig
 from medray.inference.engine import seed_for
 from medray.inference.judge_api import ApiJudge
 from medray.inference.judge_prompt import HIGHEST, LOWEST, judge_prompt
 from medray.inference.verdicts import Judge, Verdict, written_verdict
 from medray.inference.worker import EngineWorker, client_options, map_options
+
+logger = logging.getLogger("medray")
 
 
 class RandomJudge(Judge):
@@ -46,21 +49,16 @@ class EngineJudge(EngineWorker, Judge):
     """A local VLM as judge, through its own chat template.
 
     Args:
-        config: the judge section; `scoring` chooses written scores or likelihood.
-        model, model_config, data_config, engine_config: see EngineWorker. Written scores are asked without the
-            system prompt, which is about a conversation and not about judging.
+        config: the judge section; `scoring` chooses written scores or likelihood, `model_settings` how it is asked.
+        model, data_config, engine_config: see EngineWorker.
     """
 
     def __init__(
-        self, config: JudgeConfig | dict, model: str, model_config: ModelConfig | dict, data_config: DataConfig | dict,
-        engine_config: EngineConfig | dict,
+        self, config: JudgeConfig | dict, model: str, data_config: DataConfig | dict, engine_config: EngineConfig | dict,
     ):
         self.config = JudgeConfig.model_validate(config)
         self.name = f"vllm:{self.config.model}:{self.config.scoring}"
-        model_config = ModelConfig.model_validate(model_config)
-        if self.config.scoring == "scores":
-            model_config = model_config.model_copy(update={"system_prompt": ""})
-        super().__init__(model, model_config, data_config, engine_config)
+        super().__init__(model, self.config.own_model(), data_config, engine_config)
 
     async def verdicts(self, row, question, places, usage):
         image, key = await self.image(row)
@@ -90,18 +88,17 @@ class EngineJudge(EngineWorker, Judge):
 
 
 def judge_map(
-    config: JudgeConfig, model: str | None, model_config: ModelConfig, data_config: DataConfig, engine_config: EngineConfig,
+    config: JudgeConfig, model: str | None, data_config: DataConfig, engine_config: EngineConfig,
 ) -> tuple[type[Judge], dict[str, Any]]:
     """The judge as (callable class, arguments) for `map_batches`.
 
     Args:
         model: resolved path of the local judge or rating model; not used by the other kinds.
+        engine_config: the judge's (OwnEngineConfig.beside).
     """
     if config.kind == "vllm":
-        kwargs = {
-            "config": config.model_dump(), "model": model, "model_config": model_config.model_dump(),
-            "data_config": data_config.model_dump(), "engine_config": engine_config.model_dump(),
-        }
+        logger.info(config.described("judge"))
+        kwargs = {"config": config.model_dump(), "model": model, "data_config": data_config.model_dump(), "engine_config": engine_config.model_dump()}
         return EngineJudge, {**map_options(engine_config), "fn_constructor_kwargs": kwargs}
     if config.kind == "rater":
         from medray.inference.judge_rater import RaterJudge

@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from typing import Any
 
 import pyarrow as pa
 
-from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig
+from medray.config import DataConfig, EngineConfig, SamplingConfig
 from medray.config.dialogues import RateConfig
 from medray.data.exchanges import kind_of_error
 from medray.data.shards import tables
@@ -24,6 +25,8 @@ from medray.inference.engine import seed_for
 from medray.inference.rate_prompt import HIGHEST, RatingError, parse_score, rate_prompt
 from medray.inference.worker import EngineWorker, RowWorker, client_options, map_options
 from medray.records import RATED
+
+logger = logging.getLogger("medray")
 
 USAGE = pa.schema([("prompt_tokens", pa.int64()), ("completion_tokens", pa.int64()), ("requests", pa.int64()), ("retries", pa.int64())])
 RATING = pa.schema([*RATED, *USAGE])
@@ -59,19 +62,15 @@ class EngineRate(EngineWorker, Rate):
     """A local VLM as rater, through its own chat template.
 
     Args:
-        config: the section; `scoring` chooses written scores or likelihood.
-        model, model_config, data_config, engine_config: see EngineWorker. Written scores are asked without the system
-            prompt, which is about a conversation and not about rating.
+        config: the section; `scoring` chooses written scores or likelihood, `model_settings` how it is asked.
+        model, data_config, engine_config: see EngineWorker.
     """
 
     def __init__(
-        self, config: RateConfig | dict, model: str, model_config: ModelConfig | dict, data_config: DataConfig | dict, engine_config: EngineConfig | dict,
+        self, config: RateConfig | dict, model: str, data_config: DataConfig | dict, engine_config: EngineConfig | dict,
     ):
         self.config = RateConfig.model_validate(config)
-        model_config = ModelConfig.model_validate(model_config)
-        if self.config.scoring == "scores":
-            model_config = model_config.model_copy(update={"system_prompt": ""})
-        super().__init__(model, model_config, data_config, engine_config)
+        super().__init__(model, self.config.own_model(), data_config, engine_config)
 
     async def rated(self, row, usage):
         image, key = await self.image(row)
@@ -108,19 +107,18 @@ class ApiRate(Rate):
 
 
 def rate_map(
-    config: RateConfig, model: str | None, model_config: ModelConfig, data_config: DataConfig, engine_config: EngineConfig,
+    config: RateConfig, model: str | None, data_config: DataConfig, engine_config: EngineConfig,
 ) -> tuple[type[Rate], dict[str, Any]]:
     """The rater as (callable class, arguments) for `map_batches`.
 
     Args:
         model: resolved path of the local rater; not used by kind api.
+        engine_config: the rater's (OwnEngineConfig.beside).
     """
     if config.kind == "api":
         return ApiRate, {**client_options(engine_config), "fn_constructor_kwargs": {"config": config.model_dump(), "data_config": data_config.model_dump()}}
-    kwargs = {
-        "config": config.model_dump(), "model": model, "model_config": model_config.model_dump(),
-        "data_config": data_config.model_dump(), "engine_config": engine_config.model_dump(),
-    }
+    logger.info(config.described("rate"))
+    kwargs = {"config": config.model_dump(), "model": model, "data_config": data_config.model_dump(), "engine_config": engine_config.model_dump()}
     return EngineRate, {**map_options(engine_config), "fn_constructor_kwargs": kwargs}
 
 

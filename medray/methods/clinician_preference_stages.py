@@ -88,7 +88,7 @@ def draw(stage: Stage, config: ClinicianPreferenceConfig, data: dict[str, Any], 
 
 def generate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
     """What dialogues depend on beside images and demonstrations."""
-    return {"config": config.generate.outcome("answers"), "writer": model and model.hash, "local": model and stages.asked_inputs(config)}
+    return {"config": config.generate.outcome("answers", *stages.OWN), "writer": model and model.hash, "local": stages.own_inputs(config.generate)}
 
 
 def candidates(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | None, drawn: dict[str, Any]) -> dict[str, Any]:
@@ -107,9 +107,10 @@ def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Mo
     from medray.inference.dialogue_generation import generate_map
 
     settings = config.generate.model_copy(update={"answers": answers})
-    work, options = generate_map(settings, writer and writer.path, config.model, config.data, config.engine, demonstrations_of(demonstrations))
+    engine = settings.engine.beside(config.engine)
+    work, options = generate_map(settings, writer and writer.path, config.data, engine, demonstrations_of(demonstrations))
     rows, again = write_resumable(
-        images, stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options), config.engine.rows_per_task, config.data.read_cpus)
+        images, stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options), engine.rows_per_task, config.data.read_cpus)
     ledger = stages.ledger_of(stage, config.generate)
     counts = unpack(stage.path("rows"), stage.dir)
     if not counts.get("exchanges"):
@@ -118,7 +119,7 @@ def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Mo
 
 
 def rate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[str, Any]:
-    return {"config": config.rate.outcome(), "rater": model and model.hash, "local": model and stages.asked_inputs(config)}
+    return {"config": config.rate.outcome(*stages.OWN), "rater": model and model.hash, "local": stages.own_inputs(config.rate)}
 
 
 def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, written: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +127,11 @@ def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, w
     from medray.data.shards import write_resumable
     from medray.inference.rate import rate_map, rating_counts
 
-    work, options = rate_map(config.rate, model and model.path, config.model, config.data, config.engine)
+    engine = config.rate.engine.beside(config.engine)
+    work, options = rate_map(config.rate, model and model.path, config.data, engine)
     rows, again = write_resumable(
         written["outputs"]["exchanges"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options),
-        8 * config.engine.rows_per_task, config.data.read_cpus,
+        8 * engine.rows_per_task, config.data.read_cpus,
     )
     ledger = stages.ledger_of(stage, config.rate)
     return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"exchanges": rows, **again, **rating_counts(stage.path("rows"))}}

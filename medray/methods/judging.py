@@ -89,7 +89,8 @@ def _judged(
         import ray.data
 
         model = resolve_model(config.judge.model) if config.judge.kind == "vllm" else None
-        judge_class, options = judge_map(config.judge, model, config.model, config.data, config.engine)
+        engine = config.judge.engine.beside(config.engine)
+        judge_class, options = judge_map(config.judge, model, config.data, engine)
         pool = ray.data.ActorPoolStrategy(size=1)  # it holds the answers of both models
 
         def judged(rows: Any) -> Any:
@@ -98,7 +99,7 @@ def _judged(
             return made.map_batches(judge_class, **options)
 
         rows, again = write_resumable(
-            questions["outputs"]["rows"], stage.path("rows"), stage.path("committed"), judged, 8 * config.engine.rows_per_task, config.data.read_cpus,
+            questions["outputs"]["rows"], stage.path("rows"), stage.path("committed"), judged, 8 * engine.rows_per_task, config.data.read_cpus,
             keeps=JudgeRows(**arguments).keeps, keep_columns=["answer_type"],
         )
         return {"rows": stage.path("rows"), "counts": {"questions": rows, **again}}

@@ -19,11 +19,13 @@ from medray.config import (
     InstructionFreeConfig,
     ModelConfig,
     SelfTrainingConfig,
+    StrongModelConfig,
     TrainConfig,
 )
 from medray.run import Run, Stage, digest
 
 PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig that only the pairs stage reads
+OWN = ("model_settings", "engine")  # the fields of StrongModelConfig that only a local model has: see own_inputs
 LOCAL_JUDGES = ("vllm", "rater")  # the kinds of judge whose model is a folder of ours, not a name at an endpoint
 AnyMethodConfig = SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig
 BLOCKS_PER_ENCODER = 12  # of rows under way between files and training workers: read ahead, in work, encoded
@@ -48,6 +50,11 @@ def asked_inputs(config: AnyMethodConfig | EvaluateJobConfig) -> dict[str, Any]:
     return {"settings": model_inputs(config.model), "engine": config.engine.outcome()}
 
 
+def own_inputs(config: StrongModelConfig) -> dict[str, Any] | None:
+    """What replies of a local model beside the tuned one depend on beside its weights and the rest of its section; None of other kinds."""
+    return {"settings": model_inputs(config.own_model()), "engine": config.engine.outcome()} if config.kind == "vllm" else None
+
+
 def evaluation_inputs(config: SelfTrainingConfig, before: dict[str, Any] | None) -> dict[str, Any]:
     """What an evaluation depends on beside the model and the questions.
 
@@ -66,8 +73,7 @@ def data_inputs(config: SelfTrainingConfig) -> dict[str, Any]:
 def judge_inputs(config: SelfTrainingConfig | ClinicianPreferenceConfig | EvaluateJobConfig) -> dict[str, Any]:
     """What a verdict depends on, with the weights of a local judge: how requests are sent and paid, and what is later made of the scores, are left out."""
     weights = local_model(config.judge.model).hash if config.judge.kind in LOCAL_JUDGES else None
-    local = asked_inputs(config) if config.judge.kind == "vllm" else None
-    return {"config": config.judge.outcome(*PAIR_RULES), "weights": weights, "local": local}
+    return {"config": config.judge.outcome(*PAIR_RULES, *OWN), "weights": weights, "local": own_inputs(config.judge)}
 
 
 def pair_rules(config: SelfTrainingConfig) -> dict[str, Any]:
@@ -252,10 +258,11 @@ def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> d
     from medray.models.vlm import resolve_model
 
     model = resolve_model(config.judge.model) if config.judge.kind in LOCAL_JUDGES else None
-    judge_class, options = judge_map(config.judge, model, config.model, config.data, config.engine)
+    engine = config.judge.engine.beside(config.engine)
+    judge_class, options = judge_map(config.judge, model, config.data, engine)
     rows, again = write_resumable(
         played["outputs"]["rows"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(judge_class, **options),
-        config.engine.rows_per_task, config.data.read_cpus,
+        engine.rows_per_task, config.data.read_cpus,
     )
     ledger = ledger_of(stage, config.judge)
     tally = _tally(stage.path("rows"), ["sample_id", "error", "verdicts"], _verdicts)

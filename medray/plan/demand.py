@@ -22,6 +22,7 @@ CLIENT_CPUS = 0.5  # of the actor that waits for an endpoint, as medray.inferenc
 # What Ray Data (2.60) reserves beside a stage's own tasks and actors, and gives no option for: a CPU for each task that lists files or
 # cuts rows into other blocks, and, where a stage is continued, one for the actor that leaves out the rows that are done.
 LISTING_CPUS, FILTER_CPUS = 1.0, 1.0
+_PLACES = ("actors", "cpus_per_actor", "gpus_per_actor", "place")
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,13 @@ def demands(config: Section) -> dict[str, list[Demand]]:
         if isinstance(section, LoopConfig):
             found[name] = [_workers(name, section), reader, reader, listing]  # one reads, one encodes
         elif isinstance(section, EngineConfig | ScoreConfig | DemonstrationsConfig):
-            labels = cluster.data_labels | section.place.selector
-            pool = Demand(f"{name}.actors", *section.actors, section.cpus_per_actor, section.gpus_per_actor, section.place.memory_gib, labels, section.place.resources)
-            found[name] = [pool, *continued]
+            found[name] = [_pool(name, section, cluster.data_labels), *continued]
         elif isinstance(section, JudgeConfig | GenerateConfig | RateConfig) and section.kind in ("api", "random"):
-            found[name] = [Demand(f"{name}.kind", 1, 1, CLIENT_CPUS, labels=cluster.data_labels), *continued]  # the other kinds run in the engine's places
+            found[name] = [Demand(f"{name}.kind", 1, 1, CLIENT_CPUS, labels=cluster.data_labels), *continued]
+        elif isinstance(section, JudgeConfig | GenerateConfig | RateConfig):
+            own = section.engine.beside(config.engine)
+            if any(getattr(own, field) != getattr(config.engine, field) for field in _PLACES):  # else it runs in the engine's places
+                found[name] = [_pool(f"{name}.engine", own, cluster.data_labels), *continued]
         if isinstance(section, DpoConfig):
             labels = cluster.data_labels | section.place.selector
             actors = Demand(
@@ -81,6 +84,11 @@ def demands(config: Section) -> dict[str, list[Demand]]:
                 section.place.resources)
             found["reference"] = [actors, *continued]
     return found
+
+
+def _pool(name: str, section: EngineConfig | ScoreConfig | DemonstrationsConfig, data_labels: dict[str, str]) -> Demand:
+    place = section.place
+    return Demand(f"{name}.actors", *section.actors, section.cpus_per_actor, section.gpus_per_actor, place.memory_gib, data_labels | place.selector, place.resources)
 
 
 def served_demands(config: ServeConfig, engines: Mapping[str, EngineConfig]) -> dict[str, list[Demand]]:

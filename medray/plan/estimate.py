@@ -138,7 +138,8 @@ def judging(name: str, config: SelfTrainingConfig, images: float, plan: Plan) ->
     if judge.kind == "vllm":
         shape = plan.judge or shape_of(judge.model)
         each = work.asked_image(shape, round(requests / images), plan.judge_prompt + 2 * plan.lengths.answer, plan.judge_answer)
-        return generating(name, shape, config, each, images, plan)
+        own = config.model_copy(update={"engine": judge.engine.beside(config.engine), "model": judge.own_model()})
+        return generating(name, shape, own, each, images, plan)
     read = requests * (plan.judge_image + plan.judge_prompt + 2 * plan.lengths.answer)
     usd = (read * judge.usd_per_million_input + requests * plan.judge_answer * judge.usd_per_million_output) / 1e6
     stage = _stage(name, plan, {"the judge's endpoint": requests * plan.gains.endpoint / judge.concurrency}, 0)

@@ -12,7 +12,6 @@ from medray.config import (
     DataConfig,
     EngineConfig,
     JudgeConfig,
-    ModelConfig,
     ScoreConfig,
     SelfTrainingConfig,
     load_config,
@@ -77,7 +76,7 @@ def test_verdicts_are_the_rating_models_scores(rater):
 
 
 def test_the_judge_is_chosen_by_its_kind(rater):
-    judge, options = judge_map(JudgeConfig(kind="rater", model=rater), rater, ModelConfig(), DataConfig(), EngineConfig(cpus_per_actor=2))
+    judge, options = judge_map(JudgeConfig(kind="rater", model=rater), rater, DataConfig(), EngineConfig(cpus_per_actor=2))
     assert judge is RaterJudge
     assert options["fn_constructor_kwargs"]["score_config"]["cpus_per_actor"] == 2
 

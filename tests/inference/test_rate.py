@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medray.config import ClusterConfig, DataConfig, EngineConfig, ModelConfig
+from medray.config import ClusterConfig, DataConfig, EngineConfig
 from medray.config.dialogues import RateConfig
 from medray.data.shards import write_resumable
 from medray.inference.endpoint import EndpointDown
@@ -107,7 +107,7 @@ def test_a_stage_whose_endpoint_refuses_its_key_stops_and_goes_on(ray_cluster, p
     source = tmp_path / "in"
     source.mkdir()
     pq.write_table(exchanges(png, "a", "b", "c"), source / "a.parquet")
-    work, options = rate_map(config, None, ModelConfig(), DataConfig(), EngineConfig())
+    work, options = rate_map(config, None, DataConfig(), EngineConfig())
     arguments = (str(source), str(tmp_path / "rows"), str(tmp_path / "committed"), lambda rows: rows.map_batches(work, **options), 8, 0.5)
     with pytest.raises(EndpointDown) as stopped, ray_session(ClusterConfig()):
         write_resumable(*arguments)

@@ -44,7 +44,7 @@ class Outputs(dict):
     def __missing__(self, name: str) -> Any:
         if name == "counts":
             return Counts()
-        return {} if name == "quality" else f"{self.stage}/{name}"
+        return Counts() if name in ("quality", "account", "tallies") else f"{self.stage}/{name}"
 
 
 class Counts(dict):
@@ -164,6 +164,7 @@ CONFIGS: dict[str, Section] = {
 NONE = ""
 LOOP = "num_workers cpus_per_worker gpus_per_worker place.* threads zero_stage gradient_checkpointing checkpoint_every keep_checkpoints max_failures"
 ENGINE = "actors cpus_per_actor gpus_per_actor place.* tensor_parallel_size memory_utilization kv_cache_gib enforce_eager max_num_seqs rows_per_task rows_in_flight"
+OWN_ENGINE = ENGINE.replace("place.*", "place")
 ENDPOINT = "key_env concurrency retries give_up timeout rename usd_per_million_input usd_per_million_output"
 # The limits say which images are set aside when the source is read; what trains and answers reads the images that are left.
 # For each job: fields (the first pattern that fits counts) -> the stages whose own key changes ("among": some of them do). A stage after those
@@ -175,7 +176,7 @@ TABLE: dict[str, dict[str, str]] = {
         "data.read_cpus data.encoders": NONE,
         "data.*": "00-data",
         "model.path": "01-sq_sft 90-evaluate-base",
-        "model.*": "01-sq_sft ?1-verify ?6-verify ?1-self_play ?2-judge ?4-reference ?5-dpo 90-evaluate-*",
+        "model.*": "01-sq_sft ?1-verify ?6-verify ?1-self_play ?4-reference ?5-dpo 90-evaluate-*",
         "sft.seed sft.eval_rows": "00-data 01-sq_sft",
         "sft.micro_batch sft.accumulation sft.global_batch sft.num_workers": "01-sq_sft",
         "dpo.micro_batch dpo.accumulation dpo.global_batch dpo.num_workers": "?5-dpo",
@@ -185,7 +186,8 @@ TABLE: dict[str, dict[str, str]] = {
         "dpo.*": "?5-dpo",
         "self_play.*": "?1-self_play",
         " ".join(f"engine.{name}" for name in ENGINE.split()): NONE,
-        "engine.*": "?1-verify ?6-verify ?1-self_play ?2-judge 90-evaluate-*",
+        "engine.*": "?1-verify ?6-verify ?1-self_play 90-evaluate-*",
+        " ".join(f"judge.engine.{name}" for name in OWN_ENGINE.split()): NONE,
         " ".join(f"judge.{name}" for name in ENDPOINT.split()): NONE,
         "judge.min_margin judge.min_chosen_score": "?3-pairs",
         "judge.*": "?2-judge",
@@ -224,13 +226,14 @@ TABLE: dict[str, dict[str, str]] = {
         "data.read_cpus data.encoders": NONE,
         "data.* captions.*": "00-data",
         "model.path": "11-tune-* 90-evaluate-base",
-        "model.*": "03-candidates 05-generate 06-rate 11-tune-* 12-verify-* 90-evaluate-* 30-*",
+        "model.*": "11-tune-* 12-verify-* 90-evaluate-*",
         "demonstrations.encoder": "01-embed",
         "demonstrations.precision": "01-embed",
         "demonstrations.batch demonstrations.actors demonstrations.cpus_per_actor demonstrations.gpus_per_actor demonstrations.place.*": NONE,
         "demonstrations.*": "02-draw",
         "clinicians.*": "04-clinicians",
         **{" ".join(f"{section}.{name}" for name in ENDPOINT.split()): NONE for section in ("generate", "rate", "judge")},
+        **{" ".join(f"{section}.engine.{name}" for name in OWN_ENGINE.split()): NONE for section in ("generate", "rate", "judge")},
         "generate.answers": "05-generate",
         "generate.seed": "00-data 03-candidates 05-generate",
         "generate.*": "03-candidates 05-generate",
@@ -251,7 +254,7 @@ TABLE: dict[str, dict[str, str]] = {
         "tune.eval_rows": "00-data 11-tune-*",
         "tune.*": "11-tune-*",
         " ".join(f"engine.{name}" for name in ENGINE.split()): NONE,
-        "engine.*": "03-candidates 05-generate 06-rate 12-verify-* 90-evaluate-* 30-*",
+        "engine.*": "12-verify-* 90-evaluate-*",
         "verify.*": "12-verify-*",
         "evaluate.kinds evaluate.seed evaluate.max_images": "00-data 90-evaluate-*",
         "evaluate.bootstrap": "08-rater* 90-evaluate-*",
@@ -266,13 +269,14 @@ TABLE: dict[str, dict[str, str]] = {
     "evaluate": {
         "cluster.*": NONE,
         "model.path": NONE,  # --model names the models
-        "model.*": "05-answers-local 10-vqa-rad-local 30-*",
+        "model.*": "05-answers-local 10-vqa-rad-local",
         "data.source data.format data.testbed_val_fraction": NONE,  # --data and --benchmark give them
         "data.read_cpus data.encoders data.label_fraction data.max_labelled data.max_unlabelled data.unlabelled_per_round data.turns": NONE,
         "data.max_image_bytes data.max_image_pixels data.max_aspect data.min_image_side data.rows_per_shard": "01-vqa-rad-samples",
         "data.*": "00-vqa-rad-index",
         " ".join(f"engine.{name}" for name in ENGINE.split()): NONE,
-        "engine.*": "05-answers-local 10-vqa-rad-local 30-*",
+        "engine.*": "05-answers-local 10-vqa-rad-local",
+        " ".join(f"judge.engine.{name}" for name in OWN_ENGINE.split()): NONE,
         "evaluate.kinds evaluate.arms": NONE,  # a benchmark's definition has its kinds; --model names the arms
         "evaluate.max_images": "02-vqa-rad-questions 20-*",
         "evaluate.max_tokens": "05-answers-* 10-vqa-rad-* 20-*",
@@ -334,7 +338,7 @@ def another(annotation: Any, value: Any, path: str, places: dict[str, str]) -> A
         return kind()
     if typing.get_origin(kind) is typing.Literal:
         return typing.get_args(kind)[0]
-    return {int: 7, float: 0.7, str: "another", bool: True, dict: {"another": 1}}[typing.get_origin(kind) or kind]
+    return {int: 7, float: 0.7, str: "another", bool: True, dict: {"another": 1}, tuple: (2, 3)}[typing.get_origin(kind) or kind]
 
 
 def changed(config: Section, path: str, places: dict[str, str]) -> Section:
@@ -407,7 +411,7 @@ def test_a_stage_that_changes_changes_all_that_come_of_it(job, path, same, keys_
 def test_a_template_counts_by_its_text(keys_of, tmp_path):
     template = tmp_path / "template.jinja"
     config = CONFIGS["self_train"].model_copy(deep=True)
-    config.model.chat_template = str(template)
+    config.model.chat_template = config.judge.model_settings.chat_template = str(template)
     template.write_text("one")
     before = keys_of("self_train", config)
     template.write_text("another")
