@@ -75,13 +75,18 @@ def _numeric(value: Any) -> Any:
 
 def _assign(cls: type[Section], values: dict, keys: list[str], value: Any, override: str) -> None:
     section: type[Section] | None = cls
+    holds_names = False  # a field whose value is a mapping of the user's own names
     for depth, key in enumerate(keys):
+        if holds_names and depth == len(keys) - 1:
+            values[key] = value  # judge.rename.max_tokens=...
+            return
         if section is None or key not in section.model_fields:
             at = ".".join(keys[:depth]) or "the top level"
             raise ConfigError(f"--set {override!r}: {_unknown(section, key)} at {at}")
         if depth == len(keys) - 1:
             values[key] = value
             return
+        holds_names = typing.get_origin(section.model_fields[key].annotation) is dict
         section = fields_of(section)[key]
         if not isinstance(values.get(key), dict):
             values[key] = {}

@@ -466,6 +466,8 @@ def _read_table(path: str) -> Iterator[list[str]]:
                 raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
         return
     openpyxl = _openpyxl(path)
+    if not fs.exists(inner):
+        raise DataError(f"{path} does not exist")
     with fs.open(inner, "rb") as handle:
         try:
             book = openpyxl.load_workbook(handle, read_only=True, data_only=True)

@@ -17,6 +17,7 @@ from medray.data.descriptions import LEAD, Form, leaks_description, stated_choic
 from medray.data.shuffling import separated
 from medray.evaluation.compare import clustered_interval, clustered_intervals
 from medray.evaluation.exchange import read_predictions
+from medray.evaluation.plain_text import plain
 from medray.evaluation.scores import matched
 from medray.evaluation.table import load
 
@@ -84,8 +85,8 @@ def retention(before: str, after: str, config: EvaluateConfig) -> dict[str, Any]
 
 def attribute_overlap(answer: str, reference: str) -> dict[str, float]:
     """precision, recall and f1 of the attributes an answer lists against those of the true description: parts between commas,
-    equal but for capitals, each counted once. All are 0 where nothing is shared."""
-    said, true = ({part.lower() for part in separated(text)[0]} for text in (answer, reference))
+    equal but for capitals and punctuation, each counted once. All are 0 where nothing is shared."""
+    said, true = ({plain(part) for part in separated(text)[0]} - {""} for text in (answer, reference))
     shared = len(said & true)
     if not shared:
         return dict.fromkeys(OVERLAP, 0.0)

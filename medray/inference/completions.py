@@ -194,6 +194,10 @@ def how_to_fix(config: EndpointConfig, section: str, problem: Unusable) -> str:
         return f"set {section}.base_url to the address it redirects to"
     if problem.status == 413:
         return "the requests are too large for it: allow larger ones there, or give smaller images"
+    if problem.status == 429:
+        return f"it limits requests or their price: lower {section}.concurrency, raise {section}.retries, or look at the account"
+    if problem.status is None or problem.status >= 500:
+        return "see whether the server is up"
     if problem.status not in (400, 422):
         return ""
     sent = {config.rename.get(name, name): name for name in ("max_tokens", "temperature", "seed") if name not in config.omit}

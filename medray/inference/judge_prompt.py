@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from medray.inference.prompting import fill
+from medray.inference.prompting import fill, first_line
 from medray.inference.thinking import UNFINISHED, said
 
 LOWEST, HIGHEST = 1.0, 10.0
@@ -31,7 +31,7 @@ def parse_scores(reply: str) -> tuple[float, float]:
     answer, thinking = said(reply)
     if thinking == UNFINISHED:
         raise VerdictError("unfinished thinking: the reply never closes it; raise judge.max_tokens")
-    line = answer.strip().split("\n", 1)[0].strip()
+    line = first_line(answer)
     numbers = [float(number) for number in _NUMBER.findall(line)]
     if len(numbers) != 2:
         raise VerdictError(f"the first line holds {len(numbers)} numbers instead of two")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 
-from medray.inference.prompting import fill, known
+from medray.inference.prompting import fill, first_line, known
 from medray.inference.thinking import UNFINISHED, said
 
 LOWEST, HIGHEST = 0.0, 10.0
 # The score alone on its line, named or not: "8", "Score: 8.5", "**Rating - 7**", "[9]", "8/10", "8 out of 10."
-_SCORE = re.compile(r"[*_#\s\[(]*(?:(?:overall\s+)?(?:score|rating)[*_\s]*[:=-]?[*_\s]*)?[\[(]?(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?[\])*_.\s]*", re.IGNORECASE)
+_SCORE = re.compile(r"[*_#\s\[(]*(?:(?:overall\s+)?(?:score|rating)[*_\s]*[:=-]?[*_\s]*)?[\[(]?(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?[\])*_.。\s]*", re.IGNORECASE)
 
 
 class RatingError(ValueError):
@@ -36,7 +36,7 @@ def parse_score(reply: str) -> float:
     answer, thinking = said(reply)
     if thinking == UNFINISHED:
         raise RatingError("unfinished thinking: the reply never closes it; raise rate.max_tokens")
-    line = answer.strip().split("\n", 1)[0].strip()
+    line = first_line(answer)
     found = _SCORE.fullmatch(line)
     if not found:
         raise RatingError("the first line is not one number from 0 to 10")

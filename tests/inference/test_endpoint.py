@@ -193,8 +193,10 @@ def test_the_fix_that_the_error_names_is_one(api, png):
 def test_parameters_are_sent_as_configured():
     config = EndpointConfig(rename={"max_tokens": "max_completion_tokens"}, omit=("seed", "temperature"), parameters={"reasoning_effort": "low"}, max_tokens=5)
     body = request_body(config, "What?", None, 1)
+    dotted = load_config(EvaluateJobConfig, None, ["api.rename.max_tokens=max_completion_tokens", "api.parameters.reasoning_effort=low", "api.omit=[seed, temperature]", "api.max_tokens=5"])
+    assert request_body(dotted.api, "What?", None, 1) == body
     assert body == {"model": "gpt-4o", "max_completion_tokens": 5, "reasoning_effort": "low", "messages": [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]}
-    for wrong in ("rename={max_token: x}", "omit=[top_p]", "parameters={messages: []}", "parameters={seed: 1}", "rename={seed: temperature}", "omit=[seed]", "rename={seed: model}"):
+    for wrong in ("rename={max_token: x}", "rename.max_token=x", "omit.seed=x", "rename.max_tokens.x=y", "omit=[top_p]", "parameters={messages: []}", "parameters={seed: 1}", "rename={seed: temperature}", "omit=[seed]", "rename={seed: model}"):
         more = ["api.rename={seed: s}"] if wrong == "omit=[seed]" else []
         with pytest.raises(ConfigError, match=r"api"):
             load_config(EvaluateJobConfig, None, [*more, f"api.{wrong}"])

@@ -12,13 +12,14 @@ from tests.inference import peer
 
 
 @pytest.mark.parametrize(("reply", "scores"), [
-    ("8 7\nbecause", (8, 7)), ("8, 7", (8, 7)), ("[9.5] [3]", (9.5, 3)), ("\n 10/1", (10, 1)), ("Scores: 4 and 6\nx", (4, 6)),
+    ("8 7\nbecause", (8, 7)), ("8, 7", (8, 7)), ("[9.5] [3]", (9.5, 3)), ("\n 10/1", (10, 1)), ("Scores: 4 and 6\nx", (4, 6)), ("８　７", (8, 7)), ("**8**, **7**", (8, 7)), ("8\u00a07", (8, 7)),
+    ("8 — 7", (8, 7)), ("8；7。", (8, 7)),
 ])
 def test_two_numbers_on_the_first_line_are_scores(reply, scores):
     assert parse_scores(reply) == scores
 
 
-@pytest.mark.parametrize("reply", ["", "8", "8\n7", "Answer 1: 8, Answer 2: 7", "8/10 7/10", "11 3", "0 5", "-3 4", "good bad", "8.5.1 7", "1e1 3"])
+@pytest.mark.parametrize("reply", ["", "8", "8\n7", "Answer 1: 8, Answer 2: 7", "8/10 7/10", "11 3", "0 5", "-3 4", "good bad", "8.5.1 7", "1e1 3", "\u22123 4", "８／１０ ７／１０"])
 def test_anything_else_is_an_error_and_never_a_number(reply):
     with pytest.raises(VerdictError):
         parse_scores(reply)

@@ -20,6 +20,7 @@ from tests.inference.peer import Peer
 
 @pytest.mark.parametrize(("reply", "score"), [
     ("8\nGood.", 8), ("8.5", 8.5), ("8/10", 8), (" 8 / 10 \nas it", 8), ("Score: 7", 7), ("**Rating: 9**\n3 of 4", 9), ("[10]", 10), ("0", 0), ("Score - 6.", 6), ("8 out of 10", 8), ("# Score\u003a 4", 4),
+    ("８", 8), ("Score：7。", 7), ("Rating – 6", 6), ("\u00a09\u00a0", 9),
 ])
 def test_a_number_alone_on_the_first_line_is_the_score(reply, score):
     assert parse_score(reply) == score

@@ -17,7 +17,7 @@ SMALL = [
     "data.testbed_rows=60", "data.max_labelled=30", "demonstrations.clusters=4", "demonstrations.draw=16", "generate.rounds=[2, 3]", "pairs.max_pairs=60",
     "rater.epochs=2", "rater.micro_batch=16", "rater.hidden=[16]", "rater.checkpoint_every=1", "tune.epochs=1", "tune.eval_rows=2", "evaluate.arms=[selected]",
     "evaluate.max_images=2", "evaluate.bootstrap=50", "verify.rows=0", "engine.rows_per_task=4",
-    "weights=[1, 10]", "select.aggregate=mean", "judge={kind: vllm, scoring: likelihood, model: testbed:expert}",
+    "weights=[1, 10]", "select.aggregate=mean", "judge={kind: vllm, scoring: likelihood, model: testbed:expert, model_settings: {precision: fp32}, engine: {max_model_len: 512}}",
 ]
 # By stage what is there when it is killed: its beginning, rows, or a checkpoint. A start of the job takes half a minute: all are killed where
 # MEDRAY_KILL_ALL is set; else one, when some of its rows are there (tests/train/test_rater.py kills the rating model's training).
