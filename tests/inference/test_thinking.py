@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 
 from medray.inference.dialogue_prompt import DialogueError, parse_dialogue
+from medray.inference.engine import Output
 from medray.inference.judge_prompt import VerdictError, parse_scores
 from medray.inference.rate_prompt import RatingError, parse_score
+from medray.inference.self_play import keep_questions
 from medray.inference.thinking import FINISHED, UNFINISHED, opens, said, without_blocks
 
 
@@ -52,3 +56,52 @@ def test_no_thinking_becomes_part_of_a_dialogue():
     assert [turn["text"] for turn in turns] == ["What?", "A cell.", "Big?", "Yes."]
     with pytest.raises(DialogueError, match="unfinished thinking"):
         parse_dialogue("User: What?\nAssistant: A cell.\nUser: Big?\nAssistant: <think>is it")
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """An engine worker with a bundled model's chat, whose tags of thinking are special tokens; no engine."""
+    from medray.config import ModelConfig
+    from medray.inference.chat import Chat
+    from medray.inference.self_play import SelfPlay
+    from medray.models.vlm import resolve_model
+
+    chat = Chat(resolve_model("testbed:base"), ModelConfig())
+    chat.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    made = SelfPlay.__new__(SelfPlay)
+    made.engine = SimpleNamespace(chat=chat)
+    return made
+
+
+def output(worker, text, finish="stop"):
+    """As the engine gives it: the text lacks special tokens, and the ids end with the end token."""
+    tokenizer = worker.engine.chat.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = [*ids, tokenizer.eos_token_id] if finish == "stop" else ids
+    return Output(tokenizer.decode(ids, skip_special_tokens=True), ids, finish, 1, None, "<" in text, 10)
+
+
+def test_tags_that_are_special_tokens_are_seen(worker):
+    prompt = worker.engine.chat.tokenizer("what is it?", add_special_tokens=False)["input_ids"]
+    found = output(worker, "<think> no mass </think> yes")
+    assert "think" not in found.text and "no mass" in found.text
+    assert tuple(worker.said(prompt, found)) == ("yes", FINISHED)
+    assert tuple(worker.said(prompt, output(worker, "<think> no mass", "length"))) == ("", UNFINISHED)
+    assert worker.said(prompt, output(worker, "yes")) == (output(worker, "yes").text, None)
+
+
+def test_thinking_that_the_prompt_opens_is_seen(worker):
+    prompt = worker.engine.chat.tokenizer("what is it? <think>", add_special_tokens=False)["input_ids"]
+    assert tuple(worker.said(prompt, output(worker, "no mass </think> yes"))) == ("yes", FINISHED)
+    assert tuple(worker.said(prompt, output(worker, "no mass", "length"))) == ("", UNFINISHED)
+
+
+def test_an_answer_is_without_its_thinking_and_empty_where_that_is_unfinished(worker):
+    prompt = worker.engine.chat.tokenizer("what is it?", add_special_tokens=False)["input_ids"]
+    answers = [worker._candidate(worker._without_thinking(prompt, output(worker, text, finish))) for text, finish in (
+        ("<think> no </think> yes", "stop"), ("<think> no", "length"), ("yes", "stop"))]
+    assert [(answer["text"], answer["finish_reason"]) for answer in answers] == [("yes", "stop"), ("", "unfinished thinking"), ("yes", "stop")]
+    asked = [worker._without_thinking(prompt, output(worker, text, finish)) for text, finish in (("<think> what ? </think> where is it ?", "stop"), ("<think> what", "length"))]
+    kept, dropped = keep_questions(asked, worker.engine.chat.has_special_text)
+    assert [text for _, text in kept] == [asked[0].text] and "what" not in asked[0].text
+    assert dropped == [{"question": "", "reason": "unfinished thinking"}]
