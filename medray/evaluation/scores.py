@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,6 +87,13 @@ def _scored(table: Table, config: EvaluateConfig) -> dict[str, Any]:
 
 def _count(table: Table, name: str) -> int:
     return int(np.nansum(table.values[name]))
+
+
+def not_scored(results: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Of some sets of scores, for a stage's counts: questions without an answer, and answers that never ended their thinking, if any."""
+    results = list(results)
+    unfinished = sum(result["thinking"]["unfinished"] for result in results)
+    return {"without answer": sum(result["errors"] for result in results), **({"unfinished thinking": unfinished} if unfinished else {})}
 
 
 def rescore(predictions: str, config: EvaluateConfig, out: str | None = None, text_only: str | None = None) -> dict[str, Any]:

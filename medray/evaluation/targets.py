@@ -13,8 +13,9 @@ from medray.evaluation import metrics
 from medray.evaluation.plain_text import plain
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_WIDE_LETTERS = str.maketrans({chr(ord("Ａ") + place): letter for place, letter in enumerate(LETTERS)})
-_OPTION_LINE = re.compile(r"^[\s*•·-]*[(（]?([A-ZＡ-Ｚ])\s?[.):、．）：]\**\s*(.*)$")
+_AS_LETTERS = str.maketrans({chr(ord(first) + place): letter for first in "aＡａ" for place, letter in enumerate(LETTERS)})
+# "A. x", "(A) x", "a) x", "**A:** x", "- A、x", "A - x"
+_OPTION_LINE = re.compile(r"^[\s*•·-]*[(（]?([A-Za-zＡ-Ｚａ-ｚ])(?:\s?[.):、．）：]|\s[-–—]\s)\**\s*(.*)$")
 _INLINE_MARK = re.compile(r"(?<!\w)(?:[(（]([A-Z])[)）]\s*|([A-Z])[.):．：]\s+)")
 _WHOLE_NUMBER = re.compile(r"\d{1,2}")
 _ONE_IN_A_LIST = re.compile(r"\[\s*(['\"])((?:(?!\1).)*)\1\s*\]", re.DOTALL)
@@ -93,7 +94,7 @@ def lettered(question: str) -> tuple[str, list[str]]:
             match = _OPTION_LINE.match(line.strip())
             if match is None and options and not line.strip():
                 continue  # a blank line between two options
-            if match is None or len(options) == len(LETTERS) or match[1].translate(_WIDE_LETTERS) != LETTERS[len(options)]:
+            if match is None or len(options) == len(LETTERS) or match[1].translate(_AS_LETTERS) != LETTERS[len(options)]:
                 break
             options.append(match[2].strip())
         if len(options) >= 2:
@@ -138,4 +139,4 @@ def _by_letter(fields: Mapping[str, Any]) -> list[str]:
 
 def _without_letter(place: int, text: str) -> str:
     match = _OPTION_LINE.match(text)
-    return match[2].strip() if match and match[1].translate(_WIDE_LETTERS) == LETTERS[place] else text
+    return match[2].strip() if match and match[1].translate(_AS_LETTERS) == LETTERS[place] else text

@@ -233,7 +233,7 @@ def evaluate(stage: Stage, config: ClinicianPreferenceConfig, model: Model, name
     """
     from medray.data.shards import write_resumable
     from medray.evaluation.predict import Predict
-    from medray.evaluation.scores import compare
+    from medray.evaluation.scores import compare, not_scored
     from medray.evaluation.scores import score as scored
     from medray.inference.worker import map_options
 
@@ -244,7 +244,7 @@ def evaluate(stage: Stage, config: ClinicianPreferenceConfig, model: Model, name
     )
     scores = scored(stage.path("rows"), config.evaluate)
     differences = {other: compare(found["outputs"]["rows"], stage.path("rows"), config.evaluate)["accuracy"] for other, found in others.items()}
-    return {"rows": stage.path("rows"), "scores": scores, "differences": differences, "counts": {"questions": rows, **again, "without answer": scores["errors"]}}
+    return {"rows": stage.path("rows"), "scores": scores, "differences": differences, "counts": {"questions": rows, **again, **not_scored([scores])}}
 
 
 def win_rates(run: Run, config: ClinicianPreferenceConfig, data: dict[str, Any], scores: dict[str, dict[str, Any]]) -> dict[str, Any]:

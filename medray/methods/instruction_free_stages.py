@@ -101,7 +101,7 @@ def evaluate(
         stated_options,
     )
     from medray.evaluation.predict import Predict
-    from medray.evaluation.scores import compare, score
+    from medray.evaluation.scores import compare, not_scored, score
     from medray.inference.worker import map_options
 
     found = data["outputs"]
@@ -127,7 +127,7 @@ def evaluate(
         before = base["outputs"]["sets"]
         outputs["differences"] = {one: compare(before[one], stage.path("sets", one), config.evaluate)["accuracy"] for one in sets if one != "described"}
         outputs["retention"] = retention(before["general"], stage.path("sets", "general"), config.evaluate) if "general" in sets else None
-    return {**outputs, "counts": {"questions": rows, **again, "without answer": sum(one["errors"] for one in scores.values())}}
+    return {**outputs, "counts": {"questions": rows, **again, **not_scored(scores.values())}}
 
 
 def split_answers(stage: Stage, sets: list[str]) -> None:

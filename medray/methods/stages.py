@@ -342,7 +342,7 @@ def evaluate(
     """
     from medray.data.shards import write_resumable
     from medray.evaluation.predict import Predict
-    from medray.evaluation.scores import compare, score
+    from medray.evaluation.scores import compare, not_scored, score
     from medray.inference.worker import map_options
 
     arguments = {**engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}
@@ -356,7 +356,7 @@ def evaluate(
     if before is not None:
         found = compare(before["outputs"]["rows"], stage.path("rows"), config.evaluate)
         difference = {"against": previous_model(name), **found["accuracy"]}
-    return {"rows": stage.path("rows"), "scores": scores, "difference": difference, "counts": {"questions": rows, **again, "without answer": scores["errors"]}}
+    return {"rows": stage.path("rows"), "scores": scores, "difference": difference, "counts": {"questions": rows, **again, **not_scored([scores])}}
 
 
 def previous_model(name: str) -> str | None:

@@ -154,7 +154,7 @@ OPTIONS = "Which organ is shown?\nA. liver\nB. lung\nC. heart\nD. None"
     (OPTIONS, 0, "A"), (OPTIONS, 3, "D"), (OPTIONS, "1", "B"), (OPTIONS, 2.0, "C"), (OPTIONS, "Lung.", "B"), (OPTIONS, "(c)", "C"), (OPTIONS, "Ｂ", "B"), (OPTIONS, "B. lung", "B"),
     (OPTIONS, ["D"], "D"), (OPTIONS, "['heart']", "C"), (OPTIONS, "None", "D"), ("How many?\nA. 0\nB. 1\nC. 2", 1, "B"), ("How many?\nA. 1\nB. 2", 0, "A"),
     ("Which? (A) lung, (B) liver", "liver", "B"), ("Which? A. lung B. liver", 1, "B"), ("Welches?\nＡ．Leber\n\nＢ．Lunge", "Lunge", "B"), ("哪个？\nA、肝\nB、肺", 1, "B"),
-    ("Which letter?", "B", "B"),
+    ("Which letter?", "B", "B"), ("Which?\na) liver\nb) lung", 1, "B"), ("Which?\nA - liver\nB – lung", "lung", "B"), ("Which?\n（Ａ）liver\n（Ｂ）lung", 0, "A"),
 ])
 def test_a_target_may_be_a_letter_a_place_or_a_text(question, target, letter):
     found = question_of(question, target, None)

@@ -9,7 +9,7 @@ import pytest
 from medray.config import EvaluateConfig
 from medray.errors import DataError, StageError
 from medray.evaluation.exchange import answers
-from medray.evaluation.scores import compare, compare_models, rescore, score, score_models
+from medray.evaluation.scores import compare, compare_models, not_scored, rescore, score, score_models
 from medray.records import PREDICTION
 
 
@@ -156,6 +156,8 @@ def test_thinking_is_not_scored_and_is_counted(tmp_path):
     ]
     result = score(write(tmp_path / "p", rows), CONFIG)
     assert result["thinking"] == {"answers": 5, "unfinished": 2} and result["error_reasons"] == {"no image": 1}
+    assert not_scored([result]) == {"without answer": 1, "unfinished thinking": 2}
+    assert not_scored([result | {"thinking": {"answers": 1, "unfinished": 0}}]) == {"without answer": 1}
     assert result["by_type"]["closed"]["accuracy"]["value"] == result["by_type"]["mcq"]["accuracy"]["value"] == 1.0
     opened = result["by_type"]["open"]
     assert opened["accuracy"]["value"] == 1 / 2 and opened["unfinished_thinking"] == 1 / 2 and opened["answer_words"] == 1 / 2
