@@ -23,7 +23,9 @@ class PageConfig(Section):
     items: str | None = Field(None, description="folder of clinician items (medray.records.CLINICIAN_ITEM), local or s3://, gs://; none: those in the database")
     database: str = Field("sqlite:///judgements.db", description="SQLAlchemy URL. SQLite serves one machine; PostgreSQL several")
     tokens: str | None = Field(None, description="file made by python -m serve.tokens; none: the environment variable MEDRAY_CLINICIANS")
-    judgements_per_item: PositiveInt = Field(1, description="clinicians who are given each item; 2 or more measures their agreement")
+    judgements_per_item: PositiveInt | None = Field(
+        None, description="clinicians who are given each item; 2 or more measures their agreement. None: as many as the job that made the items waits for "
+        "(by the database, or the config.yaml of the items' run), else 1")
     hold_hours: Annotated[float, Field(gt=0)] = Field(24.0, description="hours after which an item that was opened and not judged may go to someone else")
     seed: int = Field(0, description="of the order of items and, for each clinician, of answers")
     priority: int = Field(0, description="of these items; greater ones are shown before all others in the database")
@@ -51,7 +53,7 @@ class ClinicianPage:
 
         self.config = PageConfig.model_validate(config)
         self.tokens = Tokens({digest: Holder(*holder) for digest, holder in holders.items()})
-        self.store = Store(self.config.database, self.config.judgements_per_item, self.config.hold_hours, self.config.seed)
+        self.store = Store(self.config.database, self.config.judgements_per_item or 1, self.config.hold_hours, self.config.seed)
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve.page import make_app
@@ -76,6 +78,23 @@ def build(config: PageConfig) -> Application:
         from medray.errors import DataError
 
         raise DataError(f"items: {config.items or config.database} has none that can be shown; look at the database's table clinician_item_set_aside")
+    config.judgements_per_item = _judgements_per_item(config)
+    log.info("judgements_per_item: %d", config.judgements_per_item)
     holders = {digest: (holder.name, holder.lead) for digest, holder in tokens.holders.items()}
     page = ClinicianPage.options(num_replicas=config.replicas, ray_actor_options={"num_cpus": config.num_cpus})
     return page.bind(config.model_dump(), holders)
+
+
+def _judgements_per_item(config: PageConfig) -> int:
+    """What the page is told, or what the job waits for. Raises ConfigError where the page would give items to too few clinicians."""
+    from medray.data.judgement_files import asked_for
+    from medray.errors import ConfigError
+
+    wanted = asked_for(config.database, config.items)
+    if config.judgements_per_item is None:
+        return wanted or 1
+    if wanted is not None and config.judgements_per_item < wanted:
+        raise ConfigError(
+            f"judgements_per_item: the page would give each item to {config.judgements_per_item} clinician(s), and the job that made the items waits for {wanted} "
+            f"(clinicians.judgements_per_item); leave it out, or set {wanted}")
+    return config.judgements_per_item

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import logging
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -18,8 +19,9 @@ from typing import Any
 
 import pyarrow as pa
 import xxhash
+import yaml
 from fsspec.core import url_to_fs
-from sqlalchemy import Connection, Engine, func, insert, select
+from sqlalchemy import Connection, Engine, delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from medray.config import DataConfig
@@ -32,6 +34,7 @@ from medray.data.judgement_tables import (
     items,
     open_database,
     set_aside,
+    studies,
     words,
     writing,
 )
@@ -137,6 +140,36 @@ def export_all(url: str, folder: str) -> dict[str, Any]:
         "judgements": export_judgements(url, f"{folder}/judgements"), "pairs": export_pairs(url, f"{folder}/pairs"),
         "demonstrations": export_demonstrations(url, f"{folder}/demonstrations"),
     }
+
+
+def ask_for(uri: str, url: str, judgements_per_item: int) -> None:
+    """Note in the database how many clinicians a job waits for to judge each of the items in `uri`, so that the page asks as many."""
+    engine = open_database(url)
+    study = hashlib.sha256(uri.encode()).hexdigest()
+    with writing(engine) as connection:
+        connection.execute(delete(studies).where(studies.c.folder == study))
+        connection.execute(insert(studies).values(folder=study, judgements_per_item=judgements_per_item))
+    engine.dispose()
+
+
+def asked_for(url: str, uri: str | None = None) -> int | None:
+    """How many clinicians the jobs behind a database, and behind the items in `uri`, wait for to judge each item; the largest
+    number, or None if neither says so.
+
+    The items of a run lie in its folder stages/03-candidates/items; the run's config.yaml says what it waits for.
+    """
+    engine = open_database(url)
+    with engine.connect() as connection:
+        found = [connection.scalar(select(func.max(studies.c.judgements_per_item)))]
+    engine.dispose()
+    if uri is not None:
+        fs, root = url_to_fs(uri)
+        run = posixpath.dirname(posixpath.dirname(posixpath.dirname(root.rstrip("/"))))
+        config = posixpath.join(run, "config.yaml")
+        if fs.exists(config):
+            clinicians = (yaml.safe_load(fs.cat_file(config)) or {}).get("clinicians") or {}
+            found.append(clinicians.get("judgements_per_item"))
+    return max((number for number in found if isinstance(number, int)), default=None)
 
 
 def progress_of(url: str, judgements_per_item: int = 1) -> dict[str, int]:

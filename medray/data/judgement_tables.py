@@ -76,6 +76,11 @@ assignments = Table(
     Column("opened_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
     Index("assignment_of_clinician", "clinician", "state"),
 )
+studies = Table(
+    "clinician_study", schema,
+    Column("folder", String(64), primary_key=True),  # SHA-256 of the name of the folder of the items, as the job names it
+    Column("judgements_per_item", Integer, nullable=False),  # that the job waits for
+)
 words = Table(
     "judgement", schema,
     Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),  # in the order said

@@ -91,7 +91,7 @@ def rightness(captioned: str) -> Callable[[pa.Table], pa.Array]:
 
 def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str) -> None:
     """What people have said of the items, as the stage's judgements. Raises Waiting where it is not enough."""
-    from medray.data.judgement_files import export_judgements, import_items
+    from medray.data.judgement_files import ask_for, export_judgements, import_items
     from medray.data.judgements import FINGERPRINTED, item_fingerprint, judged
     from medray.data.shards import stored_rows
 
@@ -101,6 +101,7 @@ def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str
         source = exported_judgements(clinicians.source)
     else:
         unusable = import_items(items, clinicians.source, seed=clinicians.seed, limits=config.data)["set_aside"]
+        ask_for(items, clinicians.source, clinicians.judgements_per_item)
         source = stage.path("exported")
         export_judgements(clinicians.source, source)
     asked = {row["item_id"]: item_fingerprint(row) for row in stored_rows(items, ["item_id", *FINGERPRINTED])}

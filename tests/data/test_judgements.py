@@ -18,7 +18,14 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
 
-from medray.data.judgement_files import export_all, import_items, item_rows, progress_of
+from medray.data.judgement_files import (
+    ask_for,
+    asked_for,
+    export_all,
+    import_items,
+    item_rows,
+    progress_of,
+)
 from medray.data.judgement_store import KeyUsed, NotAssigned, Store, Word
 from medray.data.judgement_tables import absolute_url, open_database
 from medray.data.judgements import item_fingerprint
@@ -29,7 +36,7 @@ from tests.judgements import item, png
 
 
 def write_items(folder, rows):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=CLINICIAN_ITEM), folder / "part-0.parquet", row_group_size=3)
     return str(folder)
 
@@ -444,3 +451,24 @@ def test_a_relative_file_is_named_by_its_full_path(tmp_path, monkeypatch):
     assert absolute_url("sqlite:///j.db") == f"sqlite:///{tmp_path}/j.db"
     assert absolute_url("sqlite:////data/j.db") == "sqlite:////data/j.db"
     assert absolute_url("postgresql+psycopg://me:secret@host/name") == "postgresql+psycopg://me:secret@host/name"
+
+
+def test_the_page_asks_as_many_clinicians_as_the_job_waits_for(url, tmp_path):
+    """By the database, where the job reaches it, or by the run that the items lie in; a page that would ask fewer is refused."""
+    from serve.annotate import PageConfig, _judgements_per_item
+
+    run = tmp_path / "run"
+    items = write_items(run / "stages/03-candidates/items", [item(1)])
+    page = PageConfig(items=items, database=url)
+    assert asked_for(url) is None and _judgements_per_item(page) == 1
+    (run / "config.yaml").write_text("clinicians: {kind: export, judgements_per_item: 2}\n")
+    assert _judgements_per_item(page) == 2
+    import_items(items, url)
+    ask_for(items, url, 3)
+    ask_for(items, url, 3)
+    assert asked_for(url) == 3 and _judgements_per_item(page) == 3
+    assert _judgements_per_item(page.model_copy(update={"judgements_per_item": 4})) == 4
+    with pytest.raises(ConfigError, match=r"judgements_per_item: .* 1 clinician\(s\), .* waits for 3"):
+        _judgements_per_item(page.model_copy(update={"judgements_per_item": 1}))
+    ask_for(items, url, 2)
+    assert asked_for(url) == 2
