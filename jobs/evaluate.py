@@ -35,7 +35,7 @@ The last line on stdout is JSON: {{"run", "accuracy": {{benchmark: {{model: {{"v
 """
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jobs/evaluate.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", default=[], metavar="[NAME=]MODEL", help="folder, hub id, testbed:base, s3://..., or api:NAME; may be repeated")
     parser.add_argument("--benchmark", metavar="A,B", help="benchmarks by name")
@@ -45,7 +45,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rescore", metavar="FILE", help="score saved predictions and print the result; no model, no Ray")
     parser.add_argument("--config", metavar="YAML", help="a recipe (configs/evaluate/)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    return parser().parse_args(argv)
 
 
 def models_of(arguments: argparse.Namespace) -> list:
@@ -106,13 +110,15 @@ def check_folders(benchmarks: Iterable[str], models: list) -> None:
 
 def check_asked(config: EvaluateJobConfig, models: list) -> None:
     """Raises ConfigError for an endpoint that cannot be asked, a local judge that is not there, or one that cannot read a reference."""
-    from medray.preflight import endpoint_problems, strong_model_problems
+    from medray.preflight import endpoint_problems, gpu_problems, strong_model_problems
 
     if config.judge is not None and config.judge.kind == "rater":
         raise ConfigError("judge.kind: a rating model has learned no references, and gives no scores from 1 to 10; take api or vllm")
     problems = endpoint_problems("api", config.api) if any(model.api is not None for model in models) else []
     if config.judge is not None and config.judge.kind != "random":
         problems += strong_model_problems("judge", config.judge)
+    if any(model.api is None for model in models) or (config.judge is not None and config.judge.kind == "vllm"):
+        problems += gpu_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -120,6 +126,10 @@ def check_asked(config: EvaluateJobConfig, models: list) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 bad configuration, 4 held by another job, 130 interrupted."""
     arguments = parse(argv)
+    if not (arguments.rescore or arguments.model or arguments.benchmark or arguments.data):
+        parser().print_usage(sys.stderr)
+        print("name --model, --benchmark and --data, or --rescore FILE", file=sys.stderr)
+        return 2
     run_uri = arguments.run or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         config = load_config(EvaluateJobConfig, arguments.config, arguments.overrides)
@@ -130,6 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
         return 2
+
+    if not arguments.rescore and any(model.api is None for model in models) and config.model.system_prompt and "system_prompt" not in config.model.model_fields_set:
+        print("model.system_prompt: no value given, so every question follows self-training's prompt; --set model.system_prompt='' asks without one", file=sys.stderr)
 
     def work() -> dict:
         if arguments.rescore:

@@ -39,7 +39,7 @@ The last line on stdout is JSON: {"run", "format", "images", "splits", "question
 """
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jobs/prepare_data.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE")
     parser.add_argument("--to", metavar="DIR", help="directory to write: local path, s3:// or gs:// (default: runs/data-<time>)")
@@ -49,7 +49,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inspect", metavar="DIR", help="show what a prepared directory holds and write its sample sheet")
     parser.add_argument("--export", nargs=2, metavar=("FORMAT", "DIR"), help="write a prepared directory as webdataset, llava or trl, to --to")
     parser.add_argument("--rows", type=int, default=24, help="images on the sample sheet (default 24)")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    return parser().parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
             if value:
                 overrides.insert(0, f"data.{name}={json.dumps(value)}")
         config = load_config(PrepareDataConfig, arguments.config, overrides)
+        if not arguments.export and "source" not in config.data.model_fields_set:
+            parser().print_usage(sys.stderr)
+            raise ConfigError("SOURCE: name what to prepare (a folder, file, s3:// or gs:// prefix), or a recipe that has data.source")
         if arguments.export:
             from medray.methods.data_export import check_export
 

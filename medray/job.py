@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medray import run_hold
-from medray.config import ConfigT, load_config
+from medray.config import ConfigT, LoopConfig, Section, load_config
 from medray.errors import ConfigError, MedrayError, RunHeld, RunLost, Waiting
 from medray.failures import describe
 from medray.interrupts import JobSignals, descendants, kill
@@ -26,6 +26,7 @@ from medray.watcher import Watcher
 
 DONE, FAILED, BAD_CONFIGURATION, WAITING, HELD, INTERRUPTED = 0, 1, 2, 3, 4, 130
 RELEASE_SECONDS = 2.0
+DEFAULT_RECIPE = "tiny-cpu.yaml"  # the demo's
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -36,7 +37,7 @@ def method_parser(name: str, description: str | None, epilog: str) -> argparse.A
         name: of the script in jobs/, and of the folder of its recipes in configs/.
     """
     parser = argparse.ArgumentParser(prog=f"jobs/{name}.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(RECIPES / name / "tiny-cpu.yaml"), metavar="YAML", help=f"recipe (default: configs/{name}/tiny-cpu.yaml)")
+    parser.add_argument("--config", metavar="YAML", help=f"recipe (default: configs/{name}/tiny-cpu.yaml)")
     parser.add_argument("--data", metavar="SOURCE", help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE")
     parser.add_argument("--run", metavar="DIR", help=f"run directory: local path, s3:// or gs:// (default: runs/{name}-<time>)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
@@ -59,16 +60,36 @@ def run_method(
     """
     run_uri = arguments.run or f"runs/{arguments.job}-{time.strftime('%Y%m%d-%H%M%S')}"
     source = [f"data.source={json.dumps(arguments.data)}"] if arguments.data else []
+    recipe = arguments.config or str(RECIPES / arguments.job / DEFAULT_RECIPE)
     try:
-        config = load_config(config_type, arguments.config, [*source, *arguments.overrides])
+        config = load_config(config_type, recipe, [*source, *arguments.overrides])
         check(config)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
         return BAD_CONFIGURATION
+    print("\n".join(_notes(config, arguments.job, arguments.config is None)), file=sys.stderr)
     if arguments.check:
         print("configuration OK", file=sys.stderr)
         return DONE
     return run_job(lambda: work(config, run_uri), f"--run {run_uri}", _tuned)
+
+
+def _notes(config: Section, job: str, is_default: bool) -> list[str]:
+    """What a job says of its configuration before it starts: the recipe that nobody named, the batches, defaults that surprise."""
+    lines = []
+    if is_default:
+        others = ", ".join(path.name for path in sorted((RECIPES / job).glob("*.yaml")) if path.name != DEFAULT_RECIPE)
+        lines.append(f"recipe: configs/{job}/{DEFAULT_RECIPE} (--config names none; there are also {others})")
+        own = [name for name, value in (("data.source", config.data.source), ("model.path", config.model.path)) if not value.startswith("testbed:")]
+        if own:
+            lines.append(
+                f"warning: {' and '.join(own)} {'is' if len(own) == 1 else 'are'} yours, and this recipe is the demo's: its rates, lengths and batches are "
+                "for the bundled model of 3 million parameters, and its judges and writers know synthetic blood cells only; name a recipe for your model with --config")
+    for name in type(config).model_fields:
+        section = getattr(config, name)
+        if isinstance(section, LoopConfig):
+            lines.append(f"{name}: {section.batch_line}")
+    return lines
 
 
 def _tuned(summary: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +23,7 @@ from medray.config import (
     ModelConfig,
     OwnModelConfig,
     RateConfig,
+    Section,
     SelfTrainingConfig,
 )
 from medray.errors import ConfigError
@@ -41,6 +44,7 @@ def check_self_training(config: SelfTrainingConfig) -> None:
         *template_problems(config.model),
         *source_problems(config.data),
         *cpu_problems(config, {"sft": config.sft, "dpo": config.dpo}),
+        *gpu_problems(config),
         *judge_problems(config),
     ]
     if "sft" not in config.evaluate.arms and "dpo" not in config.evaluate.arms:
@@ -57,6 +61,7 @@ def check_instruction_free(config: InstructionFreeConfig) -> None:
         *template_problems(config.model),
         *source_problems(config.data),
         *cpu_problems(config, stages),
+        *gpu_problems(config),
     ]
     if config.data.label_fraction == 0:
         problems.append("data.label_fraction: 0 leaves no image to tune on; 1.0 takes all")
@@ -84,6 +89,7 @@ def check_clinician_preference(config: ClinicianPreferenceConfig) -> None:
         *clinician_problems(config.clinicians),
         *(strong_model_problems("judge", config.judge) if config.judge is not None else []),
         *cpu_problems(config, {"rater": config.rater, "tune": config.tune}),
+        *gpu_problems(config),
     ]
     if config.data.label_fraction == 0:
         problems.append("data.label_fraction: 0 leaves no image to write dialogues about; 1.0 takes all")
@@ -191,6 +197,52 @@ def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig | ClinicianP
                 f"fewer or smaller {what}, more logical CPUs (cluster.num_cpus), or a cluster (cluster.address)"
             )
     return problems
+
+
+def gpu_problems(config: Section) -> list[str]:
+    """A stage that asks for GPUs where there are too few waits forever; [min, max] workers and actors begin with the smaller number."""
+    if config.cluster.address or os.environ.get("RAY_ADDRESS") or _ray_runs():
+        return []
+    here = local_gpus()
+    problems = {}
+    for pool, *_ in demands(config).values() if here is not None else ():
+        if (wanted := pool.least * pool.gpus) > here:
+            section, _, field = pool.field.rpartition(".")
+            per = "gpus_per_worker" if field in ("num_workers", "reference_workers") else "gpus_per_actor"
+            problems[f"{section}.{per}"] = (
+                f"{section}.{per}: {pool.least} x {pool.gpus:g} GPUs ({pool.field}) are {wanted:g}, and there are {here} here; "
+                f"set {section}.{per}=0 to work on CPUs, fewer in {pool.field}, or a cluster (cluster.address)")
+    return list(problems.values())
+
+
+def _ray_runs() -> bool:
+    """Whether this process has joined a Ray, whose nodes may be others than this machine."""
+    ray = sys.modules.get("ray")
+    return ray is not None and hasattr(ray, "is_initialized") and ray.is_initialized()
+
+
+def local_gpus() -> int | None:
+    """GPUs that a local Ray would find here, without importing it; None if there may be some of a kind that only Ray can count.
+
+    CUDA_VISIBLE_DEVICES, and its like of AMD, leave out the others, as they do for Ray.
+    """
+    if importlib.util.find_spec("dpctl") is not None:
+        return None  # Intel's
+    nvidia = max(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))), len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]))
+    nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
+    amd = sum(_read(path).strip() not in ("", "0") for path in nodes)
+    for found, variable in ((nvidia, "CUDA_VISIBLE_DEVICES"), (amd, "HIP_VISIBLE_DEVICES")):
+        if found:
+            visible = os.environ.get(variable)
+            return found if visible is None else min(found, len([name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]))
+    return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def judge_problems(config: SelfTrainingConfig) -> list[str]:

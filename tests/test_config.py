@@ -152,6 +152,81 @@ def test_preflight_names_the_field(overrides, message, monkeypatch):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["sft.gpus_per_worker=8"], "sft.gpus_per_worker: 1 x 8 GPUs (sft.num_workers) are 8, and there are 2 here; set sft.gpus_per_worker=0"),
+    (["engine.gpus_per_actor=4"], "engine.gpus_per_actor: 1 x 4 GPUs (engine.actors)"),
+    (["dpo.gpus_per_worker=1", "dpo.reference_workers=[3, 3]"], "dpo.gpus_per_worker: 3 x 1 GPUs (dpo.reference_workers)"),
+    (["dpo.gpus_per_worker=1", "sft.gpus_per_worker=2", "sft.num_workers=[1, 8]", "sft.cpus_per_worker=0.1"], None),
+])
+def test_gpus_are_counted_as_cpus_are(overrides, message, monkeypatch):
+    """Ray would wait forever for GPUs that this machine has not."""
+    from medray import preflight
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(preflight, "_ray_runs", lambda: False)
+    monkeypatch.setattr(preflight, "local_gpus", lambda: 2)
+    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml", ["cluster.num_cpus=64", *overrides])
+    if message is None:
+        check_self_training(config)
+    else:
+        with pytest.raises(ConfigError) as error:
+            check_self_training(config)
+        assert message in str(error.value)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster may have them, or grow
+    check_self_training(config)
+
+
+def test_hidden_gpus_do_not_count(monkeypatch):
+    from medray.preflight import local_gpus
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
+    assert not local_gpus()
+
+
+@pytest.mark.parametrize(("override", "hint"), [
+    ("sft.lr=1", "did you mean 'lr_llm'?"), ("sft.lora_llm.r=8", "did you mean 'rank'?"), ("sft.per_device_train_batch_size=8", "did you mean 'micro_batch'?"),
+    ("beta=0.2", "did you mean dpo.beta?"), ("sft.beta=0.2", "did you mean dpo.beta?"), ("cutoff_len=9", "did you mean model.max_length?"),
+    ("engine.gpu_memory_utilization=1", "did you mean 'memory_utilization'?"), ("sft.zzz=1", "known: num_workers"),
+])
+def test_another_name_is_answered_with_ours(override, hint):
+    with pytest.raises(ConfigError) as error:
+        load_config(SelfTrainingConfig, None, [override])
+    assert hint in str(error.value)
+
+
+def test_unknown_field_of_a_file_is_found_elsewhere(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("sft: {beta: 0.2}\n")
+    with pytest.raises(ConfigError, match=r"sft\.beta: unknown field 'beta', did you mean dpo\.beta\?"):
+        load_config(SelfTrainingConfig, path)
+
+
+def test_check_says_which_recipe_and_batch(capsys, tmp_path, monkeypatch):
+    from jobs.self_train import main
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main(["--check"]) == 0
+    said = capsys.readouterr().err
+    assert "recipe: configs/self_train/tiny-cpu.yaml (--config names none; there are also llava-1.5-7b.yaml" in said
+    assert "sft: 16 samples per optimiser step at 1 worker(s)" in said and "warning" not in said
+    assert main(["--check", "--data", str(tmp_path)]) == 0
+    assert "warning: data.source is yours, and this recipe is the demo's" in capsys.readouterr().err
+    assert main(["--check", "--config", str(ROOT / "configs/self_train/tiny-cpu.yaml"), "--data", str(tmp_path)]) == 0
+    assert "recipe:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", ["prepare_data", "evaluate"])
+def test_a_job_without_what_it_needs_prints_its_usage(job, capsys):
+    """jobs/prepare_data.py once rendered the synthetic set."""
+    import importlib
+
+    assert importlib.import_module(f"jobs.{job}").main([]) == 2
+    said = capsys.readouterr().err
+    assert f"usage: jobs/{job}.py" in said
+    assert ("SOURCE: name what to prepare" if job == "prepare_data" else "name --model, --benchmark and --data") in said
+
+
 def test_preflight_passes_the_demo():
     config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml")
     check_self_training(config)

@@ -82,7 +82,7 @@ def _assign(cls: type[Section], values: dict, keys: list[str], value: Any, overr
             return
         if section is None or key not in section.model_fields:
             at = ".".join(keys[:depth]) or "the top level"
-            raise ConfigError(f"--set {override!r}: {_unknown(section, key)} at {at}")
+            raise ConfigError(f"--set {override!r}: {_unknown(section, key, cls)} at {at}")
         if depth == len(keys) - 1:
             values[key] = value
             return
@@ -98,12 +98,43 @@ def _section(annotation: Any) -> type[Section] | None:
     return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
 
 
-def _unknown(section: type[Section] | None, key: str) -> str:
+# What other trainers call these fields.
+SYNONYMS = {
+    "lr": "lr_llm", "learning_rate": "lr_llm", "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora": "lora_llm",
+    "per_device_train_batch_size": "micro_batch", "batch_size": "global_batch", "gradient_accumulation_steps": "accumulation", "num_train_epochs": "epochs",
+    "num_epochs": "epochs", "save_steps": "checkpoint_every", "save_total_limit": "keep_checkpoints", "lr_scheduler_type": "schedule", "max_steps": "epochs",
+    "gpu_memory_utilization": "memory_utilization", "model_name_or_path": "path", "name_or_path": "path", "cutoff_len": "max_length", "max_seq_length": "max_length",
+    "model_max_length": "max_length", "dataset": "source", "path": "source", "dtype": "precision", "torch_dtype": "precision", "bf16": "precision",
+    "api_key": "key_env", "url": "base_url", "api_base": "base_url", "deepspeed": "zero_stage", "clip_grad": "max_grad_norm", "max_new_tokens": "max_tokens",
+}
+
+
+def _unknown(section: type[Section] | None, key: str, whole: type[Section] | None = None) -> str:
+    """What is wrong with a field's name, with what is close to it: in its section, by another trainer's name, or elsewhere.
+
+    Args:
+        whole: the job's configuration, whose other sections may have the field.
+    """
     import difflib
 
     names = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(key, names, n=1)
-    return f"unknown field {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}")
+    near = difflib.get_close_matches(key, names, n=1) or [name for name in (SYNONYMS.get(key.lower()),) if name in names]
+    if near:
+        return f"unknown field {key!r}, did you mean {near[0]!r}?"
+    wanted = {key, SYNONYMS.get(key.lower(), key)}
+    elsewhere = [path for path in _paths(whole) if path.rpartition(".")[2] in wanted] if whole else []
+    if elsewhere:
+        return f"unknown field {key!r}, did you mean {' or '.join(elsewhere[:4])}?"
+    return f"unknown field {key!r}; known: {', '.join(names)}"
+
+
+def _paths(section: type[Section], at: str = "") -> list[str]:
+    """The dotted names of all fields of a configuration."""
+    found = []
+    for name, inner in fields_of(section).items():
+        found.append(f"{at}{name}")
+        found += _paths(inner, f"{at}{name}.") if inner else []
+    return found
 
 
 def _explain(cls: type[Section], item: Any) -> str:
@@ -114,7 +145,7 @@ def _explain(cls: type[Section], item: Any) -> str:
         section = fields_of(section).get(part) if section else None
     field = ".".join(str(part) for part in location) or "config"
     if item["type"] == "extra_forbidden":
-        return f"{field}: {_unknown(section, str(location[-1]))}"
+        return f"{field}: {_unknown(section, str(location[-1]), cls)}"
     message = item["msg"].removeprefix("Value error, ")
     given = item.get("input")
     return f"{field}: {message}" + ("" if isinstance(given, (dict, BaseModel)) else f" (given: {given!r})")
