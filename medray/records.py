@@ -150,6 +150,7 @@ PREFERENCE_WITH_REFERENCE = pa.schema([
     ("ref_chosen_logp", pa.float64()),
     ("ref_rejected_logp", pa.float64()),
     ("ref_model", pa.string()),  # hash of the reference model's weights
+    ("ref_error", pa.string()),  # null, or why there are no log-probabilities
 ])
 
 # An image and its caption as a vector.

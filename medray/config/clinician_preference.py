@@ -18,6 +18,7 @@ from medray.config.section import NonNegative, PositiveInt, Probability, Section
 from medray.config.self_training import SftConfig
 from medray.config.shared import (
     ACCUMULATION,
+    MAX_QUARANTINED,
     ClusterConfig,
     DataConfig,
     EngineConfig,
@@ -108,6 +109,7 @@ class ClinicianPreferenceConfig(Section):
     evaluate: PreferenceEvaluateConfig = Field(default_factory=PreferenceEvaluateConfig)
     judge: JudgeConfig | None = Field(None, description="Judge of win rates on the held-out open questions; null: none.")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    max_quarantined: Probability = Field(0.05, description=MAX_QUARANTINED)
     with_demonstrations: bool = Field(True, description="Show the generating model demonstrations that clinicians accepted; false: an ablation.")
     weights: tuple[Annotated[float, Field(gt=0)], ...] = Field((), description="Weights w of the clinicians' pairs to try, such as [1, 10, 100, 200, 300, 400]; the rating model best aligned with held-out clinicians' pairs goes on. Empty: rater.clinician_weight alone.")
     seed: int | None = Field(None, description="One seed for every stage that draws (not the evaluation's).")

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from medray.config.section import NonNegative, PositiveInt, Probability, Section, adopt, set_seed
 from medray.config.shared import (
     ACCUMULATION,
+    MAX_QUARANTINED,
     TESTBED_SCENES,
     ClusterConfig,
     DescriptionDataConfig,
@@ -98,6 +99,7 @@ class InstructionFreeConfig(Section):
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     evaluate: DescriptionEvaluateConfig = Field(default_factory=DescriptionEvaluateConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    max_quarantined: Probability = Field(0.05, description=MAX_QUARANTINED)
     seed: int | None = Field(None, description="One seed for both stages; sets warm_up.seed and tune.seed (not the evaluation's).")
 
     @model_validator(mode="after")

@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from medray.config.section import PositiveInt, Section
+from medray.config.section import PositiveInt, Probability, Section
 from medray.config.shared import (
+    MAX_QUARANTINED,
     ClusterConfig,
     DataConfig,
     EndpointConfig,
@@ -35,6 +36,7 @@ class EvaluateJobConfig(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     api: EndpointConfig = Field(default_factory=EndpointConfig, description="Endpoint of models given as api:NAME.")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    max_quarantined: Probability = Field(0.05, description=MAX_QUARANTINED)
     option_likelihood: bool = Field(True, description="Also score options by the log-likelihood of their text (local models).")
     judge: JudgeConfig | None = Field(None, description="Who rates answers to open questions: win rate against the first model, and, by a judge that writes scores, 100 x model / reference (LLaVA-Med's chat score). null: nobody.")
     text_only: bool = Field(False, description="Also answer every question with a blank image: the floor that text alone reaches.")
@@ -46,3 +48,4 @@ class PrepareDataConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     leaks: LeaksConfig = Field(default_factory=LeaksConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    max_quarantined: Probability = Field(0.05, description=MAX_QUARANTINED + " Up to 20 rows set aside never fail this job: it names each of them.")

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from medray.config.section import NonNegative, PositiveInt, Probability, Section, set_seed
 from medray.config.shared import (
     ACCUMULATION,
+    MAX_QUARANTINED,
     ClusterConfig,
     DataConfig,
     EngineConfig,
@@ -73,6 +74,7 @@ class SelfTrainingConfig(Section):
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    max_quarantined: Probability = Field(0.05, description=MAX_QUARANTINED)
     rounds: int = Field(1, ge=0, description="Self-training rounds (paper: 1); 0 stops after SQ-SFT, round r+1 questions images with the model of round r.")
     seed: int | None = Field(None, description="One seed for every stage; sets sft.seed, dpo.seed, self_play.seed, judge.seed (not the evaluation's).")
 

@@ -19,6 +19,10 @@ ACCUMULATION = "Forward passes per optimiser step and worker, at the largest num
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 SentParameter = Literal["max_tokens", "temperature", "seed"]
 _NOT_PARAMETERS = {"model", "messages", "stream", "n"}  # a parameter of a request that is not the user's to choose
+MAX_QUARANTINED = (
+    "Largest share of its rows that a stage may set aside (quarantine); more fails it, with the reasons counted. After the rows are fixed or this is raised, the same "
+    "command resumes. A stage that is left with nothing fails at any value."
+)
 _RESOURCES = {"CPU", "GPU", "memory", "object_store_memory"}
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY = re.compile(rf"(?:[A-Za-z0-9][A-Za-z0-9.-]*/)?{_LABEL}")

@@ -17,6 +17,7 @@ from medray.data.descriptions import FORMS, describe_attributes
 from medray.data.dialogues import ATTRIBUTES
 from medray.data.prepare import conversations, set_aside, write_parts
 from medray.data.readers.common import drawn
+from medray.data.uses import Needs
 from medray.errors import DataError
 from medray.records import ANSWER_TYPES
 
@@ -30,7 +31,7 @@ PARTS = {
 
 def write_captioned(
     config: DataConfig, captions: CaptionsConfig, out_dir: str, kinds: tuple[str, ...] = ANSWER_TYPES, seed: int = 0, eval_seed: int = 0, max_eval_images: int | None = None,
-    eval_rows: int = 0,
+    eval_rows: int = 0, evaluated: bool = True,
 ) -> dict[str, int]:
     """Write PARTS under `out_dir` and return the number of rows of each.
 
@@ -38,12 +39,15 @@ def write_captioned(
         kinds: of held-out questions.
         seed: draws the images dialogues are written about, where data.label_fraction is below 1.
         eval_rows: rows of eval_conversations that are enough.
+        evaluated: whether held-out images are needed.
 
     Raises DataError where there is no training image.
     """
     limits = {"labelled": config.max_labelled, "unlabelled": config.max_unlabelled, "eval": max_eval_images, "unused": None}
+    # An image alone will do, so that what is labelled is not asked for here.
+    needs = Needs("clinician_preference", labelled=False, held_out=evaluated, eval_labels=("qa", "turns", "record"), otherwise=", or evaluate.arms=[] to stop after the rating model")
     make = CaptionedRows(form_of(config), captions.attributes, captions.modality, config.turns, tuple(kinds), eval_seed)
-    counts = write_parts(config, out_dir, PARTS, make, limits, seed, {"eval_conversations": eval_rows})
+    counts = write_parts(config, out_dir, PARTS, make, limits, seed, {"eval_conversations": eval_rows}, needs)
     if not counts["captioned"]:
         raise DataError(f"data.source: {config.source} has no image in its split {config.train_split!r} ({counts}); look at data.train_split, data.label_fraction and {out_dir}/quarantine")
     return counts

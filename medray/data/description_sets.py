@@ -20,6 +20,7 @@ from medray.config import TESTBED_SCENES, DataConfig
 from medray.data.descriptions import FORMS, choice_questions, describe_attributes
 from medray.data.prepare import questions, set_aside, write_parts
 from medray.data.sources import detect, manifest_of
+from medray.data.uses import Needs
 from medray.errors import DataError
 from medray.records import ANSWER_TYPES
 
@@ -58,8 +59,11 @@ def write_descriptions(
     Raises DataError where there is nothing to tune on or nothing held out.
     """
     limits = {"labelled": config.max_labelled, "eval": max_eval_images, "unused": None}
-    make = DescriptionRows(form_of(config), prompt, tuple(kinds), eval_seed)
-    counts = write_parts(config, out_dir, PARTS, make, limits, seed, {"eval_descriptions": eval_rows})
+    form = form_of(config)
+    make = DescriptionRows(form, prompt, tuple(kinds), eval_seed)
+    known = ("record", "attributes", "caption") if form else ("caption",)
+    needs = Needs("instruction_free", known, known, f" (attributes of the tables {', '.join(FORMS)} only): jobs/self_train.py learns from dialogues and questions (docs/data.md)")
+    counts = write_parts(config, out_dir, PARTS, make, limits, seed, {"eval_descriptions": eval_rows}, needs)
     for part, split in (("descriptions", "train_split"), ("described", "eval_split")):
         if not counts[part]:
             raise DataError(
@@ -147,7 +151,10 @@ def write_general(
         return _write_scenes(out_dir, max_images or 100, kinds, seed)
     config = config.model_copy(update={"source": source, "format": "auto", "images": None, "eval_split": split})
     schemas = {"questions": records.BENCHMARK_QUESTION, "quarantine": records.QUARANTINE}
-    counts = write_parts(config, out_dir, schemas, GeneralRows(tuple(kinds), seed), {"eval": max_images})
+    needs = Needs(
+        "evaluate.general", eval_labels=("qa", "turns", "record"), otherwise="; give another source of questions, or evaluate.general=null", train=False,
+        eval_field="evaluate.general_split", source_field="evaluate.general")
+    counts = write_parts(config, out_dir, schemas, GeneralRows(tuple(kinds), seed), {"eval": max_images}, needs=needs)
     if not counts["questions"]:
         raise DataError(f"evaluate.general: {source} has no question in its split {split!r}; name another with evaluate.general_split, and look at {out_dir}/quarantine")
     return counts["questions"]

@@ -28,6 +28,7 @@ from medray.data.groups import image_of, place_of, read_groups, unit
 from medray.data.images import ImageError, decode
 from medray.data.shards import empty_folder
 from medray.data.unread import account_of, unread_line
+from medray.data.uses import Needs, Uses, uses_of
 from medray.errors import DataError
 
 logger = logging.getLogger("medray")
@@ -39,6 +40,11 @@ PARTS = {
 }
 ACCOUNT = "account.json"
 _WARNING = "warning: "  # before its name, beside the names of the parts
+READ, BAD_IMAGES = "read records", "bad images"  # beside the names of the parts: records whose image was read, those of them set aside
+
+NEEDS = Needs(
+    "self_train", ("turns", "qa", "record"), ("turns", "qa", "record"),
+    ": jobs/instruction_free.py learns from captions and attributes, jobs/clinician_preference.py writes dialogues about captioned images (docs/data.md)")
 
 # (labelled, unlabelled or eval; GROUP row; its [sample_id, payload] members) -> (part, what its row holds beside the image)
 Make = Callable[[str, dict[str, Any], list[list[Any]]], Iterator[tuple[str, dict[str, Any]]]]
@@ -57,7 +63,7 @@ def prepare(
     """
     limits = {"labelled": config.max_labelled, "unlabelled": config.max_unlabelled, "eval": max_eval_images, "unused": None}
     make = DialogueRows(config.turns, seed, tuple(eval_kinds), eval_seed)
-    counts = write_parts(config, out_dir, PARTS, make, limits, seed, {"eval_conversations": eval_conversations})
+    counts = write_parts(config, out_dir, PARTS, make, limits, seed, {"eval_conversations": eval_conversations}, NEEDS)
     if not counts["conversations"]:
         raise DataError(f"data.source: no labelled training conversation came out of {config.source} ({counts}); look at {out_dir}/quarantine, data.train_split and data.label_fraction")
     return counts
@@ -65,7 +71,7 @@ def prepare(
 
 def write_parts(
     config: DataConfig, out_dir: str, schemas: Mapping[str, pa.Schema], make: Make, limits: Mapping[str, int | None], seed: int = 0,
-    most: Mapping[str, int] | None = None,
+    most: Mapping[str, int] | None = None, needs: Needs | None = None,
 ) -> dict[str, int]:
     """Write what `make` makes of each image into `out_dir`/<part>, and return the number of rows of each part.
 
@@ -75,8 +81,11 @@ def write_parts(
         limits: what images may serve for (see part_of), each with the largest number of images, None for all; others are not read.
         seed: of the drawing of labelled images.
         most: parts of which a shard needs no more rows than these.
+        needs: of the method, checked before any image is read; what labels a training image is among them.
 
     An earlier, unfinished attempt is emptied first.
+
+    Raises DataError if the source has not what the method needs.
     """
     from ray.data.expressions import col
 
@@ -89,8 +98,13 @@ def write_parts(
     empty_folder(notes)
     config = rendered(config, out_dir)
     groups = read_groups(config, notes).map_batches(
-        _with_part, fn_kwargs={"config": config.model_dump(), "seed": seed}, batch_format="pyarrow", num_cpus=config.read_cpus,
+        _with_part, fn_kwargs={"config": config.model_dump(), "seed": seed, "labels": needs and needs.labels}, batch_format="pyarrow", num_cpus=config.read_cpus,
     ).materialize()
+    uses = Uses()
+    for batch in groups.map_batches(uses_of, batch_format="pyarrow", batch_size=None, num_cpus=config.read_cpus).iter_batches(batch_size=None, batch_format="pyarrow"):
+        uses.add(batch.to_pylist())
+    if needs is not None:
+        uses.check(config, needs)
     rows = Counter()
     for part, images in limits.items():
         # Index rows are small, and materialised once: each pass only picks its own.
@@ -108,6 +122,8 @@ def write_parts(
     if line := unread_line(account["unread"]):
         logger.info("%s", line)
     account["warnings"] = {name.removeprefix(_WARNING): number for name, number in rows.items() if name.startswith(_WARNING)}
+    account["uses"] = uses.table(config, limits, needs and needs.labels)
+    account["set_aside"] = {**uses.records, **{name: rows[name] for name in (READ, BAD_IMAGES)}}
     with fs.open(f"{root}/{ACCOUNT}", "wb") as handle:
         handle.write(json.dumps(account, indent=1).encode())
     return {part: rows[part] for part in schemas}
@@ -120,7 +136,8 @@ def _image_files(files: Any) -> Iterator[list[str | None]]:
 
 def read_account(out_dir: str) -> dict[str, Any]:
     """What `write_parts` saw in the source beside what it read: `unread` and `unused` of medray.data.unread.account_of, and
-    `warnings`, the number of images by what is to be known of them (other frames that were not read)."""
+    `warnings`, the number of images by what is to be known of them (other frames that were not read); `uses`, a table in text of what
+    the images serve for; `set_aside`, numbers of records."""
     fs, root = url_to_fs(out_dir)
     return json.loads(fs.cat_file(f"{root}/{ACCOUNT}"))
 
@@ -138,19 +155,23 @@ def rendered(config: DataConfig, out_dir: str) -> DataConfig:
     return config.model_copy(update={"source": f"{root}/cells", "format": "wbcatt"})
 
 
-def _with_part(table: pa.Table, config: dict[str, Any], seed: int) -> pa.Table:
+def _with_part(table: pa.Table, config: dict[str, Any], seed: int, labels: tuple[str, ...] | None = None) -> pa.Table:
     settings = DataConfig.model_validate(config)
-    parts = [part_of(row, settings, seed) for row in table.select(["image_id", "split", "members"]).to_pylist()]
+    parts = [part_of(row, settings, seed, labels) for row in table.select(["image_id", "split", "members"]).to_pylist()]
     return table.append_column("part", pa.array(parts, pa.string()))
 
 
-def part_of(group: dict[str, Any], config: DataConfig, seed: int) -> str:
-    """labelled, unlabelled, eval or unused: what an image serves for."""
+def part_of(group: dict[str, Any], config: DataConfig, seed: int, labels: Sequence[str] | None = None) -> str:
+    """labelled, unlabelled, eval or unused: what an image serves for.
+
+    Args:
+        labels: keys of payloads that are labels to the method; None: any. An image with others only counts as unlabelled.
+    """
     if group["split"] == config.eval_split:
         return "eval"
     if group["split"] != config.train_split:
         return "unused"
-    has_labels = any(payload for _, payload in json.loads(group["members"]))
+    has_labels = any(payload if labels is None else any(payload.get(name) is not None for name in labels) for _, payload in json.loads(group["members"]))
     return "labelled" if has_labels and unit("label", seed, group["image_id"]) < config.label_fraction else "unlabelled"
 
 
@@ -161,26 +182,29 @@ def _write_shards(
     writes the same files again."""
     settings = DataConfig.model_validate(config)
     out: dict[str, list[dict[str, Any]]] = {name: [] for name in schemas}
-    warned: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
     for group in table.to_pylist():
         out["quarantine"] += [{**json.loads(bad), "stage": "data"} for bad in group["bad"]]
         members = json.loads(group["members"])
         if not members or part == "unused":
             continue
+        seen[READ] += len(members)
         try:
             image, warnings = image_of(group, settings)
             decode(image, settings)
         except ImageError as error:
             out["quarantine"] += [set_aside(identity, group, str(error)) for identity, _ in members]
+            seen[BAD_IMAGES] += len(members)
             continue
-        warned.update(warnings)
+        seen.update(f"{_WARNING}{name}" for name in warnings)
         base = {"image_id": group["image_id"], "image": image, "modality": group["modality"]}
         for name, row in make(part, group, members):
+            seen[BAD_IMAGES] += name == "quarantine"
             if len(out[name]) < most.get(name, len(out[name]) + 1):
                 out[name].append(row if name == "quarantine" else {**base, **row})
     name = hashlib.sha256("|".join(table["sample_id"].to_pylist()).encode()).hexdigest()[:16]
     fs, root = url_to_fs(out_dir)
-    counts = [{"part": f"{_WARNING}{name}", "rows": number} for name, number in warned.items()]
+    counts = [{"part": name, "rows": number} for name, number in seen.items()]
     for kind, rows in out.items():
         if rows:
             for start in range(0, len(rows), settings.rows_per_shard):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from medray.config import EvaluateJobConfig
 from medray.errors import StageError
 from medray.evaluation.benchmarks import BENCHMARKS
-from medray.methods.stages import Model, asked_inputs, engine_arguments
+from medray.methods.stages import Model, asked_inputs, check_answered, engine_arguments
 from medray.records import PREDICTION, conform
 from medray.run import Run, Stage
 
@@ -81,6 +81,7 @@ def ask(stage: Stage, config: EvaluateJobConfig, questions: Mapping[str, dict[st
         [made["outputs"]["rows"] for made in questions.values()], stage.path("rows"), stage.path("committed"),
         lambda rows: rows.map_batches(**mapped), 8 * config.engine.rows_per_task, config.data.read_cpus, id_column="key",
     )
+    check_answered(stage.path("rows"), rows, config.max_quarantined, "key")
     return {"rows": stage.path("rows"), "counts": {"answers": rows, **again}}
 
 

@@ -23,6 +23,7 @@ from medray.evaluation.benchmarks import BENCHMARKS
 from medray.methods.answering import Asked, predict
 from medray.methods.data_preparation import (
     LIMITS,
+    check_samples,
     images_of,
     index_inputs,
     write_index,
@@ -102,9 +103,14 @@ def samples_of(run: Run, config: EvaluateJobConfig, name: str, source: str) -> t
     index = run.stage(f"00-{name}-index", index_inputs(data), lambda stage: write_index(stage, data))
     samples = run.stage(
         f"01-{name}-samples", {"index": index["hash"], "limits": data.model_dump(include=LIMITS)},
-        lambda stage: write_samples(stage, data, index["outputs"]["rows"], benchmark.format, stage.path("rows")),
+        lambda stage: checked_samples(stage, config, write_samples(stage, data, index["outputs"]["rows"], benchmark.format, stage.path("rows"))),
     )
     return samples["outputs"]["rows"], samples["hash"]
+
+
+def checked_samples(stage: Stage, config: EvaluateJobConfig, written: dict[str, Any]) -> dict[str, Any]:
+    check_samples(stage.path("rows"), config.max_quarantined)
+    return written
 
 
 def _beside(source: str, part: str) -> str:

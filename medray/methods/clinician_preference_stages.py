@@ -9,13 +9,14 @@ from typing import Any
 
 from medray.config import ClinicianPreferenceConfig, RaterConfig
 from medray.data.dialogues import ATTRIBUTES
-from medray.errors import DataError, StageError
+from medray.errors import DataError
 from medray.methods import stages
 from medray.methods.clinician_preference_report import clinicians_of, who
 from medray.methods.clinicians import checkable, rightness
 from medray.methods.model_card import CARD, rater_card
 from medray.methods.stages import Model
 from medray.run import Run, Stage
+from medray.set_aside import check_set_aside, check_something, set_aside_in
 
 _DRAW = {"clusters", "kmeans_batch", "passes", "draw", "picture_points", "seed"}
 ORDERS = {"selected": "score", "random": "random", "right": "truth"}  # of an arm: select.order, or the true attributes
@@ -33,16 +34,16 @@ def data_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
 def prepare_data(stage: Stage, config: ClinicianPreferenceConfig) -> dict[str, Any]:
     """Source -> images with captions, held-out questions, quarantine (Parquet shards)."""
     from medray.data.captioned import PARTS, write_captioned
-    from medray.data.prepare import read_account
 
     asked = config.evaluate
     counts = write_captioned(
-        config.data, config.captions, stage.dir, asked.kinds, config.generate.seed, asked.seed, asked.max_images, config.tune.eval_rows)
+        config.data, config.captions, stage.dir, asked.kinds, config.generate.seed, asked.seed, asked.max_images, config.tune.eval_rows, bool(asked.arms))
+    account = stages.checked_account(stage, config)
     if asked.arms and not counts["questions"]:
         raise DataError(
             f"data.source: {config.data.source} has no question in its split {config.data.eval_split!r} to evaluate with; give a source that has some "
             "(docs/data.md), or evaluate.arms=[] to stop after the rating model")
-    return {"counts": counts, "account": read_account(stage.dir), **{part: stage.path(part) for part in PARTS}}
+    return {"counts": counts, "account": account, **{part: stage.path(part) for part in PARTS}}
 
 
 def check_arms(config: ClinicianPreferenceConfig, data: dict[str, Any]) -> None:
@@ -65,6 +66,9 @@ def embed(stage: Stage, config: ClinicianPreferenceConfig, encoder: str, data: d
         data["outputs"]["captioned"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(embedder, **options),
         8 * config.demonstrations.batch, config.data.read_cpus,
     )
+    found = set_aside_in(stage.path("rows"))
+    check_something("embedding", rows - found.total, found)
+    check_set_aside("images", rows, found, config.max_quarantined, stage.path("rows"))
     return {"rows": stage.path("rows"), "counts": {"images": rows, **again}}
 
 
@@ -113,8 +117,9 @@ def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Mo
         images, stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options), engine.rows_per_task, config.data.read_cpus)
     ledger = stages.ledger_of(stage, config.generate)
     counts = unpack(stage.path("rows"), stage.dir)
-    if not counts.get("exchanges"):
-        raise StageError(f"none of {rows} images got a dialogue that can be used: {dict(counts)}")
+    found = set_aside_in(stage.path("rows"))
+    check_something("dialogue", counts.get("exchanges", 0), found, f"none of {rows} images got one that can be used: {dict(counts)}")
+    check_set_aside("images", rows, found, config.max_quarantined, stage.path("rows"))
     return {**{part: stage.path(part) for part in ("conversations", "exchanges", "items")}, "ledger": ledger, "counts": {"images": rows, **again, **counts}}
 
 
@@ -133,6 +138,9 @@ def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, w
         written["outputs"]["exchanges"], stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options),
         8 * engine.rows_per_task, config.data.read_cpus,
     )
+    found = set_aside_in(stage.path("rows"))
+    check_something("rating", rows - found.total, found)
+    check_set_aside("exchanges", rows, found, config.max_quarantined, stage.path("rows"))
     ledger = stages.ledger_of(stage, config.rate)
     return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"exchanges": rows, **again, **rating_counts(stage.path("rows"))}}
 
@@ -178,13 +186,17 @@ def train_rater(stage: Stage, config: ClinicianPreferenceConfig, rater: RaterCon
     from medray.evaluation.rating import evaluate_rater
     from medray.train.rater_training import export_rater
     from medray.train.rater_training import train_rater as train
+    from medray.train.worker import check_trained
 
     both = [pairs["outputs"]["rows"], judged["outputs"]["pairs"]]
-    result = train(stage.path("train"), both, rater, config.data)
-    stage.publish("model", lambda folder: export_rater(result.best, folder, rater))
+    result = train(stage.path("train"), both, rater, config.data, config.max_quarantined)
     stages.keep_logs(stage, result)
+    check_trained(result, config.max_quarantined, stage.path("quarantine.jsonl"))
+    stage.publish("model", lambda folder: export_rater(result.best, folder, rater))
     quality = evaluate_rater(
         both, stage.path("held_out"), stage.path("held_out_committed"), stage.path("model"), rater, config.score, config.data, config.evaluate.bootstrap)
+    if quality["pairs"]:
+        _check_scored(stage.path("held_out"), config.max_quarantined, "held-out pairs")
     clinicians = f"The clinicians were {who(clinicians_of(config, judged))}."
     stage.run.write_text(rater_card(config, rater, result.counts, quality, clinicians), stage.folder, "model", CARD)
     return {
@@ -212,7 +224,17 @@ def score(stage: Stage, config: ClinicianPreferenceConfig, rater: str, written: 
     from medray.inference.score import score_exchanges
 
     counts = score_exchanges(written["outputs"]["exchanges"], stage.path("rows"), stage.path("committed"), rater, config.score, config.data)
+    _check_scored(stage.path("rows"), config.max_quarantined)
     return {"rows": stage.path("rows"), "counts": counts}
+
+
+def _check_scored(uri: str, limit: float, what: str = "exchanges") -> None:
+    """Raise StageError if too many rows of a folder have no score or rating, or all."""
+    from medray.data.shards import count_rows
+
+    rows, found = count_rows(uri), set_aside_in(uri)
+    check_something("score", rows - found.total, found)
+    check_set_aside(what, rows, found, limit, uri)
 
 
 def select(stage: Stage, config: ClinicianPreferenceConfig, made: dict[str, dict[str, Any]], order: str) -> dict[str, Any]:
@@ -242,6 +264,7 @@ def evaluate(stage: Stage, config: ClinicianPreferenceConfig, model: Model, name
         data["outputs"]["questions"], stage.path("rows"), stage.path("committed"),
         lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), 8 * config.engine.rows_per_task, config.data.read_cpus,
     )
+    stages.check_answered(stage.path("rows"), rows, config.max_quarantined)
     scores = scored(stage.path("rows"), config.evaluate)
     differences = {other: compare(found["outputs"]["rows"], stage.path("rows"), config.evaluate)["accuracy"] for other, found in others.items()}
     return {"rows": stage.path("rows"), "scores": scores, "differences": differences, "counts": {"questions": rows, **again, **not_scored([scores])}}

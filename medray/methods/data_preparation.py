@@ -25,12 +25,14 @@ from fsspec.core import url_to_fs
 
 from medray.config import DataConfig, PrepareDataConfig
 from medray.data.shards import parquet_files, tables
+from medray.data.uses import is_duplicate
 from medray.errors import DataError
 from medray.methods.data_report import write_report
 from medray.methods.session import ray_session
 from medray.records import QUARANTINE
 from medray.run import Run, Stage
 from medray.run_hold import held
+from medray.set_aside import SetAside, check_set_aside
 
 logger = logging.getLogger("medray")
 
@@ -44,6 +46,8 @@ _TEXT_COLUMNS = [
     "sample_id", "split", "modality", "source", "image_format", "width", "height", "warnings", "captions", "dialogues", "questions", "preferences",
     "attributes", "set_aside", "error",
 ]
+PARTS_OF_A_RECORD = ("attributes", "captions", "dialogues", "questions", "preferences")
+FEW = 20  # records set aside never fail the job: it names each of them, and its product is looked at
 _LEAK_COLUMNS = ["sample_id", "image_id", "split", "group_id", "image_hash", "phash"]
 
 
@@ -63,7 +67,7 @@ def prepare_dataset(config: PrepareDataConfig, run_uri: str) -> dict[str, Any]:
         kind = index["outputs"]["format"]
         limits = config.data.model_dump(include=LIMITS)
         shards = run.stage("02-shards", {"index": index["hash"], "limits": limits}, lambda stage: write_samples(stage, config.data, index["outputs"]["rows"], kind, run.path("shards")))
-        account = run.stage("03-account", {"shards": shards["hash"]}, lambda stage: take_account(stage))
+        account = run.stage("03-account", {"shards": shards["hash"]}, lambda stage: take_account(stage, config.max_quarantined))
         if not account["outputs"]["counts"]["images"]:
             raise DataError(f"data.source: nothing in {config.data.source} can be used; {run.path('quarantine')} says why: {account['outputs']['reasons']}")
         leaks = run.stage("04-leaks", {"shards": shards["hash"], "config": config.leaks}, lambda stage: search_leaks(stage, config))
@@ -119,12 +123,29 @@ def write_samples(stage: Stage, data: DataConfig, index_uri: str, kind: str, out
     return {"rows": out, "counts": {"rows": rows}}
 
 
-def take_account(stage: Stage) -> dict[str, Any]:
-    """Counts of everything in the shards, and the quarantine table; reads no image."""
+def check_samples(uri: str, max_quarantined: float) -> None:
+    """Raise StageError if more of the records of SAMPLE shards were set aside than the job allows."""
+    found, good = SetAside(), 0
+    for table in tables(uri, ["error", "set_aside", *PARTS_OF_A_RECORD]):
+        for row in table.to_pylist():
+            for one in row["set_aside"] or ():
+                if not is_duplicate(one["reason"]):
+                    found.add(one["reason"], one["sample_id"])
+            good += 0 if row["error"] is not None else max(1, sum(len(row[name] or ()) for name in PARTS_OF_A_RECORD))
+    check_set_aside("records", good + found.total, found, max_quarantined)
+
+
+def take_account(stage: Stage, max_quarantined: float = 1.0) -> dict[str, Any]:
+    """Counts of everything in the shards, and the quarantine table; reads no image.
+
+    Raises StageError if more of the records were set aside than `max_quarantined` allows, and more than FEW. If all were, the
+    caller says so.
+    """
     stage.run.remove("quarantine")
     stage.run.fs.makedirs(stage.run.path("quarantine"), exist_ok=True)
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    found = SetAside()
     tallies: dict[str, Counter[str]] = {name: Counter() for name in ("splits", "modalities", "formats", "answer_types", "attributes", "warnings", "languages")}
     sizes: Counter[int] = Counter()
     with stage.run.fs.open(stage.run.path("quarantine", "part-000000.parquet"), "wb") as handle, pq.ParquetWriter(handle, QUARANTINE) as quarantine:
@@ -136,13 +157,18 @@ def take_account(stage: Stage) -> dict[str, Any]:
                     counts["images set aside"] += 1
                     continue
                 tally_row(row, counts, tallies)
+                counts["records"] += max(1, sum(len(row[name] or ()) for name in PARTS_OF_A_RECORD))
                 sizes[max(row["width"], row["height"])] += 1
             for one in bad:
-                duplicate = one["reason"].startswith("duplicate")
+                duplicate = is_duplicate(one["reason"])
                 counts["duplicates" if duplicate else "quarantined"] += 1
+                if not duplicate:
+                    found.add(one["reason"], one["sample_id"])
                 reasons[kind_of_reason(one["reason"])] += 1
             if bad:
                 quarantine.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE))
+    if counts["images"]:
+        check_set_aside("records", counts["records"] + found.total, found, max_quarantined, stage.run.path("quarantine"), FEW)
     fixed = {name: counts[name] for name in ("images", "attributes", "captions", "dialogues", "questions", "preferences", "quarantined", "duplicates", "images set aside")}
     return {
         "counts": {**fixed, "splits": dict(sorted(tallies.pop("splits").items()))},
@@ -157,7 +183,7 @@ def tally_row(row: dict[str, Any], counts: Counter[str], tallies: dict[str, Coun
     tallies["modalities"][row["modality"] or "unknown"] += 1
     tallies["formats"][row["image_format"]] += 1
     tallies["warnings"].update(row["warnings"] or ())
-    for name in ("attributes", "captions", "dialogues", "questions", "preferences"):
+    for name in PARTS_OF_A_RECORD:
         counts[name] += len(row[name] or ())
     for question in row["questions"] or ():
         tallies["answer_types"][question["answer_type"]] += 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from medray.config import InstructionFreeConfig, InstructionFreeTrainConfig
+from medray.config import TESTBED_SCENES, InstructionFreeConfig, InstructionFreeTrainConfig
 from medray.methods import stages
 from medray.methods.answering import write_own
 from medray.methods.stages import Model
@@ -30,16 +30,18 @@ def data_inputs(config: InstructionFreeConfig) -> dict[str, Any]:
 def prepare_data(stage: Stage, config: InstructionFreeConfig) -> dict[str, Any]:
     """Source -> descriptions to tune on, held-out descriptions, sets of questions, quarantine (Parquet shards)."""
     from medray.data.description_sets import PARTS, form_of, write_descriptions, write_general
-    from medray.data.prepare import read_account
 
     asked = config.evaluate
     counts = write_descriptions(
         config.data, stage.dir, asked.describe_prompt, asked.kinds, config.tune.seed, asked.seed, asked.max_images, config.tune.eval_rows)
+    account = stages.checked_account(stage, config)
     general = 0
     if asked.general is not None:
         general = write_general(config.data, stage.path("general"), asked.general, asked.general_split, asked.kinds, asked.seed, asked.max_general)
+        if asked.general != TESTBED_SCENES:
+            stages.checked_account(stage, config, "general")
     return {
-        "counts": {**counts, "general": general}, "account": read_account(stage.dir), "form": form_of(config.data), **{part: stage.path(part) for part in PARTS},
+        "counts": {**counts, "general": general}, "account": account, "form": form_of(config.data), **{part: stage.path(part) for part in PARTS},
         "general": stage.path("general", "questions"),
         "questions": stage.path("choices" if counts["choices"] else "described"),  # what an export is verified with
     }
@@ -63,14 +65,16 @@ def _train(
     stage: Stage, config: InstructionFreeConfig, base: Model, data: dict[str, Any], train: InstructionFreeTrainConfig, proxy: str | None, with_model: bool,
 ) -> dict[str, Any]:
     from medray.data.shards import count_rows
-    from medray.train.worker import export_proxy, run_training
+    from medray.train.worker import check_trained, export_proxy, run_training
 
     rows, held_out = data["outputs"]["descriptions"], data["outputs"]["eval_descriptions"]
     train_ds, eval_ds = (stages.encoded(uri, base.path, config, "description", train) if count_rows(uri) else None for uri in (rows, held_out))
     result = run_training(
         stage.path("train"), train_ds, eval_ds if train.eval_rows else None, rows=count_rows(rows), model_dir=base.path, model_config=config.model,
-        train_config=train, objective="instruction_free", proxy=proxy,
+        train_config=train, objective="instruction_free", proxy=proxy, max_quarantined=config.max_quarantined,
     )
+    stages.keep_logs(stage, result)
+    check_trained(result, config.max_quarantined, stage.path("quarantine.jsonl"))
     outputs = {"counts": result.counts, "metrics": stage.path("metrics.jsonl")}
     if with_model:
         outputs |= stages.export(stage, config, base, train, result.checkpoint)
@@ -78,7 +82,6 @@ def _train(
         # Not among the model's own files: what loads the model would take it for weights.
         stage.publish("proxy", lambda folder: export_proxy(result.checkpoint, f"{folder}/{PROXY_FILE}"))
         outputs["proxy"] = stage.path("proxy", PROXY_FILE)
-    stages.keep_logs(stage, result)
     return outputs
 
 
@@ -114,6 +117,7 @@ def evaluate(
         lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), 8 * config.engine.rows_per_task,
         config.data.read_cpus, id_column="key",
     )
+    stages.check_answered(stage.path("answers"), rows, config.max_quarantined, "key")
     split_answers(stage, sets)
     scores = {one: score(stage.path("sets", one), config.evaluate) for one in sets}
     outputs: dict[str, Any] = {"sets": {one: stage.path("sets", one) for one in sets}, "scores": scores}

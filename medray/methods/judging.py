@@ -11,7 +11,7 @@ from medray.config import ClinicianPreferenceConfig, EvaluateJobConfig
 from medray.data.shards import stored_rows
 from medray.evaluation.exchange import answers
 from medray.evaluation.win_rate import QUESTION_COLUMNS, judge_rows, win_rate
-from medray.methods.stages import judge_inputs
+from medray.methods.stages import check_judged, judge_inputs
 from medray.records import SELF_PLAY
 from medray.run import Run, Stage
 
@@ -102,6 +102,7 @@ def _judged(
             questions["outputs"]["rows"], stage.path("rows"), stage.path("committed"), judged, 8 * engine.rows_per_task, config.data.read_cpus,
             keeps=JudgeRows(**arguments).keeps, keep_columns=["answer_type"],
         )
+        check_judged(stage, config)
         return {"rows": stage.path("rows"), "counts": {"questions": rows, **again}}
 
     inputs = {"first": first and first["hash"], "second": second["hash"], **judge}

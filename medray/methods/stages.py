@@ -7,6 +7,7 @@ medray.train and medray.evaluation. Nothing here holds rows.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,11 @@ from medray.config import (
     StrongModelConfig,
     TrainConfig,
 )
+from medray.errors import DataError
 from medray.run import Run, Stage, digest
+from medray.set_aside import SetAside, check_set_aside, check_something, set_aside_in
+
+logger = logging.getLogger("medray")
 
 PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig that only the pairs stage reads
 OWN = ("model_settings", "engine")  # the fields of StrongModelConfig that only a local model has: see own_inputs
@@ -109,12 +114,37 @@ def exported(manifest: dict[str, Any]) -> Model:
 
 def prepare_data(stage: Stage, config: SelfTrainingConfig) -> dict[str, Any]:
     """Source -> conversations, unlabelled images, held-out questions, quarantine (Parquet shards)."""
-    from medray.data.prepare import prepare, read_account
+    from medray.data.prepare import prepare
 
     counts = prepare(config.data, stage.dir, seed=config.sft.seed, eval_kinds=config.evaluate.kinds, eval_seed=config.evaluate.seed,
                      max_eval_images=config.evaluate.max_images, eval_conversations=config.sft.eval_rows)
-    account = read_account(stage.dir)
+    account = checked_account(stage, config)
+    if not counts["questions"]:
+        raise DataError(
+            f"evaluate.kinds: no question of the kinds {', '.join(config.evaluate.kinds)} came out of split {config.data.eval_split!r} of {config.data.source}; "
+            "name other kinds, or another split in data.eval_split")
+    if config.rounds and not counts["images"]:
+        raise DataError(
+            f"rounds: {config.rounds} round(s) question unlabelled images, and split {config.data.train_split!r} of {config.data.source} has none left; lower "
+            f"data.label_fraction ({config.data.label_fraction:g}), or set rounds=0 to stop after SQ-SFT")
     return {"counts": counts, "account": account, **{part: stage.path(part) for part in ("conversations", "eval_conversations", "images", "questions", "quarantine")}}
+
+
+def checked_account(stage: Stage, config: AnyMethodConfig, *folder: str) -> dict[str, Any]:
+    """What a data stage, or a folder of it, saw (medray.data.prepare.read_account). Logs what the images serve for.
+
+    Raises StageError if more of the records, or of the images that were read, were set aside than the job allows.
+    """
+    from medray.data.prepare import BAD_IMAGES, READ, read_account
+    from medray.data.uses import BAD_RECORDS, RECORDS, is_duplicate
+
+    account = read_account(stage.path(*folder))
+    logger.info("what the images%s serve for:\n%s", "".join(f" of {name}" for name in folder), account["uses"])
+    found = set_aside_in(stage.path(*folder, "quarantine"), lambda row: (None if is_duplicate(row["reason"]) else row["reason"],), ("reason",))
+    numbers = account["set_aside"]
+    for what, rows, bad in (("records of the source", RECORDS, BAD_RECORDS), ("records whose image was read", READ, BAD_IMAGES)):
+        check_set_aside(what, numbers[rows], found, config.max_quarantined, stage.path(*folder, "quarantine"), number=numbers[bad])
+    return account
 
 
 def tune(
@@ -126,16 +156,18 @@ def tune(
         held_out: conversations of an evaluation loss (default: those of the run's data stage).
     """
     from medray.data.shards import count_rows
-    from medray.train.worker import run_training
+    from medray.train.worker import check_trained, run_training
 
     held_out = held_out or stage.run.path("stages", "00-data", "eval_conversations")
     has_eval = objective == "sft" and train.eval_rows > 0 and count_rows(held_out) > 0
     result = run_training(
         stage.path("train"), encoded(rows_uri, model.path, config, objective), encoded(held_out, model.path, config, "sft") if has_eval else None,
         rows=count_rows(rows_uri), model_dir=model.path, model_config=config.model, train_config=train, objective=objective,
+        max_quarantined=config.max_quarantined,
     )
-    exported = export(stage, config, model, train, result.checkpoint)
     keep_logs(stage, result)
+    check_trained(result, config.max_quarantined, stage.path("quarantine.jsonl"))
+    exported = export(stage, config, model, train, result.checkpoint)
     return {**exported, "counts": result.counts, "metrics": stage.path("metrics.jsonl")}
 
 
@@ -227,6 +259,9 @@ def self_play(stage: Stage, config: SelfTrainingConfig, model: Model, data: dict
     rows, again = write_resumable(
         images, stage.path("rows"), stage.path("committed"), played, config.engine.rows_per_task, config.data.read_cpus, keeps=keeps)
     tally = _tally(stage.path("rows"), ["sample_id", "error", "questions", "dropped_questions"], _played)
+    found = set_aside_in(stage.path("rows"))
+    check_something("question", tally.get("questions", 0), found, f"{rows} images were questioned; look at data.max_unlabelled, self_play.ask and self_play.questions")
+    check_set_aside("images", rows, found, config.max_quarantined, stage.path("rows"))
     return {"rows": stage.path("rows"), "counts": {"images": rows, **again, **tally}}
 
 
@@ -266,6 +301,7 @@ def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> d
     )
     ledger = ledger_of(stage, config.judge)
     tally = _tally(stage.path("rows"), ["sample_id", "error", "verdicts"], _verdicts)
+    check_judged(stage, config, differ=True)
     return {"rows": stage.path("rows"), "ledger": ledger, "counts": {"images": rows, **again, **tally, "retried requests": ledger["retries"]}}
 
 
@@ -275,6 +311,30 @@ def ledger_of(stage: Stage, config: EndpointConfig) -> dict[str, Any]:
     from medray.inference.judge import cost_ledger
 
     return cost_ledger(stored_rows(stage.path("rows"), ["requests", "retries", "prompt_tokens", "completion_tokens"]), config)
+
+
+def check_judged(stage: Stage, config: SelfTrainingConfig | ClinicianPreferenceConfig | EvaluateJobConfig, differ: bool = False) -> None:
+    """Raise StageError if a judge gave no verdict on any of the stage's rows (records.JUDGED), or failed on too many.
+
+    Answers that are empty or equal to each other are not judged, and are no rows set aside.
+
+    Args:
+        differ: whether some answers must differ.
+    """
+    from medray.data.shards import stored_rows
+    from medray.inference.pairs import EMPTY, IDENTICAL
+
+    found, asked, given = SetAside(), 0, 0
+    for row in stored_rows(stage.path("rows"), ["sample_id", "error", "verdicts"]):
+        reasons = [row["error"]] if row["error"] is not None else [one["error"] for one in row["verdicts"] or ()]
+        for reason in reasons:
+            given += reason is None
+            if reason is not None and reason not in (EMPTY, IDENTICAL):
+                found.add(reason, row["sample_id"])
+            asked += reason not in (EMPTY, IDENTICAL)
+    if asked or differ:
+        check_something("verdict", given, found, "no two answers to a question differ; raise self_play.answer.temperature or question more images")
+    check_set_aside("verdicts", asked, found, config.max_quarantined, stage.path("rows"), few=1)  # of a row's several verdicts
 
 
 def _verdicts(row: dict[str, Any]) -> dict[str, int]:
@@ -329,6 +389,9 @@ def reference_logps(stage: Stage, config: SelfTrainingConfig, model: Model, pair
         )
 
     rows, again = write_resumable(pairs["outputs"]["rows"], stage.path("rows"), stage.path("committed"), scored, 8 * config.dpo.reference_batch, config.data.read_cpus)
+    found = set_aside_in(stage.path("rows"), lambda row: (row["ref_error"],), ("ref_error",))
+    check_something("log-probability", rows - found.total, found)
+    check_set_aside("pairs", rows, found, config.max_quarantined, stage.path("rows"))
     return {"rows": stage.path("rows"), "counts": {"pairs": rows, **again}}
 
 
@@ -351,12 +414,20 @@ def evaluate(
         lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), 8 * config.engine.rows_per_task,
         config.data.read_cpus,
     )
+    check_answered(stage.path("rows"), rows, config.max_quarantined)
     scores = score(stage.path("rows"), config.evaluate)
     difference = None
     if before is not None:
         found = compare(before["outputs"]["rows"], stage.path("rows"), config.evaluate)
         difference = {"against": previous_model(name), **found["accuracy"]}
     return {"rows": stage.path("rows"), "scores": scores, "difference": difference, "counts": {"questions": rows, **again, **not_scored([scores])}}
+
+
+def check_answered(uri: str, rows: int, limit: float, id_column: str = "sample_id") -> None:
+    """Raise StageError if no question of a folder of answers (records.ANSWERED) has one, or too many have none."""
+    found = set_aside_in(uri, id_column=id_column)
+    check_something("answer", rows - found.total, found, "there is no question to answer")
+    check_set_aside("questions", rows, found, limit, uri)
 
 
 def previous_model(name: str) -> str | None:

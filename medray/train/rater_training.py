@@ -33,12 +33,13 @@ class RaterResult(TrainResult):
     best_epoch: int = 0
 
 
-def train_rater(stage_dir: str, pairs: str | list[str], config: RaterConfig, data_config: DataConfig) -> RaterResult:
+def train_rater(stage_dir: str, pairs: str | list[str], config: RaterConfig, data_config: DataConfig, max_quarantined: float = 1.0) -> RaterResult:
     """Train on records.RATING_PAIR shards; the same call after a crash goes on from the last checkpoint.
 
     Args:
         stage_dir: where checkpoints go: a path or URL that every node reaches.
         pairs: a folder, or several; sample_ids are unique over all of them.
+        max_quarantined: see run_training.
 
     Returns a RaterResult; its counts are also of pairs by side and origin (medray.data.rater_pairs.pair_counts), and of those
     trained on whose answer or context was cut.
@@ -60,7 +61,7 @@ def train_rater(stage_dir: str, pairs: str | list[str], config: RaterConfig, dat
     train = _encoded(pairs_of(uris, "train", config, data_config, trained=True).materialize(), encoder, config, data_config)
     measured = _encoded(pairs_of(uris, "held_out", config, data_config).limit(config.eval_rows), encoder, config, data_config) if held_out else None
     model_config = ModelConfig(path=config.encoder, precision=config.precision)
-    result = run_training(stage_dir, train, measured, rows, encoder, model_config, config, "rater")
+    result = run_training(stage_dir, train, measured, rows, encoder, model_config, config, "rater", max_quarantined=max_quarantined)
     best = result.best_metrics or {}
     return RaterResult(
         result.checkpoint, result.metrics, {**result.counts, **counts, **_cuts(result.metrics)}, result.quarantine, result.best, result.best_metrics,

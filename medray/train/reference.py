@@ -43,6 +43,7 @@ class Reference:
         table = table.append_column("ref_chosen_logp", pa.array([chosen for chosen, _ in pairs], pa.float64()))
         table = table.append_column("ref_rejected_logp", pa.array([rejected for _, rejected in pairs], pa.float64()))
         table = table.append_column("ref_model", pa.array([self.model_hash] * len(pairs)))
+        table = table.append_column("ref_error", pa.array([row["error"] for row in encoded], pa.string()))
         return conform(table, PREFERENCE_WITH_REFERENCE)
 
     def _logps(self, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:

@@ -42,6 +42,7 @@ from medray.data.images import filler_picture
 from medray.errors import ConfigError, StageError
 from medray.failures import describe
 from medray.prometheus import TrainMetrics
+from medray.set_aside import check_set_aside, check_something, counted
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 from medray.train.done import BEFORE, Ids, count_done, done_rows, keep_done, write_done
 from medray.train.objectives import BEST_BY
@@ -73,7 +74,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: stage_dir, model_dir, objective, rows (of the dataset), proxy (address or None), and model_config, train_config
-            as plain dicts.
+            as plain dicts; max_quarantined, see run_training.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     # Ray writes two lines per checkpoint; the logger of one of them is named by its file (2.60).
@@ -94,8 +95,11 @@ def train_worker(config: dict[str, Any]) -> None:
     goes_on = progress.epoch < train_config.epochs  # else all is done, and this is no start
     start = Start(config["stage_dir"], progress.steps, progress.samples, step.world_size) if goes_on and step.rank == 0 else None
     while progress.epoch < train_config.epochs:
-        train_epoch(step, batches, progress, done, shards, config["rows"], start)
+        set_aside = train_epoch(step, batches, progress, done, shards, config["rows"], start)
         done = Ids()
+        lost = int(step.gather(torch.tensor([set_aside])).sum())
+        if not progress.samples or lost > config["max_quarantined"] * config["rows"]:
+            break  # the stage fails, and so need not pay for the other epochs; with a higher limit it resumes at the next one
 
 
 def parts_of(objective: str) -> tuple[type, type]:
@@ -157,8 +161,10 @@ def _filler_table(objective: str) -> pa.Table:
 
 def train_epoch(
     step: Any, batches: Batches, progress: Progress, done: Ids, shards: dict[str, Any], rows_per_epoch: int, start: Start | None = None,
-) -> None:
+) -> int:
     """Train on what is left of an epoch, checkpoint on the way and at its end.
+
+    Returns the number of rows that this worker set aside in it since it started.
 
     Args:
         start: rank 0's note of how far this start of the workers came.
@@ -190,7 +196,9 @@ def train_epoch(
     if start is not None:
         start.mark(progress.steps, progress.samples)
     progress.epoch += 1
+    set_aside = sum(reason is not None for reason in progress.done.values())
     progress.done, progress.before = {}, None
+    return set_aside
 
 
 class Clock:
@@ -310,7 +318,7 @@ def scaling_of(config: LoopConfig) -> ray.train.ScalingConfig:
 
 def run_training(
     stage_dir: str, train_ds: Any, eval_ds: Any, rows: int, model_dir: str, model_config: ModelConfig,
-    train_config: LoopConfig, objective: str = "sft", proxy: str | None = None,
+    train_config: LoopConfig, objective: str = "sft", proxy: str | None = None, max_quarantined: float = 1.0,
 ) -> TrainResult:
     """Train in Ray workers; the same call after a crash, of workers or of this process, goes on from the last checkpoint.
 
@@ -323,6 +331,8 @@ def run_training(
         objective: "sft", "dpo", "instruction_free" or "rater".
         proxy: address, reached from every node, of the proxy instruction that instruction-free tuning begins from
             (export_proxy's file); None: drawn from the seed.
+        max_quarantined: share of the rows; if an epoch sets aside more, or trains on none, the training ends with it, and
+            `check_trained` says why.
 
     Raises ConfigError for a train_config of the wrong kind or a proxy that does not fit it, DataError where there is no such
     proxy, StageError where workers failed more than max_failures times.
@@ -346,6 +356,7 @@ def run_training(
         train_worker,
         train_loop_config={
             "stage_dir": stage_dir, "model_dir": model_dir, "objective": objective, "rows": rows, "datasets": list(datasets), "proxy": proxy,
+            "max_quarantined": max_quarantined,
             "model_config": model_config.model_dump(), "train_config": train_config.model_dump(),
         },
         scaling_config=scaling_of(train_config),
@@ -373,6 +384,17 @@ def run_training(
         if measured[BEST_BY] >= 0:  # else nothing was held out, and the last one it is
             best, best_metrics = kept, measured
     return TrainResult(result.checkpoint, metrics, counts, quarantine, best, best_metrics)
+
+
+def check_trained(result: TrainResult, max_quarantined: float, where: str | None = None) -> None:
+    """Raise StageError if a training set aside more than the share `max_quarantined` of its rows, or trained on none.
+
+    Args:
+        where: the file that names the rows set aside.
+    """
+    found = counted(result.quarantine.items())
+    check_something("step", result.counts["samples"] and result.counts["steps"], found, "there was no row to train on")
+    check_set_aside("rows", result.counts["trained"] + result.counts["quarantined"], found, max_quarantined, where)
 
 
 def _check_proxy(proxy: str, config: TrainConfig) -> None:

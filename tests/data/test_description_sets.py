@@ -103,7 +103,7 @@ def test_a_source_becomes_parts(cells, tmp_path):
 
 @pytest.mark.ray
 def test_a_split_without_descriptions_is_an_error(cells, tmp_path):
-    with pytest.raises(DataError, match=r"no description in its split 'test'.*data\.eval_split"):
+    with pytest.raises(DataError, match=r"data\.eval_split: no image of split 'test' .*: --set data\.eval_split=val"):
         write_descriptions(cells.model_copy(update={"eval_split": "test"}), str(tmp_path / "out"), "Describe it.")
 
 

@@ -42,9 +42,7 @@ class Outputs(dict):
         self.stage = stage
 
     def __missing__(self, name: str) -> Any:
-        if name == "counts":
-            return Counts()
-        return Counts() if name in ("quality", "account", "tallies") else f"{self.stage}/{name}"
+        return Counts() if name in ("counts", "quality", "account", "tallies") else f"{self.stage}/{name}"
 
 
 class Counts(dict):
@@ -144,6 +142,7 @@ def keys_of(questions):
         run = KeyRun(known, upstream)
         patch.setattr(module, "Run", lambda _: run)
         patch.setattr(module, "ray_session", lambda _: contextlib.nullcontext())
+        patch.setattr(module, "held", lambda *_: contextlib.nullcontext())
         with contextlib.suppress(Stop):
             work(config)
         return run.keys
@@ -171,7 +170,7 @@ ENDPOINT = "key_env concurrency retries give_up timeout rename usd_per_million_i
 # gets another key by theirs.
 TABLE: dict[str, dict[str, str]] = {
     "self_train": {
-        "cluster.*": NONE,
+        "cluster.* max_quarantined": NONE,
         "data.unlabelled_per_round": "?1-self_play",
         "data.read_cpus data.encoders": NONE,
         "data.*": "00-data",
@@ -199,7 +198,7 @@ TABLE: dict[str, dict[str, str]] = {
         "seed": "00-data 01-sq_sft ?1-self_play ?2-judge ?5-dpo",
     },
     "instruction_free": {
-        "cluster.*": NONE,
+        "cluster.* max_quarantined": NONE,
         "data.unlabelled_per_round data.max_unlabelled data.turns": NONE,  # the method reads no unlabelled image and makes no dialogue
         "data.read_cpus data.encoders": NONE,
         "data.*": "00-data",
@@ -221,7 +220,7 @@ TABLE: dict[str, dict[str, str]] = {
         "seed": "00-data 01-warm_up 02-tune",
     },
     "clinician_preference": {
-        "cluster.*": NONE,
+        "cluster.* max_quarantined": NONE,
         "data.unlabelled_per_round": NONE,  # there are no rounds
         "data.read_cpus data.encoders": NONE,
         "data.* captions.*": "00-data",
@@ -267,7 +266,7 @@ TABLE: dict[str, dict[str, str]] = {
         "seed": "00-data 02-draw 03-candidates 04-clinicians 05-generate 06-rate 07-pairs 08-rater* 10-select-* 11-tune-*",
     },
     "evaluate": {
-        "cluster.*": NONE,
+        "cluster.* max_quarantined": NONE,
         "model.path": NONE,  # --model names the models
         "model.*": "05-answers-local 10-vqa-rad-local",
         "data.source data.format data.testbed_val_fraction": NONE,  # --data and --benchmark give them
@@ -292,7 +291,7 @@ TABLE: dict[str, dict[str, str]] = {
         "text_only": "05-answers-* 10-vqa-rad-*",
     },
     "prepare_data": {
-        "cluster.*": NONE,
+        "cluster.* max_quarantined": NONE,
         "data.read_cpus data.encoders data.label_fraction data.max_labelled data.max_unlabelled data.unlabelled_per_round data.turns": NONE,
         "data.max_image_bytes data.max_image_pixels data.max_aspect data.min_image_side data.rows_per_shard": "02-shards",
         "data.*": "01-index",

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from medray.config import DataConfig
 from medray.data.collate import Encoder
-from medray.errors import ConfigError
+from medray.errors import ConfigError, StageError
 from medray.models.vlm import load_vlm
 from medray.train.done import done_rows
-from medray.train.worker import export_merged, run_training
+from medray.train.worker import check_trained, export_merged, run_training
 from tests.processes import kill_one
 from tests.prometheus import told
 
@@ -126,3 +126,21 @@ def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava,
 def test_wrong_config_for_the_objective(tmp_path):
     with pytest.raises(ConfigError, match="DpoConfig"):
         run_training(str(tmp_path), None, None, 1, "nowhere", MODEL, SFT, "dpo")
+
+
+def test_too_many_rows_set_aside_end_a_training_early_and_a_higher_limit_resumes_it(ray_cluster, tiny_llava, tmp_path):
+    """Two of ten rows: after one of two epochs the training ends; with a limit that allows them it goes on from there."""
+    rows = conversations(10, bad=(3, 4))
+    config = SFT.model_copy(update={"micro_batch": 4, "accumulation": 1, "epochs": 2})
+
+    def train(limit):
+        return run_training(str(tmp_path), dataset(tiny_llava, "sft", rows), None, len(rows), tiny_llava, MODEL, config, max_quarantined=limit)
+
+    stopped = train(0.05)
+    assert (stopped.counts["steps"], stopped.counts["trained"], stopped.counts["quarantined"]) == (2, 8, 2)
+    with pytest.raises(StageError, match=r"2 of 10 rows were set aside \(20 %\)"):
+        check_trained(stopped, 0.05)
+    resumed = train(0.2)
+    check_trained(resumed, 0.2)
+    assert (resumed.counts["steps"], resumed.counts["samples"]) == (4, 16)
+    assert [line["step"] for line in metrics_of(resumed)] == [1, 2, 3, 4]
