@@ -1,6 +1,8 @@
-"""Tell what other tools' logs leave open (pure): the kind of a question, its options, and the letter that a target means.
+"""Tell what other tools' logs leave open (pure): the kind of a question, its options, and the letter that a
+target means.
 
-Tasks of lmms-eval and lm-evaluation-harness give as target an option's letter, its text or its place (0, 1, ...); VLMEvalKit a letter.
+Tasks of lmms-eval and lm-evaluation-harness give as target an option's letter, its text or its place (0, 1,
+...); VLMEvalKit a letter.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from medray.evaluation import metrics
 from medray.evaluation.plain_text import plain
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_AS_LETTERS = str.maketrans({chr(ord(first) + place): letter for first in "aＡａ" for place, letter in enumerate(LETTERS)})
+_AS_LETTERS = str.maketrans(
+    {chr(ord(first) + place): letter for first in "aＡａ" for place, letter in enumerate(LETTERS)}
+)
 # "A. x", "(A) x", "a) x", "**A:** x", "- A、x", "A - x"
 _OPTION_LINE = re.compile(r"^[\s*•·-]*[(（]?([A-Za-zＡ-Ｚａ-ｚ])(?:\s?[.):、．）：]|\s[-–—]\s)\**\s*(.*)$")
 _INLINE_MARK = re.compile(r"(?<!\w)(?:[(（]([A-Z])[)）]\s*|([A-Z])[.):．：]\s+)")
@@ -31,7 +35,8 @@ def question_of(text: str, target: Any, choices: Sequence[str] | None, answer: s
 
     Args:
         target: as the log holds it: a letter, a text, a place or a list of one of them.
-        choices: the options, where a column holds them; else they are looked for in the text. An empty option is one whose text is lost.
+        choices: the options, where a column holds them; else they are looked for in the text. An empty option
+            is one whose text is lost.
         answer: the model's; a letter says that there were options.
 
     Raises TargetError for a target that fits none or several of the options, or is not one answer.
@@ -46,10 +51,17 @@ def question_of(text: str, target: Any, choices: Sequence[str] | None, answer: s
         except TargetError:
             pass  # marks within a line may be something else than options
     if _WHOLE_NUMBER.fullmatch(wanted) and metrics.mcq_letter(answer, len(LETTERS)):
-        raise TargetError(f"the target {wanted} may be the place of an option, but no options are in the question; the answer is a letter")
+        raise TargetError(
+            f"the target {wanted} may be the place of an option, but no options are in the question; "
+            "the answer is a letter"
+        )
     if re.fullmatch("[A-J]", wanted):
         return {"reference": wanted, "answer_type": "mcq", "choices": None}
-    return {"reference": wanted, "answer_type": "closed" if metrics.normalise(wanted) in ("yes", "no") else "open", "choices": None}
+    return {
+        "reference": wanted,
+        "answer_type": "closed" if metrics.normalise(wanted) in ("yes", "no") else "open",
+        "choices": None,
+    }
 
 
 def _single(target: Any) -> str:
@@ -57,10 +69,15 @@ def _single(target: Any) -> str:
     if isinstance(target, list | tuple):
         texts = [_single(item) for item in target]
         if len({metrics.normalise(text) for text in texts}) != 1:
-            raise TargetError(f"the target holds {len(texts)} answers; questions with one right answer are scored")
+            raise TargetError(
+                f"the target holds {len(texts)} answers; questions with one right answer are scored"
+            )
         return texts[0]
     if isinstance(target, bool) or not isinstance(target, str | int | float):
-        raise TargetError(f"the target is {'missing' if target is None else f'a {type(target).__name__}'}; it must be a text or an option's place")
+        raise TargetError(
+            f"the target is {'missing' if target is None else f'a {type(target).__name__}'}; "
+            "it must be a text or an option's place"
+        )
     if isinstance(target, float) and target.is_integer():
         target = int(target)
     text = str(target).strip()
@@ -80,13 +97,19 @@ def _letter(target: str, choices: Sequence[str]) -> str:
     by_text = {LETTERS[place] for place, choice in enumerate(choices) if plain(choice) == plain(target)}
     by_place = {LETTERS[int(target)]} if int(target) < len(choices) else set()
     if len(by_text | by_place) != 1:
-        how = "is the place of one option and the text of another" if by_text else f"is not the place of one of the {len(choices)} options (from 0)"
+        how = (
+            "is the place of one option and the text of another"
+            if by_text
+            else f"is not the place of one of the {len(choices)} options (from 0)"
+        )
         raise TargetError(f"the target {target} {how}")
     return next(iter(by_text | by_place))
 
 
 def lettered(question: str) -> tuple[str, list[str]]:
-    """(text before the options, options) of a question with lines "A. ...", "B. ..." in order; ("", []) without them."""
+    """(text before the options, options) of a question with lines "A. ...", "B. ..." in order; ("", [])
+    without them.
+    """
     lines = question.split("\n")
     for start in range(len(lines)):
         options: list[str] = []
@@ -94,7 +117,11 @@ def lettered(question: str) -> tuple[str, list[str]]:
             match = _OPTION_LINE.match(line.strip())
             if match is None and options and not line.strip():
                 continue  # a blank line between two options
-            if match is None or len(options) == len(LETTERS) or match[1].translate(_AS_LETTERS) != LETTERS[len(options)]:
+            if (
+                match is None
+                or len(options) == len(LETTERS)
+                or match[1].translate(_AS_LETTERS) != LETTERS[len(options)]
+            ):
                 break
             options.append(match[2].strip())
         if len(options) >= 2:
@@ -103,7 +130,9 @@ def lettered(question: str) -> tuple[str, list[str]]:
 
 
 def inline_options(question: str) -> list[str]:
-    """The options of a question that holds them within a line, as "Which? (A) lung (B) liver"; empty without them."""
+    """The options of a question that holds them within a line, as "Which? (A) lung (B) liver"; empty without
+    them.
+    """
     marks: list[re.Match[str]] = []
     for mark in _INLINE_MARK.finditer(question):
         if (mark[1] or mark[2]) == LETTERS[len(marks)] and (not marks or bool(mark[1]) == bool(marks[0][1])):
@@ -113,12 +142,14 @@ def inline_options(question: str) -> list[str]:
     if len(marks) < 2:
         return []
     ends = [*(mark.start() for mark in marks[1:]), len(question)]
-    texts = [question[mark.end():end] for mark, end in zip(marks, ends, strict=True)]
+    texts = [question[mark.end() : end] for mark, end in zip(marks, ends, strict=True)]
     return [text.partition("\n")[0].strip(" ,;\t") for text in texts]
 
 
 def documented_options(doc: Mapping[str, Any]) -> list[str]:
-    """The options in a log's copy of the data set's row: a list of texts, {"text": [...]}, {"A": ..., "B": ...}, or fields A, B, ..."""
+    """The options in a log's copy of the data set's row: a list of texts, {"text": [...]}, {"A": ..., "B":
+    ...}, or fields A, B, ...
+    """
     for field in _OPTION_FIELDS:
         found = doc.get(field)
         if isinstance(found, Mapping):

@@ -1,8 +1,9 @@
 """An OpenAI-compatible endpoint: GPT-4o, a vLLM server or any other.
 
-Requests in flight are bounded per client; 429, 5xx and timeouts are retried with exponential backoff and jitter, then
-the request has failed. Where every request fails no row is to blame: the stage stops, and the same command asks again. The key comes
-from the environment of the node the client runs on, and is never logged.
+Requests in flight are bounded per client; 429, 5xx and timeouts are retried with exponential backoff and
+jitter, then the request has failed. Where every request fails no row is to blame: the stage stops, and the
+same command asks again. The key comes from the environment of the node the client runs on, and is never
+logged.
 """
 
 from __future__ import annotations
@@ -43,15 +44,19 @@ class EndpointError(Exception):
 
 
 class EndpointDown(StageError):
-    """The endpoint answers no request; rows under way are not written, and the same command asks for them again."""
+    """The endpoint answers no request; rows under way are not written, and the same command asks for them
+    again.
+    """
 
 
 class Endpoint:
-    """A client of one endpoint and model. A stage asks through one actor, so what is counted here is counted over all its requests.
+    """A client of one endpoint and model. A stage asks through one actor, so what is counted here is counted
+    over all its requests.
 
-    Whether a refused request or the endpoint itself is at fault shows in the others: `config.give_up` requests that fail one after
-    the other, for whatever reasons, stop the stage. Where some were answered before, one of those is sent again first, so that
-    neighbouring rows that each are refused do not. `settled` decides about fewer of them before their rows are handed on.
+    Whether a refused request or the endpoint itself is at fault shows in the others: `config.give_up`
+    requests that fail one after the other, for whatever reasons, stop the stage. Where some were answered
+    before, one of those is sent again first, so that neighbouring rows that each are refused do not.
+    `settled` decides about fewer of them before their rows are handed on.
 
     Args:
         config: endpoint, model, bounds.
@@ -66,9 +71,15 @@ class Endpoint:
         self.config = config
         key = (os.environ.get(config.key_env) or "").strip()
         if not key and urlsplit(config.base_url).hostname not in LOCAL_HOSTS:
-            raise StageError(f"{section}.key_env: {config.key_env} is not set on this node; it must hold the key for {without_passwords(config.base_url)}")
+            raise StageError(
+                f"{section}.key_env: {config.key_env} is not set on this node; it must hold the key for "
+                f"{without_passwords(config.base_url)}"
+            )
         if not (key.isascii() and key.isprintable()):
-            raise StageError(f"{section}.key_env: {config.key_env} holds characters that no key has; set it to the key alone")
+            raise StageError(
+                f"{section}.key_env: {config.key_env} holds characters that no key has; "
+                "set it to the key alone"
+            )
         self._section, self._key = section, key
         self._failed = 0  # requests that failed one after the other, each after its retries
         self._last: Unusable | None = None
@@ -77,7 +88,9 @@ class Endpoint:
         self._checking = asyncio.Lock()
         self._requests = asyncio.Semaphore(config.concurrency)
         self._client = httpx.AsyncClient(
-            timeout=config.timeout, headers={"Authorization": f"Bearer {key}"} if key else {}, limits=httpx.Limits(max_connections=config.concurrency),
+            timeout=config.timeout,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=config.concurrency),
         )
 
     async def ask(self, text: str, image_url: str | None, seed: int, usage: Usage) -> Reply:
@@ -87,7 +100,8 @@ class Endpoint:
             image_url: see `data_url`; None for a question without an image.
             seed: endpoints take 32 bits at most.
 
-        Raises EndpointError; EndpointDown where requests fail one after the other, or one does for the key, the address or the model.
+        Raises EndpointError; EndpointDown where requests fail one after the other, or one does for the key,
+        the address or the model.
         """
         if self._down is not None:
             raise EndpointDown(self._down)
@@ -100,11 +114,13 @@ class Endpoint:
         if reply.text.strip():
             self._failed, self._answered = 0, body
         else:
-            await self._count(Unusable(f"HTTP 200: a reply without content (finish_reason {reply.finish_reason}){self._cut_off(reply)}", 200))
+            empty = f"HTTP 200: a reply without content (finish_reason {reply.finish_reason})"
+            await self._count(Unusable(empty + self._cut_off(reply), 200))
         return reply
 
     async def settled(self) -> None:
-        """Find out, before rows are handed on, whether the last failures were the endpoint's: then no row of theirs must be kept.
+        """Find out, before rows are handed on, whether the last failures were the endpoint's: then no row of
+        theirs must be kept.
 
         Raises EndpointDown.
         """
@@ -118,7 +134,8 @@ class Endpoint:
                 async with self._requests:
                     response = await self._client.post(url, json=body)
                 return read_reply(response, usage)
-            except (httpx.RequestError, httpx.InvalidURL) as error:  # timeouts, broken connections, bodies that cannot be decoded
+            # Timeouts, broken connections, bodies that cannot be decoded.
+            except (httpx.RequestError, httpx.InvalidURL) as error:
                 problem = Unusable(type(error).__name__, retry=isinstance(error, httpx.RequestError))
             except Unusable as error:
                 problem = error
@@ -150,7 +167,11 @@ class Endpoint:
         if self._answered is None and self._failed >= self.config.give_up:
             return False  # nothing was ever answered, and enough was asked
         body = self._answered or request_body(self.config, _TRIAL, _trial_image(), 0)
-        logger.info("%s: %d requests in a row failed; one more is sent to see whether the endpoint answers", self._section, self._failed)
+        logger.info(
+            "%s: %d requests in a row failed; one more is sent to see whether the endpoint answers",
+            self._section,
+            self._failed,
+        )
         try:
             return bool((await self._sent(body, Usage())).text.strip())
         except Unusable:
@@ -158,13 +179,23 @@ class Endpoint:
 
     def _cut_off(self, reply: Reply) -> str:
         longest = "evaluate.max_tokens" if self._section == "api" else f"{self._section}.max_tokens"
-        return f"; its tokens were used up before the answer: raise {longest}" if reply.finish_reason == "length" or reply.thinking else ""
+        return (
+            f"; its tokens were used up before the answer: raise {longest}"
+            if reply.finish_reason == "length" or reply.thinking
+            else ""
+        )
 
     def _why(self, problem: Unusable) -> str:
-        many = f"{self._failed} requests one after the other failed, the last with " if self._failed > 1 else ""
+        many = (
+            f"{self._failed} requests one after the other failed, the last with " if self._failed > 1 else ""
+        )
         fix = how_to_fix(self.config, self._section, problem)
-        where = f"{self._section}.base_url {without_passwords(self.config.base_url)}, {self._section}.model {self.config.model}, the key in {self.config.key_env}"
-        return f"{self._section}: every request to the endpoint fails: {many}{problem}; {fix + '; ' if fix else ''}check {where}"
+        where = (
+            f"{self._section}.base_url {without_passwords(self.config.base_url)}, "
+            f"{self._section}.model {self.config.model}, the key in {self.config.key_env}"
+        )
+        fix = f"{fix}; check {where}" if fix else f"check {where}"
+        return f"{self._section}: every request to the endpoint fails: {many}{problem}; {fix}"
 
 
 def data_url(data: bytes | None, limits: DataConfig) -> str:

@@ -1,7 +1,8 @@
 """Tell a model's answer from the thinking it wrote before it (pure).
 
-Thinking models write "<think>...</think>answer", in many spellings of the tags; a chat template may have written the opening one.
-What stands after the last closing tag is the answer. A text that opens thinking and never closes it holds no answer.
+Thinking models write "<think>...</think>answer", in many spellings of the tags; a chat template may have
+written the opening one. What stands after the last closing tag is the answer. A text that opens thinking and
+never closes it holds no answer.
 """
 
 from __future__ import annotations
@@ -13,21 +14,34 @@ Thinking = Literal["finished", "unfinished"]
 FINISHED: Thinking = "finished"
 UNFINISHED: Thinking = "unfinished"
 
-_WORDS = "think|thinking|thought|thoughts|thought_process|reason|reasoning|reasoning_process|reflection|analysis|scratchpad"
+_WORDS = (
+    "think|thinking|thought|thoughts|thought_process|reason|reasoning|reasoning_process|reflection|analysis"
+    "|scratchpad"
+)
 _NAME = rf"(?:[\w-]+:)?(?:(?:begin|end|start|end_of|begin_of|start_of)_)?(?:{_WORDS})"
-# <think>, <seed:think>, <|begin_of_thought|>, [THINK], ◁think▷, <unused94>thought (MedGemma), <|channel|>analysis<|message|> (harmony).
-_OPENING = rf"<\|?(?!end){_NAME}(?:\s[^<>]*)?\s*\|?\s*>|\[\s*THINK\s*\]|◁\s*think\s*▷|<unused94>(?:thought)?|<\|?channel\|?>\s*(?:analysis|commentary|thought)\b(?:\s*<\|message\|>)?"
+# <think>, <seed:think>, <|begin_of_thought|>, [THINK], ◁think▷, <unused94>thought (MedGemma),
+# <|channel|>analysis<|message|> (harmony).
+_OPENING = (
+    rf"<\|?(?!end){_NAME}(?:\s[^<>]*)?\s*\|?\s*>|\[\s*THINK\s*\]|◁\s*think\s*▷|<unused94>(?:thought)?"
+    r"|<\|?channel\|?>\s*(?:analysis|commentary|thought)\b(?:\s*<\|message\|>)?"
+)
 _CLOSING = (
-    rf"<\s*/\s*{_NAME}\s*>|<\s*\|\s*/?\s*(?:end|end_of)_(?:{_WORDS})\s*\|\s*>|<\s*\|\s*/\s*(?:{_WORDS})\s*\|\s*>|\[\s*/\s*THINK\s*\]|◁\s*/\s*think\s*▷"
+    rf"<\s*/\s*{_NAME}\s*>|<\s*\|\s*/?\s*(?:end|end_of)_(?:{_WORDS})\s*\|\s*>"
+    rf"|<\s*\|\s*/\s*(?:{_WORDS})\s*\|\s*>|\[\s*/\s*THINK\s*\]|◁\s*/\s*think\s*▷"
     r"|<unused95>|<\|?channel\|?>\s*final\b(?:\s*<\|message\|>)?|(?<=.)<channel\|>"
 )
 _TAG = re.compile(rf"(?P<closing>{_CLOSING})|(?P<opening>{_OPENING})", re.IGNORECASE | re.DOTALL)
 # An answer in tags of its own, and nothing beside them: <answer>B</answer>, LLaVA-CoT's <CONCLUSION>.
-_WRAPPED = re.compile(r"\s*<\s*(answer|final_answer|conclusion)\s*>(?P<answer>.*?)(?:<\s*/\s*\1\s*>\s*)?", re.IGNORECASE | re.DOTALL)
+_WRAPPED = re.compile(
+    r"\s*<\s*(answer|final_answer|conclusion)\s*>(?P<answer>.*?)(?:<\s*/\s*\1\s*>\s*)?",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class Said(NamedTuple):
-    """What a model answered. `thinking` is None for a text without any; if it is unfinished, the answer is empty."""
+    """What a model answered. `thinking` is None for a text without any; if it is unfinished, the answer is
+    empty.
+    """
 
     answer: str
     thinking: Thinking | None = None
@@ -40,15 +54,17 @@ def said(text: str) -> Said:
         return Said(_unwrapped(text))
     if tags[-1]["opening"]:
         return Said("", UNFINISHED)
-    return Said(_unwrapped(text[tags[-1].end():]).strip(), FINISHED)
+    return Said(_unwrapped(text[tags[-1].end() :]).strip(), FINISHED)
 
 
 def without_blocks(text: str) -> Said:
-    """The text without any of its blocks of thinking, wherever they stand: for replies that hold several turns."""
+    """The text without any of its blocks of thinking, wherever they stand: for replies that hold several
+    turns.
+    """
     kept, depth, end, tags = [], 0, 0, list(_TAG.finditer(text))
     for tag in tags:
         if depth == 0 and tag["opening"]:
-            kept.append(text[end:tag.start()])
+            kept.append(text[end : tag.start()])
         elif depth == 0:
             kept = []  # the block was opened by the prompt
         depth = depth + 1 if tag["opening"] else max(0, depth - 1)
@@ -61,7 +77,7 @@ def without_blocks(text: str) -> Said:
 def opens(prompt: str) -> bool:
     """Whether a prompt ends with an opening tag, as the templates of some models write it."""
     tags = list(_TAG.finditer(prompt[-200:]))
-    return bool(tags) and bool(tags[-1]["opening"]) and not prompt[-200:][tags[-1].end():].strip()
+    return bool(tags) and bool(tags[-1]["opening"]) and not prompt[-200:][tags[-1].end() :].strip()
 
 
 def _unwrapped(text: str) -> str:
