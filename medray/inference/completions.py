@@ -37,7 +37,7 @@ _LONGEST_PROBLEM = 300
 
 @dataclass
 class Usage:
-    """What some requests took. A retry is a request that failed and was sent again; `requests` leaves it out."""
+    """What some requests took. A retry is a request that failed and was sent again; `requests` has none."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
