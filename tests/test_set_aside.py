@@ -169,3 +169,24 @@ def test_preparing_data_names_few_bad_records_and_fails_for_many(tmp_path):
     with pytest.raises(StageError, match=r"25 of 125 records were set aside \(20 %\)[\s\S]*--set max_quarantined=0\.2"):
         account(25, 0.05)
     assert account(25, 0.2) == 25
+
+
+@pytest.mark.parametrize(("bad_records", "bad_images", "limit", "words"), [
+    (5, 5, 0.05, None), (6, 0, 0.05, "6 of 100 records of the source"), (0, 2, 0.05, "2 of 20 records whose image was read"), (6, 0, 0.06, None),
+])
+def test_a_data_stage_that_loses_its_source(tmp_path, bad_records, bad_images, limit, words):
+    """Images are read of some records only, so these are held against those: 5 of 100 read is not 5 of a million."""
+    stage = Stage(Run(tmp_path / "run"), "stages/00-data")
+    numbers = {"records": 100, "bad records": bad_records, "read records": 20 if bad_images < 5 else 100, "bad images": bad_images}
+    stage.run.write_json({"uses": "  split", "set_aside": numbers}, "stages/00-data/account.json")
+    rows = [{"sample_id": f"b{number}", "file": "f", "stage": "data", "reason": "no answer"} for number in range(bad_records + bad_images)]
+    rows += [{"sample_id": f"d{number}", "file": "f", "stage": "data", "reason": "duplicate sample_id: the first row is kept"} for number in range(50)]
+    stage.run.fs.makedirs(stage.path("quarantine"))
+    pq.write_table(pa.Table.from_pylist(rows, schema=records.QUARANTINE), stage.path("quarantine") + "/a.parquet")
+    config = SelfTrainingConfig(max_quarantined=limit)
+    if words is None:
+        assert stages.checked_account(stage, config)["set_aside"] == numbers
+    else:
+        with pytest.raises(StageError, match=words + r"[\s\S]*no answer") as error:
+            stages.checked_account(stage, config)
+        assert "duplicate" not in str(error.value)

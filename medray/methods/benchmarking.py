@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -87,8 +88,23 @@ def make_questions(run: Run, config: EvaluateJobConfig, name: str, source: str, 
     }
     made = run.stage(f"02-{name}-questions", settings, lambda stage: explode(stage, config, samples_uri, name, splits, f"{name}-{digest(settings)}/"))
     if not made["outputs"]["counts"]["questions"]:
-        raise StageError(f"{name}: {source} has no question of the splits {splits or 'any'} and kinds {benchmark.kinds}; name its splits with --split")
+        raise StageError(f"{name}: {source} has no question of the splits {', '.join(splits) or 'any'} and kinds {', '.join(benchmark.kinds)}{_there(samples_uri, splits)}")
     return made
+
+
+def _there(samples_uri: str, splits: tuple[str, ...]) -> str:
+    """What the samples of a benchmark hold instead: images by split and questions by kind, and what to set."""
+    from medray.data.shards import stored_rows
+
+    images: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    for row in stored_rows(samples_uri, ["split", "questions", "error"]):
+        if row["error"] is None:
+            images[row["split"] or "unknown"] += 1
+            kinds.update(question["answer_type"] for question in row["questions"] or ())
+    said = "; ".join(", ".join(f"{name} ({number:,})" for name, number in found.most_common(20)) or "none" for found in (images, kinds))
+    other = next((split for split in images if split not in splits), None)
+    return f"; its images by split and questions by kind are: {said}" + (f"; name others with --split {other}" if other else "")
 
 
 def samples_of(run: Run, config: EvaluateJobConfig, name: str, source: str) -> tuple[str, str]:

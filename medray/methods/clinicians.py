@@ -6,6 +6,7 @@ attributes of images.
 
 from __future__ import annotations
 
+import logging
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,9 @@ from medray.data.clinicians import is_right, simulated_judgements
 from medray.data.dialogues import ATTRIBUTES, asked_attribute
 from medray.errors import DataError, StageError, Waiting
 from medray.run import Stage
+from medray.set_aside import check_set_aside, counted
+
+logger = logging.getLogger("medray")
 
 ROWS = 256  # written at once
 TRUTH_IMAGES = 5000  # whose attributes are held in memory to check answers
@@ -50,6 +54,10 @@ def collect(stage: Stage, config: ClinicianPreferenceConfig, items: dict[str, An
     counts: Counter[str] = Counter()
     _write(stage, "pairs", records.RATING_PAIR, preference_rows(stored_rows(uri), stored_rows(judgements), counts))
     _write(stage, "demonstrations", records.EXCHANGE, demonstration_rows(stored_rows(uri), stored_rows(judgements), counts))
+    if config.with_demonstrations and not count_rows(stage.path("demonstrations")):
+        logger.warning(
+            "no answer is called good by more than half of those who judged it (%s): dialogues are written without demonstrations; have more questions judged "
+            "(demonstrations.draw) if they should not be", dict(counts))
     return {
         **{part: stage.path(part) for part in ("judgements", "pairs", "demonstrations")}, "agreement": summary(stored_rows(judgements)),
         "counts": {"items": count_rows(uri), "judgements": count_rows(judgements), **counts},
@@ -91,19 +99,22 @@ def rightness(captioned: str) -> Callable[[pa.Table], pa.Array]:
 
 def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str) -> None:
     """What people have said of the items, as the stage's judgements. Raises Waiting where it is not enough."""
-    from medray.data.judgement_files import ask_for, export_judgements, import_items
+    from medray.data.judgement_files import ask_for, export_judgements, import_items, why_unusable
     from medray.data.judgements import FINGERPRINTED, item_fingerprint, judged
-    from medray.data.shards import stored_rows
+    from medray.data.shards import count_rows, stored_rows
 
     clinicians = config.clinicians
-    unusable = 0
     if clinicians.kind == "export":
         source = exported_judgements(clinicians.source)
     else:
-        unusable = import_items(items, clinicians.source, seed=clinicians.seed, limits=config.data)["set_aside"]
+        import_items(items, clinicians.source, seed=clinicians.seed, limits=config.data)
         ask_for(items, clinicians.source, clinicians.judgements_per_item)
         source = stage.path("exported")
         export_judgements(clinicians.source, source)
+    # What the page cannot show nobody can judge, also where the page is elsewhere: such items are not waited for.
+    found = counted((row["item_id"], why_unusable(row, config.data)) for row in stored_rows(items))
+    unusable = found.total
+    check_set_aside("questions", count_rows(items), found, config.max_quarantined, items)
     asked = {row["item_id"]: item_fingerprint(row) for row in stored_rows(items, ["item_id", *FINGERPRINTED])}
     said = [row for row in judged(stored_rows(source)) if row["item_id"] in asked]  # a database may hold other runs' items too
     other = [row["item_id"] for row in said if row.get("item") not in (None, asked[row["item_id"]])]

@@ -188,10 +188,15 @@ def train_epoch(
         if more and (progress.steps % config.checkpoint_every == 0 or clock.preemption_coming(step)):
             save(step, progress, finished=False)
     if "eval" in shards:
-        held_out = [row for row in batches.in_order(rows_of(shards["eval"]), None) if row["error"] is None]
-        found = step.measure(batches.micro_batches(held_out, None), batches.filler)
+        held_out = list(batches.in_order(rows_of(shards["eval"]), None))
+        usable = [row for row in held_out if row["error"] is None]
+        found = step.measure(batches.micro_batches(usable, None), batches.filler)
+        lost = int(step.gather(torch.tensor([len(held_out) - len(usable)])).sum())
+        if lost and step.rank == 0:
+            reason = next((row["error"] for row in held_out if row["error"] is not None), "see the other workers' rows")
+            logger.warning("%d held-out rows are left out of the evaluation at the epoch's end: %s", lost, reason)
         if found:
-            progress.metrics.append({"step": progress.steps, "epoch": progress.epoch, **found})
+            progress.metrics.append({"step": progress.steps, "epoch": progress.epoch, **found, **({"eval_set_aside": lost} if lost else {})})
     save(step, progress, finished=True)
     if start is not None:
         start.mark(progress.steps, progress.samples)
