@@ -54,16 +54,37 @@ def groups_of(index: Any, config: DataConfig) -> Any:
 
 
 def _prepared(table: pa.Table) -> pa.Table:
-    """INDEX rows with the `order` of their image; of equal sample_ids all but the first by `where` become bad rows."""
+    """INDEX rows with the `order` of their image. Rows of one sample_id and content are duplicates: all but one become bad rows,
+    and the one that stays is held out if any is. Rows of one sample_id and different content are different records, as
+    LLaVA's ids are those of images: each gets an id with a hash of its content, the same in every run."""
     rows = table.sort_by([("sample_id", "ascending"), ("where", "ascending")]).to_pylist()
-    seen: set[str] = set()
+    by_id: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         row["order"] = int(unit("order", row["image_id"]) * 2**62)
-        if row["error"] is None:
-            if row["sample_id"] in seen:
-                row["error"] = "duplicate sample_id: the first row is kept"
-            seen.add(row["sample_id"])
+        if row["error"] is not None:
+            continue
+        kept = by_id.setdefault(row["sample_id"], {})
+        content = _content(row)
+        first = kept.setdefault(content, row)
+        if first is row:
+            continue
+        if _held_out(row) > _held_out(first):
+            kept[content], first, row = row, row, first
+        row["error"] = f"duplicate sample_id: the same record is in {first['where']}"
+    for kept in by_id.values():
+        if len(kept) > 1:
+            for content, row in kept.items():
+                row["sample_id"] = f"{row['sample_id']}:{content[:12]}"
     return pa.Table.from_pylist(rows, schema=table.schema.append(pa.field("order", pa.int64())))
+
+
+def _content(row: dict[str, Any]) -> str:
+    """A hash of what a record says, wherever it stands."""
+    return hashlib.sha256(f"{row['image_id']}\0{row['payload']}".encode()).hexdigest()
+
+
+def _held_out(row: dict[str, Any]) -> int:
+    return {"test": 2, "val": 1}.get(row["split"], 0)
 
 
 def split_of(row: dict[str, Any], config: DataConfig) -> str | None:

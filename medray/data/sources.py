@@ -23,20 +23,20 @@ inline images and DICOM); payload, JSON of exactly one of
 from __future__ import annotations
 
 import json
+import logging
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from medray.config import DataConfig
 from medray.data.images import ImageError
-from medray.data.inline_images import take_out
-from medray.data.notes import Notes
+from medray.data.inline_images import PREFIX, take_out
+from medray.data.notes import UNUSED, Notes
 from medray.data.pseudonyms import file_name, patient_key, patients_of, shortened, shown_path
 from medray.data.readers import (
     captions,
@@ -48,31 +48,18 @@ from medray.data.readers import (
     vqa,
     webdataset,
 )
-from medray.data.readers.common import (
-    IMAGE_SUFFIXES,
-    IMAGE_TOKEN,
-    BadRecord,
-    Place,
-    Row,
-    error_row,
-    inside,
-    split_of,
-)
-from medray.data.readers.detect import (
-    HEAD_BYTES,
-    LOOKED_FOR,
-    SUFFIXES,
-    TABLES,
-    chosen_files,
-    names_in,
-    parquet_format,
-    table_format,
-)
-from medray.data.readers.files import readable, records
+from medray.data.readers.common import IMAGE_TOKEN, BadRecord, Place, Row, as_unicode, error_row, inside
+from medray.data.readers.files import Member, readable
+from medray.data.readers.layout import HEAD_BYTES, layout_of, records
+from medray.data.readers.splits import UnknownSplit, record_split, split_of
+from medray.data.readers.suffixes import compression_of, opened, suffix_of
+from medray.data.readers.tracked import FieldUse
 from medray.data.reading import failure, open_file
-from medray.data.shards import read_rows
+from medray.data.survey import MANIFEST, PARQUET_KINDS, entries_of, in_threads, survey
 from medray.data.walk import subfolders
 from medray.errors import DataError
+
+logger = logging.getLogger("medray")
 
 INDEX = pa.schema([
     ("sample_id", pa.string()), ("image_id", pa.string()), ("image_file", pa.string()), ("image", pa.binary()), ("split", pa.string()),
@@ -86,53 +73,23 @@ READERS = {
     "llava-med-captions": captions.llava_med_captions, "llava-med-qa": captions.llava_med_qa, "captions": captions.captions,
 }
 
-MANIFEST = "manifest.json"
 RANGE_BYTES = 4 * 2**20
 INLINE_BYTES = 16 * 2**20  # of inline images, in a batch of rows
-# A source is searched this many levels deep, and this many folders wide: below that lie images.
-LEVELS, FOLDERS = 3, 1000
 # Folders that images are in where data.images names none; else they lie where the source is.
 _IMAGE_FOLDERS = {
     "slake": ("imgs",), "pmc-vqa": ("images", "figures"), "skincon": ("images",), "llava-med-captions": ("images",), "llava-med-qa": ("images",),
     "cbis-ddsm": ("CBIS-DDSM",),
 }
 _FRAME = "#frame="  # of a DICOM file, in image_file
+# Folders that images are in, in the source, beside the file that names them, or in data.images.
+_USUAL_FOLDERS = ("", "images", "VQA_RAD Image Folder", "imgs", "image", "img", "figures", "Images")
 _RANGE = re.compile(r"^(.*\.tar)#offset=(\d+)&size=(\d+)$", re.DOTALL)
 
 
 def detect(config: DataConfig) -> tuple[str, list[str]]:
-    """(format, files or folder to read) of data.source.
-
-    The files nearest to the top decide; of one level, Parquet before JSON and CSV before tars, and of these the first by
-    name whose format is known. All files of that format and suffix are read (of LLaVA JSON the first only; see also
-    `readers.detect.chosen_files`). A folder without any such file is one of DICOM, else of images. data.format names the
-    format itself.
-
-    Raises DataError naming what was looked for.
-    """
-    fs, root = url_to_fs(config.source)
-    if not fs.exists(root):
-        raise DataError(f"data.source: {config.source} does not exist")
-    if fs.exists(f"{root}/{MANIFEST}") and config.format in ("auto", "shards"):
-        root = f"{root}/shards"  # a directory of jobs/prepare_data.py
-    if config.format in ("images", "dicom"):
-        return config.format, [root]
-    if config.format != "auto":
-        return config.format, _named(fs, root, config)
-    tables = False
-    for files in _levels(fs, root):
-        tables = tables or bool(files)
-        for suffixes in ((".parquet",), (".json", ".jsonl", ".csv"), (".tar",)):
-            for path in (p for p in files if p.endswith(suffixes)):
-                kind = _format_of(fs, path)
-                if kind is None:
-                    continue
-                same = [p for p in files if p.endswith(posixpath.splitext(path)[1]) and (p == path or suffixes == (".parquet",) or _format_of(fs, p) == kind)]
-                return kind, [path] if kind == "llava" else chosen_files(kind, same)
-    kind = None if tables else _folder_format(config.source)
-    if kind is None:
-        raise DataError(f"data.source: {config.source} is in no known format; looked for {LOOKED_FOR}; name it with data.format")
-    return kind, [root]
+    """(format, files or folder to read) of data.source: see medray.data.survey."""
+    found = survey(config)
+    return found.kind, found.files
 
 
 def manifest_of(source: str) -> dict[str, Any] | None:
@@ -142,79 +99,28 @@ def manifest_of(source: str) -> dict[str, Any] | None:
     return json.loads(fs.cat_file(path)) if fs.exists(path) else None
 
 
-def _named(fs: Any, root: str, config: DataConfig) -> list[str]:
-    """The files of the format data.format names: those that look like it, else those with its suffixes."""
-    wanted = SUFFIXES[config.format]
-    levels = [[p for p in files if p.endswith(wanted)] for files in _levels(fs, root)]
-    for files in levels:
-        alike = [p for p in files if _format_of(fs, p) == config.format]
-        if alike:
-            return chosen_files(config.format, [p for p in alike if p.endswith(posixpath.splitext(alike[0])[1])])
-    found = next((files for files in levels if files), None)
-    if found is None:
-        raise DataError(f"data.source: {config.source} has no {' or '.join(wanted)} file, which data.format {config.format} needs")
-    return chosen_files(config.format, found)
-
-
-def _levels(fs: Any, root: str) -> Iterator[list[str]]:
-    """The JSON, CSV, Parquet and tar files of a folder, level by level, in order of name."""
-    if fs.isfile(root):
-        yield [root]
-        return
-    level = [root]
-    for _ in range(LEVELS):
-        entries = [entry for folder in level for entry in _entries(fs, folder) if not posixpath.basename(entry["name"]).startswith((".", "__MACOSX"))]
-        yield sorted(e["name"] for e in entries if e["type"] != "directory" and e["name"].endswith(TABLES))
-        level = sorted(e["name"] for e in entries if e["type"] == "directory")[:FOLDERS]
-
-
-def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
-    """What lies in a folder; some object stores list the folder itself too."""
-    return [entry | {"name": name} for entry in fs.ls(folder, detail=True) if (name := entry["name"].rstrip("/")) != folder]
-
-
-def _format_of(fs: Any, path: str) -> str | None:
-    if path.endswith(".tar"):
-        return "webdataset"
-    with fs.open(path, "rb") as handle:
-        if not path.endswith(".parquet"):
-            return table_format(names_in(handle.read(HEAD_BYTES), path), path)
-        try:
-            return parquet_format(pq.read_schema(handle).names)
-        except pa.ArrowInvalid as error:
-            raise DataError(f"data.source: {path} cannot be read as Parquet: {error}") from None
-
-
-def _folder_format(source: str) -> str | None:
-    """dicom or images, by the first files of a folder."""
-    kind = None
-    for number, path in enumerate(folders.files_below(source)):
-        if path.lower().endswith(IMAGE_SUFFIXES):
-            kind = "images"
-        elif path.lower().endswith(folders.DICOM_SUFFIXES) or folders.begins_as_dicom(path):
-            return "dicom"
-        if number == 1000:
-            break
-    return kind
-
-
 def read_index(config: DataConfig, num_cpus: float = 1.0, notes: str | None = None) -> Any:
-    """The source as a lazy ray.data.Dataset of INDEX rows. JSON Lines are read in byte ranges by many tasks, Parquet by
-    Ray Data's own reader, folders of files by a task for each subfolder, every other file by one task from begin to end.
+    """The source as a lazy ray.data.Dataset of INDEX rows. JSON Lines are read in byte ranges by many tasks, Parquet by row
+    groups, folders of files by a task for each subfolder, every other file by one task from begin to end.
 
     Args:
         notes: folder for what the tasks see and do not use (medray.data.notes); None to forget it.
     """
     import ray.data
 
-    kind, files = detect(config)
-    if files[0].endswith(".parquet"):
-        return _parquet_index(kind, config, files, num_cpus)
-    pieces = list(_pieces(kind, config, files))
+    found = survey(config)
+    passed = Notes()
+    for file, why in found.passed.items():
+        logger.warning("%s: %s", file, why)
+        passed.add(UNUSED, file, why)
+    passed.write(notes, "passed over")
+    pieces = list(_pieces(found.kind, config, found.files))
     if not pieces:
         raise DataError(f"data.source: {config.source} is empty")
+    # Of a great many pieces a task reads several.
+    blocks = min(len(pieces), 10_000)
     settings = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": num_cpus, "fn_kwargs": {"patient_key": patient_key(), "notes_uri": notes}}
-    return ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(_read_piece, **settings)
+    return ray.data.from_items(pieces, override_num_blocks=blocks).map_batches(_read_piece, **settings)
 
 
 def _uri(fs: Any, path: str) -> str:
@@ -226,22 +132,81 @@ def _uri(fs: Any, path: str) -> str:
 def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[str, Any]]:
     """Arguments of index_rows for each task."""
     fs, root = url_to_fs(config.source)
+    root = root.rstrip("/") or root
+    top = root if fs.isdir(root) else posixpath.dirname(root)
     if kind in ("images", "dicom"):
-        common = {"start": 0, "kind": kind, "images": _uri(fs, root if fs.isdir(root) else posixpath.dirname(root))}
+        common = {"start": 0, "kind": kind, "images": _uri(fs, top)}
         yield {**common, "path": _uri(fs, root), "end": 1}
         below = subfolders(_uri(fs, root)) if fs.isdir(root) else []
         yield from ({**common, "path": folder, "end": 0} for folder in below)
         return
+    common = {"kind": kind, "root": _uri(fs, top), "splits": [config.train_split, config.eval_split]}
+    named = _uri(*url_to_fs(config.images)) if config.images else _uri(fs, top)
+    shards = [path for path in files if suffix_of(path) == ".parquet"]
+    for path, ranges in zip(shards, in_threads(partial(parquet.row_group_ranges, fs), shards), strict=True):
+        yield from ({**common, "path": _uri(fs, path), "images": named, "start": start, "end": end} for start, end in ranges)
     for path in files:
         size = fs.size(path)
-        step = RANGE_BYTES if path.endswith(".jsonl") else max(size, 1)
-        images = config.images and _uri(*url_to_fs(config.images))
-        common = {"path": _uri(fs, path), "kind": kind, "images": images or _uri(fs, _image_folder(fs, kind, path, root))}
-        yield from ({**common, "start": at, "end": min(at + step, size)} for at in range(0, size, step))
+        if suffix_of(path) == ".parquet":
+            continue
+        if suffix_of(path) == ".tar":
+            step, images = max(size, 1), named
+        else:
+            with opened(_uri(fs, path)) as handle:
+                layout = layout_of(handle.read(HEAD_BYTES), path)
+            step = RANGE_BYTES if compression_of(path) is None and layout.ranges else max(size, 1)
+            images = _uri(*_images_at(kind, config, fs, path, root))
+        yield from ({**common, "path": _uri(fs, path), "images": images, "start": at, "end": min(at + step, size)} for at in range(0, size, step))
+
+
+def _images_at(kind: str, config: DataConfig, fs: Any, path: str, root: str) -> tuple[Any, str]:
+    """(filesystem, folder) of the images that a table names: the first of the usual folders that holds one of those that its
+    first records name, else data.images or the folder that the set is published with."""
+    own, top = posixpath.dirname(path), root if fs.isdir(root) else posixpath.dirname(root)
+    if config.images:
+        fs_images, default = url_to_fs(config.images)
+        bases = [default.rstrip("/")]
+    else:
+        fs_images, default = fs, _image_folder(fs, kind, path, root)
+        bases = list(dict.fromkeys([default, own, top]))
+    if kind == "cbis-ddsm":  # looks for a series, not for a file
+        return fs_images, default
+    wanted = _first_images(kind, fs, path)
+    for base in bases if wanted else []:
+        for folder in _USUAL_FOLDERS:
+            at = posixpath.join(base, folder) if folder else base
+            if any(_exists(fs_images, posixpath.join(at, name)) for name in wanted):
+                return fs_images, at
+    return fs_images, default
+
+
+def _exists(fs: Any, path: str) -> bool:
+    try:
+        return fs.exists(path)
+    except (OSError, ValueError):  # a name that no file can have: its row will say so
+        return False
+
+
+def _first_images(kind: str, fs: Any, path: str, most: int = 3) -> list[str]:
+    """Paths of the images of a table's first records below the folder of the images."""
+    names: list[str] = []
+    place = Place("", path)
+    for number, (_, record, error) in enumerate(records(_uri(fs, path), 0, HEAD_BYTES, kind)):
+        if len(names) == most or number == 20:
+            break
+        if error is not None or not isinstance(record, dict):
+            continue
+        try:
+            made = next(iter(READERS[kind](take_out(record)[0], place)), None)
+        except BadRecord:
+            continue
+        if made is not None and made["image_file"] and len(made["image_file"]) < 1000 and not made["image_file"].startswith(PREFIX):
+            names.append(made["image_file"])
+    return names
 
 
 def _image_folder(fs: Any, kind: str, path: str, root: str) -> str:
-    """Where the images of a file lie if data.images does not say it."""
+    """The folder of the images that the set is published with."""
     own = posixpath.dirname(path)
     root = root if fs.isdir(root) else own
     if kind == "captions":
@@ -270,36 +235,50 @@ def _read_piece(table: pa.Table, patient_key: bytes | None, notes_uri: str | Non
         yield pa.Table.from_pylist(rows, schema=INDEX)
 
 
+def _relative(path: str, root: str | None) -> str:
+    return path.removeprefix(root).lstrip("/") if root and path.startswith(root) else posixpath.basename(path)
+
+
 def index_rows(
-    path: str, start: int, end: int, kind: str, images: str, patient_key: bytes | None = None,
+    path: str, start: int, end: int, kind: str, images: str, patient_key: bytes | None = None, root: str | None = None, splits: Sequence[str] = (),
     notes: Notes | None = None,
 ) -> Iterator[Row]:
-    """INDEX rows of the records of one file; of JSON Lines those that begin in the byte range [start, end).
+    """INDEX rows of the records of one file; of JSON Lines those that begin in the byte range [start, end), of Parquet those
+    of the row groups [start, end).
 
     Args:
         path: the file; for "images" and "dicom" the folder, of which `end` levels are read (0: all).
         images: the folder of the images; for "images" and "dicom" the folder that ids are relative to.
         patient_key: the secret of the pseudonyms of patients (see medray.data.pseudonyms).
+        root: the source's folder; folders below it may be named after splits.
+        splits: names of splits beside train, val and test.
         notes: takes what is seen and not used.
     """
     notes = Notes() if notes is None else notes
+    use = FieldUse()
     if kind == "webdataset":
-        yield from webdataset.tar_rows(path, notes, patient_key)
+        yield from webdataset.tar_rows(path, notes, patient_key, root, splits)
     elif kind == "images":
         yield from folders.image_rows(path, images, end or None, patient_key)
     elif kind == "dicom":
         yield from folders.dicom_rows(path, images, end or None, patient_key)
+    elif kind in PARQUET_KINDS and suffix_of(path) == ".parquet":
+        yield from _parquet_rows(kind, path, start, end, images, split_of(path, root), splits, use)
     else:
         fs, _ = url_to_fs(images)
-        place = Place(images, path, lru_cache(256)(partial(_names, fs)), partial(_head, fs))
-        for where, record, error in readable(records(path, start, end)):
-            yield from _record_rows(kind, place, where, record, error, patient_key)
+        place = Place(images, path, lru_cache(256)(partial(_names, fs)), partial(_head, fs), root)
+        for where, record, error in readable(records(path, start, end, kind)):
+            if isinstance(record, Member):
+                notes.add(UNUSED, _relative(path, root), f"member {as_unicode(record.name)}")
+            else:
+                yield from _record_rows(kind, place, where, record, error, splits, use, patient_key)
+    use.note(notes, _relative(path, root))
 
 
 def _names(fs: Any, folder: str) -> list[str]:
     """Names of what lies in a folder, in their order; [] where it is none."""
     try:
-        return sorted(posixpath.basename(entry["name"]) for entry in _entries(fs, fs._strip_protocol(folder)))
+        return sorted(posixpath.basename(entry["name"]) for entry in entries_of(fs, fs._strip_protocol(folder)))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -309,7 +288,7 @@ def _head(fs: Any, path: str) -> bytes:
 
 
 def _record_rows(
-    kind: str, place: Place, where: str, record: Any, error: str | None, key: bytes | None = None,
+    kind: str, place: Place, where: str, record: Any, error: str | None, splits: Collection[str], use: FieldUse, key: bytes | None = None,
 ) -> Iterator[Row]:
     where = f"{place.name} {where}"
     if error is None and not isinstance(record, dict):
@@ -317,15 +296,17 @@ def _record_rows(
     if error is None:
         try:
             record, inline = take_out(record)
+            tracked = use.tracked(record)
+            own = record_split(tracked, splits)
             # All rows of a record or none.
-            made = list(READERS[kind](record, place))
-        except BadRecord as bad:
+            made = list(READERS[kind](tracked, place))
+        except (BadRecord, UnknownSplit) as bad:
             error = str(bad)
         else:
             patients = patients_of(record)
             for row in made:
                 named = _with_image(row, place, inline, patients, key)
-                yield {**named, "where": where, "error": None}
+                yield {**named, "split": own or row["split"] or place.split, "where": where, "error": None}
             return
     known = record if isinstance(record, dict) else {}
     own = next((known[name] for name in ("qid", "img_name", "sample_id", "id", "question_id", "pair_id") if known.get(name) is not None), None)
@@ -346,31 +327,22 @@ def _with_image(row: Row, place: Place, inline: dict[str, bytes], patients: list
     return {**row, "image_name": shown_path(file.removeprefix(place.images).lstrip("/"), patients, key)}
 
 
-def _parquet_index(kind: str, config: DataConfig, files: list[str], num_cpus: float) -> Any:
-    fs, root = url_to_fs(config.source)
-    if kind == "shards":
-        return read_rows([_uri(fs, p) for p in files], num_cpus=num_cpus).map_batches(_shard_table, batch_format="pyarrow", num_cpus=num_cpus)
-    images = _uri(*url_to_fs(config.images)) if config.images else _uri(fs, root if fs.isdir(root) else posixpath.dirname(root))
-    by_split: dict[str | None, list[str]] = {}
-    for path in files:
-        by_split.setdefault(split_of(path), []).append(path)
-    parts = []
-    for split, paths in by_split.items():
-        with fs.open(paths[0], "rb") as handle:
-            columns = [name for name in pq.read_schema(handle).names if name in parquet.ROW_COLUMNS]
-        rows = read_rows([_uri(fs, p) for p in paths], columns, num_cpus)
-        # Images are inline: a batch of them is what a task holds.
-        parts.append(rows.map_batches(_hf_table, fn_kwargs={"split": split, "images": images}, batch_size=128, batch_format="pyarrow", num_cpus=num_cpus))
-    return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
-
-
-def _shard_table(table: pa.Table) -> pa.Table:
-    parquet.check_shard_columns(table.column_names)
-    return pa.Table.from_pylist([row for record in table.to_pylist() for row in parquet.shards(record)], schema=INDEX)
-
-
-def _hf_table(table: pa.Table, split: str | None, images: str) -> pa.Table:
-    return pa.Table.from_pylist([parquet.hugging_face(record, split, images) for record in table.to_pylist()], schema=INDEX)
+def _parquet_rows(
+    kind: str, path: str, start: int, end: int, images: str, split: str | None, splits: Collection[str], use: FieldUse,
+) -> Iterator[Row]:
+    try:
+        for number, record in parquet.rows_of_groups(path, start, end):
+            if kind == "shards":
+                yield from parquet.shards(record)
+            else:
+                where = f"{posixpath.basename(path)} row {number}"
+                yield parquet.hugging_face(use.tracked(record), split, images, splits, where)
+    except pa.ArrowException as error:
+        where = f"{posixpath.basename(path)} row groups {start} to {end}"
+        yield error_row(where, where, f"the file cannot be read on as Parquet: {str(error)[:200]}")
+    except OSError as error:
+        where = f"{posixpath.basename(path)} row groups {start} to {end}"
+        yield error_row(where, where, f"the file {failure(error)}")
 
 
 def read_image_bytes(image_file: str, max_bytes: int, name: str | None = None) -> bytes:

@@ -38,7 +38,7 @@ def test_bad_and_duplicate_records_are_named_beside_the_good_ones():
     row, = grouped([rows[0] | {"where": "f.json record 1"}, *rows[1:]])
     assert [member[0] for member in json.loads(row["members"])] == ["q1"]
     assert {(bad["sample_id"], bad["file"], bad["reason"]) for bad in map(json.loads, row["bad"])} == {
-        ("q1", "f.json record 9", "duplicate sample_id: the first row is kept"), ("q2", "f.json record q2", "no answer"),
+        ("q1", "f.json record 9", "duplicate sample_id: the same record is in f.json record 1"), ("q2", "f.json record q2", "no answer"),
     }
 
 

@@ -94,7 +94,7 @@ def test_a_table_that_nobody_knows_is_not_passed_over(tmp_path):
     """Images beside it alone would be read without their labels."""
     put(tmp_path / "labels.csv", {"name": "a", "label": "1"})
     put(tmp_path / "a.jpg", b"x")
-    with pytest.raises(DataError, match=r"no known format; looked for .*skincon \(Do not consider this image\).*name it with data.format"):
+    with pytest.raises(DataError, match=r"no known format \(labels\.csv: it has name, label\); looked for .*skincon \(Do not consider this image\).*name it with data.format"):
         detect(DataConfig(source=str(tmp_path)))
     assert detect(DataConfig(source=str(tmp_path), format="images")) == ("images", [str(tmp_path)])
     with pytest.raises(DataError, match=r"has no \.json or \.jsonl file, which data\.format slake needs"):

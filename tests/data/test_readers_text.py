@@ -65,7 +65,7 @@ def test_llava_marker_is_taken_off_the_first_turn_after_the_systems(tmp_path):
     turns = [{"from": "system", "value": "Be short."}, {"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A cell."}]
     row, several = rows_of(written(tmp_path, [LLAVA | {"conversations": turns}, LLAVA | {"id": "y", "image": ["a.jpg", "b.jpg"]}]), "llava")
     assert [turn["text"] for turn in json.loads(row["payload"])["turns"]] == ["Be short.", "What?", "A cell."]
-    assert several["error"] == "field 'image' is a list, not text"
+    assert several["error"] == "field 'image' holds 2 images; a row must have one"
 
 
 @pytest.mark.parametrize(("name", "split"), [("metadata.csv", None), ("test/metadata.csv", "test"), ("reports_valid.csv", "val"), ("train_and_test.csv", None)])
@@ -102,9 +102,9 @@ def test_preferences_in_each_of_trls_forms(record):
 
 @pytest.mark.parametrize(("change", "reason"), [
     ({"rejected": PAIR["chosen"]}, "are the same"), ({"chosen": None}, "'chosen' is empty"), ({"prompt": ""}, "'prompt' is empty"),
-    ({"prompt": None}, "do not begin with the same question"), ({"prompt": "a <image> b"}, "contains <image>"),
+    ({"prompt": None}, "do not begin with the same question"), ({"prompt": "a <image> b <image>"}, "2 image markers"),
     ({"prompt": PAIR["prompt"] + PAIR["chosen"] + PAIR["prompt"]}, "3 messages"), ({"chosen": PAIR["chosen"] * 2}, "only answer"),
-    ({"chosen": [{"role": "robot", "content": "x"}]}, "without the role"), ({"chosen": [{"role": "assistant", "content": None}]}, "without text"),
+    ({"chosen": [{"role": "robot", "content": "x"}]}, "has the role 'robot'"), ({"chosen": [{"role": "assistant", "content": None}]}, "has no text"),
 ])
 def test_preferences_that_cannot_be_used(change, reason):
     with pytest.raises(BadRecord, match=reason):

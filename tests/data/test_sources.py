@@ -64,7 +64,7 @@ def test_llava_and_llava_meds_misspelling(tmp_path, field):
     ("vqa-rad", QA | {"answer_type": "MAYBE"}, "OPEN or CLOSED"),
     ("llava", {"id": "x", "image": "x.jpg"}, "'conversations' is missing"),
     ("llava", LLAVA | {"conversations": [{"from": "robot", "value": "a"}]}, r"conversations\[0\]"),
-    ("llava", LLAVA | {"conversations": [{"from": "human", "value": "a <image> b"}, {"from": "gpt", "value": "c"}]}, "contains <image> inside"),
+    ("llava", LLAVA | {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<image> c"}]}, "contains <image> inside"),
     ("llava", LLAVA | {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]}, "empty"),
 ])
 def test_bad_record_names_place_and_problem(tmp_path, kind, line, reason):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from string import ascii_uppercase
 from typing import Any
 
 from medray.data.dialogues import check_record
-from medray.data.readers.common import BadRecord, qa, yes_or_no
-from medray.data.readers.conversations import llava_turns, preference_pair
+from medray.data.readers.common import BadRecord, is_empty, mcq, qa, text_of, yes_or_no
+from medray.data.readers.conversations import preference_pair
+from medray.data.readers.markers import asked, check_no_marker
+from medray.data.readers.messages import DIALOGUES, dialogue_turns
+from medray.data.readers.options import right_option
 from medray.records import ANSWER_TYPES, check_turns
 
 
@@ -28,15 +32,16 @@ def payloads(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parts(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if record.get("turns"):
         yield {"turns": _turns(record["turns"])}
-    elif record.get("conversations") or record.get("conversatons"):
-        yield {"turns": llava_turns(dict(record))}
+    elif any(record.get(field) for field in DIALOGUES):
+        yield {"turns": dialogue_turns(record)}
     if record.get("question") is not None:
         yield _question(record)
     if record.get("chosen") is not None:
-        yield {"preference": preference_pair(dict(record))}
+        yield {"preference": preference_pair(record)}
     text = record.get("caption") or record.get("text")
-    if text:
-        yield {"caption": _text(text, "caption"), "context": _text(record["context"], "context") if record.get("context") else None}
+    if not is_empty(text):
+        check_no_marker(str(text), "caption")
+        yield {"caption": _text(text, "caption"), "context": _text(record["context"], "context") if not is_empty(record.get("context")) else None}
     if record.get("attributes"):
         yield _attributes(record["attributes"])
 
@@ -52,20 +57,24 @@ def _turns(turns: Any) -> list[dict[str, str]]:
 
 def _question(record: Mapping[str, Any]) -> dict[str, Any]:
     answer = record.get("reference") if record.get("reference") is not None else record.get("answer")
-    if not str(answer if answer is not None else "").strip():
+    if is_empty(answer):
         raise BadRecord("empty reference answer")
-    reference, choices = str(answer).strip(), record.get("choices")
+    reference, choices = text_of(answer, "reference"), record.get("choices")
     if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
         raise BadRecord("field 'choices' is no list of texts")
     language = record.get("language")
     if language is not None and not isinstance(language, str):
         raise BadRecord("field 'language' is no text")
     # Beside a caption the context is the caption's.
-    context = None if record.get("caption") or record.get("text") or not record.get("context") else _text(record["context"], "context")
+    context = None if record.get("caption") or record.get("text") or is_empty(record.get("context")) else _text(record["context"], "context")
     kind = record.get("answer_type") or ("mcq" if choices else "closed" if yes_or_no(reference) else "open")
     if kind not in ANSWER_TYPES:
         raise BadRecord(f"answer_type is {kind!r}; it must be one of {', '.join(ANSWER_TYPES)}")
-    return qa(_text(record["question"], "question"), reference, kind, record.get("attribute"), language, choices, context)
+    question = asked(_text(record["question"], "question"), "question")
+    if choices and not all(choice in question for choice in choices):
+        # Tables of other people's making hold the options beside the question; a model sees only the question.
+        return mcq(question, choices, right_option(record, reference, list(zip(ascii_uppercase, choices)), "reference"), record.get("attribute"), language)
+    return qa(question, reference, kind, record.get("attribute"), language, choices, context)
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 
 def _text(value: Any, field: str) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_empty(value):
         raise BadRecord(f"field {field!r} is empty or no text")
     return value.strip()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from medray.data.readers.common import (
@@ -11,16 +11,14 @@ from medray.data.readers.common import (
     Place,
     Row,
     digest,
+    given,
     inside,
-    known_split,
     need,
     need_text,
     qa,
     row,
-    split_folder,
-    split_of,
 )
-from medray.data.readers.conversations import without_marker
+from medray.data.readers.markers import asked, check_no_marker
 
 IMAGE_COLUMNS = ("file_name", "image_file", "image_path", "image", "filename", "file", "path")
 TEXT_COLUMNS = ("caption", "text", "report")
@@ -35,11 +33,11 @@ def llava_med_captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
     The image is <pair_id>.jpg, as LLaVA-Med's download_images.py names it. Figures of one article share a group.
     """
     pair = need_text(record, "pair_id")
-    image = str(record.get("image") or f"{pair}.jpg")
-    pmid = record.get("pmid") or pair.partition("_")[0]
+    image = str(given(record, "image") or f"{pair}.jpg")
+    pmid = given(record, "pmid") or pair.partition("_")[0]
     yield row(
-        pair, pair, inside(place.images, image), {"caption": need_text(record, "fig_caption"), "context": "\n".join(_mentions(record)) or None},
-        split=known_split(record.get("split")), group_id=digest(pmid), modality=_modality(record),
+        pair, pair, inside(place.images, image), {"caption": caption_of(record, "fig_caption"), "context": "\n".join(_mentions(record)) or None},
+        group_id=digest(pmid), modality=_modality(record),
     )
 
 
@@ -49,9 +47,9 @@ def llava_med_qa(record: dict[str, Any], place: Place) -> Iterator[Row]:
     figure's fig_label, fig_caption and in_text_mention, which become the context of the question: the judge sees it, the model
     does not."""
     pair = need_text(record, "pair_id")
-    payload = qa(without_marker(need_text(record, "text")), need_text(record, "gpt4_answer"), "open", record.get("type"), context=_context(record))
+    payload = qa(asked(need_text(record, "text"), "text"), need_text(record, "gpt4_answer"), "open", given(record, "type"), context=_context(record))
     yield row(
-        f"{place.stem}:{need(record, 'question_id')}", pair, inside(place.images, str(record.get("image") or f"{pair}.jpg")), payload,
+        f"{place.stem}:{need(record, 'question_id')}", pair, inside(place.images, str(given(record, "image") or f"{pair}.jpg")), payload,
         split="test", group_id=digest(pair.partition("_")[0]), modality=_modality(record),
     )
 
@@ -66,9 +64,9 @@ def _modality(record: dict[str, Any]) -> str | None:
 def _context(record: dict[str, Any]) -> str | None:
     """Caption and mentions of a figure in the words in which LLaVA-Med's judge reads them (llava/eval/eval_multimodal_chat_gpt_score.py,
     conv_to_str); a mention is its sentence there and no list of entities. None where the record has no caption."""
-    if not str(record.get("fig_caption") or "").strip():
+    if given(record, "fig_caption") is None:
         return None
-    label = str(record.get("fig_label") or "").strip()
+    label = str(given(record, "fig_label") or "").strip()
     caption = f"Figure Caption:\n{label + ': ' if label else ''}{need_text(record, 'fig_caption')}"
     mentions = "".join(f"\n\t- {mention}" for mention in _mentions(record))
     return f"{caption}\n\nFigure Context:{mentions}" if mentions else caption
@@ -76,7 +74,7 @@ def _context(record: dict[str, Any]) -> str | None:
 
 def _mentions(record: dict[str, Any]) -> list[str]:
     """The sentences of the article that mention the figure."""
-    said = record.get("in_text_mention") or []
+    said = given(record, "in_text_mention") or []
     return [sentence for mention in (said if isinstance(said, list) else [said]) if (sentence := _sentence(mention))]
 
 
@@ -89,6 +87,19 @@ def _sentence(mention: Any) -> str:
     return tokens.strip()
 
 
+# Words for a missing caption beside those of any text.
+_NO_CAPTION = {"none", "n/a", "na", "-", "."}
+
+
+def caption_of(record: Mapping[str, Any], field: str) -> str:
+    """The caption in a field. Raises BadRecord for one that says nothing, or that holds an image marker."""
+    text = need_text(record, field)
+    if text.lower() in _NO_CAPTION:
+        raise BadRecord(f"field {field!r} is empty ({text!r})")
+    check_no_marker(text, field)
+    return text
+
+
 def column(names: Iterable[str], wanted: tuple[str, ...]) -> str | None:
     """The first of the wanted column names that is there, in any case."""
     there = {str(name).strip().lower(): name for name in reversed(list(names))}
@@ -97,15 +108,12 @@ def column(names: Iterable[str], wanted: tuple[str, ...]) -> str | None:
 
 def captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
     """A table of images and texts: Hugging Face's imagefolder metadata.csv or .jsonl (file_name relative to that file) or
-    any table with one of IMAGE_COLUMNS and one of TEXT_COLUMNS. Of the other columns only `split` is used."""
+    any table with one of IMAGE_COLUMNS and one of TEXT_COLUMNS."""
     fields = [column(record, wanted) for wanted in (IMAGE_COLUMNS, TEXT_COLUMNS)]
     for field, wanted in zip(fields, (IMAGE_COLUMNS, TEXT_COLUMNS)):
         if field is None:
             raise BadRecord(f"none of the fields {', '.join(wanted)} is there")
-    image, text = need_text(record, fields[0]), need_text(record, fields[1])
+    image, text = need_text(record, fields[0]), caption_of(record, fields[1])
     # train/metadata.csv and test/metadata.csv may name different images alike.
-    identity = posixpath.join(split_folder(place.path), image)
-    yield row(
-        f"{identity}:{digest(text)[:8]}", identity, inside(place.images, image), {"caption": text, "context": None},
-        split=known_split(record.get("split")) or split_of(place.path),
-    )
+    identity = posixpath.join(place.split_folder, image)
+    yield row(f"{identity}:{digest(text)[:8]}", identity, inside(place.images, image), {"caption": text, "context": None})

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from string import ascii_uppercase
 from typing import Any
 
 from medray.data.dialogues import MCQ_LETTER
 from medray.data.pseudonyms import LONGEST_SHOWN, shortened, shown_path
+from medray.data.readers.splits import split_folder, split_of
 
 Row = dict[str, Any]
 
@@ -22,11 +23,6 @@ IMAGE_SUFFIXES = (
     ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif",
 )
 """Suffixes of the files of medray.data.images.FORMATS, in lower case."""
-
-_SPLITS = {
-    "train": "train", "training": "train", "trainset": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val", "dev": "val",
-    "test": "test", "testing": "test", "testset": "test",
-}
 
 
 class BadRecord(ValueError):
@@ -42,6 +38,17 @@ class Place:
     path: str
     names: Callable[[str], list[str]] = lambda folder: []
     head: Callable[[str], bytes] = lambda path: b""
+    root: str | None = None  # the source's folder
+
+    @property
+    def split(self) -> str | None:
+        """train, val or test where the file's name or folder says it."""
+        return split_of(self.path, self.root)
+
+    @property
+    def split_folder(self) -> str:
+        """The folder that says the split, else ""."""
+        return split_folder(self.path, self.root)
 
     @property
     def name(self) -> str:
@@ -57,12 +64,15 @@ def row(
     group_id: str | None = None, modality: str | None = None, image: bytes | None = None,
 ) -> Row:
     """An index row without its `where` and `error`, which the caller adds. Raises BadRecord for a text that is no Unicode
-    (JSON and file names can hold half of a surrogate pair, Arrow cannot)."""
+    (JSON and file names can hold half of a surrogate pair, Arrow cannot; bytes that are not UTF-8 are read as such halves)."""
     made = {
         "sample_id": sample_id, "image_id": image_id, "image_file": image_file, "split": None if split is None else str(split),
-        "group_id": group_id, "modality": str(modality or "").strip().lower() or None, "payload": json.dumps(payload, ensure_ascii=False),
+        "group_id": group_id, "modality": None if is_empty(modality) else str(modality).strip().lower(), "payload": json.dumps(payload, ensure_ascii=False),
     }
-    if any(text != as_unicode(text) for text in made.values() if text is not None):
+    bad = next((text for text in made.values() if text is not None and text != as_unicode(text)), None)
+    if bad is not None and any("\udc80" <= letter <= "\udcff" for letter in bad):
+        raise BadRecord("a text holds bytes that are not UTF-8 (read as half of a surrogate pair); write it as UTF-8")
+    if bad is not None:
         raise BadRecord("a text holds half of a surrogate pair, which is no Unicode")
     return {**made, "image": image}
 
@@ -93,20 +103,51 @@ def drawn(items: Iterable[str], *keys: Any) -> list[str]:
     return sorted(items, key=lambda item: digest(*keys, item))
 
 
+# Words that tables and libraries write for a missing value. "None" is missing from them: it is an answer people give.
+_MISSING = {"", "nan", "<na>", "nat", "null", "#n/a"}
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, NaN, blank, or a word for those (pandas writes "nan" for a missing text)."""
+    if isinstance(value, str):
+        return value.strip().lower() in _MISSING
+    return value is None or (isinstance(value, float | Decimal) and value != value)
+
+
 def need(record: Mapping[str, Any], field: str) -> Any:
-    """The field's value. Raises BadRecord where it is missing or blank."""
+    """The field's value. Raises BadRecord where it is missing or empty."""
     value = record.get(field)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if is_empty(value):
         raise BadRecord(f"field {field!r} is {'missing' if field not in record else 'empty'}")
     return value
 
 
+def given(record: Mapping[str, Any], field: str) -> Any:
+    """The field's value, or None where it is missing or empty (see is_empty)."""
+    value = record.get(field)
+    return None if is_empty(value) else value
+
+
 def need_text(record: Mapping[str, Any], field: str) -> str:
     """The field's text, or a number as text, without blanks at its ends. Raises BadRecord for anything else."""
-    value = need(record, field)
-    if not isinstance(value, str | int | float):
+    return text_of(need(record, field), field)
+
+
+def text_of(value: Any, field: str) -> str:
+    """A value as text, without blanks at its ends. Whole numbers are written without a fraction: a column of integers with
+    a gap comes as floats. Raises BadRecord for anything but text and numbers, truth values included."""
+    if isinstance(value, bool):
+        raise BadRecord(f"field {field!r} is {str(value).lower()}, not text; write yes or no")
+    if isinstance(value, float | Decimal) and value == value and abs(value) < 2**53 and value == int(value):
+        value = int(value)
+    if not isinstance(value, str | int | float | Decimal):
         raise BadRecord(f"field {field!r} is a {type(value).__name__}, not text")
     return str(value).strip()
+
+
+def identity_of(value: Any) -> str | None:
+    """A record's own id as text; None where it has none (null, NaN, blank)."""
+    return None if is_empty(value) or not isinstance(value, str | int | float | Decimal) else text_of(value, "id")
 
 
 def inside(folder: str, relative: str) -> str:
@@ -115,27 +156,6 @@ def inside(folder: str, relative: str) -> str:
     if "://" in str(relative) or clean.startswith(("/", "..")):
         raise BadRecord(f"image path {shown_path(str(relative))!r} leads out of the image folder")
     return posixpath.join(folder, clean)
-
-
-def split_of(path: str) -> str | None:
-    """train, val or test where the file's name says one of them (train-00000-of-00007.parquet, validate.json), or else
-    the whole name of its folder (test/metadata.csv)."""
-    found = {_SPLITS[word] for word in re.split(r"[^a-z]+", posixpath.basename(path).lower()) if word in _SPLITS}
-    if found:
-        return found.pop() if len(found) == 1 else None
-    return _SPLITS.get(split_folder(path).lower())
-
-
-def split_folder(path: str) -> str:
-    """The name of the file's folder where that is a split's name, else ""."""
-    name = posixpath.basename(posixpath.dirname(path))
-    return name if name.lower() in _SPLITS else ""
-
-
-def known_split(value: Any) -> str | None:
-    """A record's own word for its split as train, val or test; an unknown word as it is; null for none."""
-    word = str(value or "").strip().lower()
-    return _SPLITS.get(word, word) or None
 
 
 def yes_or_no(answer: str) -> bool:

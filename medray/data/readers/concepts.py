@@ -11,13 +11,13 @@ from medray.data.readers.common import (
     Place,
     Row,
     drawn,
+    given,
     inside,
     mcq,
     need,
     need_text,
     qa,
     row,
-    split_of,
 )
 
 SKINCON = (
@@ -33,14 +33,14 @@ EXCLUDED = "Do not consider this image"
 
 
 def wbcatt(record: dict[str, Any], place: Place) -> Iterator[Row]:
-    """WBCAtt: the cell type and 11 attributes, as JSON Lines or CSV; the split is the record's or in the file's name."""
-    identity = str(need(record, "img_name"))
+    """WBCAtt: the cell type and 11 attributes, as JSON Lines or CSV; """
+    identity = need_text(record, "img_name")
     try:
         check_record(record)
     except ValueError as error:
         raise BadRecord(str(error)) from None
-    file = inside(place.images, record.get("image") or need(record, "path"))
-    yield row(identity, identity, file, {"record": record}, split=record.get("split") or split_of(place.path))
+    file = inside(place.images, given(record, "image") or need(record, "path"))
+    yield row(identity, identity, file, {"record": record})
 
 
 def word(concept: str) -> str:
@@ -62,18 +62,17 @@ def skincon(record: dict[str, Any], place: Place) -> Iterator[Row]:
     present = [word(concept) for concept, value in values.items() if value]
     absent = [word(concept) for concept, value in values.items() if not value]
     file = inside(place.images, image)
-    split = split_of(place.path)
-    yield row(f"{image}/attributes", image, file, {"attributes": {word(c): "present" if value else "absent" for c, value in values.items()}}, split=split)
+    yield row(f"{image}/attributes", image, file, {"attributes": {word(c): "present" if value else "absent" for c, value in values.items()}})
     if present:
-        yield row(f"{image}/caption", image, file, {"caption": ", ".join(present), "context": None}, split=split)
+        yield row(f"{image}/caption", image, file, {"caption": ", ".join(present), "context": None})
     asked = present + drawn(absent, image, "closed")[:len(present)]
     for concept in asked:
         payload = qa(f"Is {concept} seen?", "yes" if concept in present else "no", "closed", concept)
-        yield row(f"{image}/closed/{concept}", image, file, payload, split=split)
+        yield row(f"{image}/closed/{concept}", image, file, payload)
     for concept in present:
         options = drawn([concept, *drawn(absent, image, "mcq", concept)[:3]], image, "order", concept)
         payload = mcq("Which of these is seen?", options, options.index(concept), concept)
-        yield row(f"{image}/mcq/{concept}", image, file, payload, split=split)
+        yield row(f"{image}/mcq/{concept}", image, file, payload)
 
 
 def _binary(record: dict[str, Any], concept: str) -> bool:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable
 
 from medray.data.readers.captions import IMAGE_COLUMNS, TEXT_COLUMNS, column
-from medray.data.readers.files import json_lines, json_records
-
-# Bytes of a file that are looked at.
-HEAD_BYTES = 2**16
+from medray.data.readers.suffixes import suffix_of
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "shards": (".parquet",), "hf-parquet": (".parquet",),
-    "wbcatt": (".jsonl", ".csv"), "skincon": (".csv",), "cbis-ddsm": (".csv",), "pmc-vqa": (".csv",), "omnimedvqa": (".json", ".jsonl"),
+    "wbcatt": (".jsonl", ".json", ".csv"), "skincon": (".csv",), "cbis-ddsm": (".csv",), "pmc-vqa": (".csv",), "omnimedvqa": (".json", ".jsonl"),
     "slake": (".json", ".jsonl"), "vqa-rad": (".jsonl", ".json"), "preference": (".jsonl", ".json", ".parquet"), "llava": (".jsonl", ".json"),
     "llava-med-captions": (".json", ".jsonl"), "llava-med-qa": (".jsonl", ".json"), "captions": (".csv", ".jsonl", ".json"), "webdataset": (".tar",),
 }
-"""The files of each format; "images" and "dicom" are folders."""
+"""The files of each format (readers.suffixes.suffix_of); "images" and "dicom" are folders."""
 
 TABLES = tuple(sorted({suffix for suffixes in SUFFIXES.values() for suffix in suffixes}))
 
@@ -33,7 +28,7 @@ _NAMES: dict[str, tuple[set[str], ...]] = {
     "slake": ({"img_name", "q_lang"},),
     "vqa-rad": ({"qid", "question"},),
     "preference": ({"chosen", "rejected"},),
-    "llava": ({"conversations"}, {"conversatons"}),
+    "llava": ({"conversations"}, {"conversatons"}, {"messages"}, {"prompt", "completion"}),
     "llava-med-qa": ({"question_id", "gpt4_answer"},),
     "llava-med-captions": ({"pair_id", "fig_caption"},),
 }
@@ -46,35 +41,46 @@ LOOKED_FOR = (
 )
 
 
-def names_in(head: bytes, path: str) -> list[str]:
-    """Column names of a CSV file, or the keys of a JSON file's first record; where that is broken or too long, all keys
-    that stand in the file's first bytes."""
-    text = head.decode("utf-8-sig", "replace")
-    if path.endswith(".csv"):
-        return next(csv.reader(text.splitlines()), [])
-    found = json_lines(io.BytesIO(head), 0, len(head)) if path.endswith(".jsonl") else json_records(io.BytesIO(head))
-    _, record, _ = next(found, ("", None, None))
-    return list(record) if isinstance(record, dict) else re.findall(r'"((?:[^"\\]|\\.)*)"\s*:', text)
-
-
 def table_format(names: Iterable[str], path: str) -> str | None:
     """The format of a CSV or JSON file with these names; None for none."""
     names = list(names)
+    suffix = suffix_of(path)
     for kind, alternatives in _NAMES.items():
-        if path.endswith(SUFFIXES[kind]) and any(wanted <= set(names) for wanted in alternatives):
+        if suffix in SUFFIXES[kind] and any(wanted <= set(names) for wanted in alternatives):
             return kind
     both = column(names, IMAGE_COLUMNS) is not None and column(names, TEXT_COLUMNS) is not None
-    return "captions" if both and path.endswith(SUFFIXES["captions"]) else None
+    return "captions" if both and suffix in SUFFIXES["captions"] else None
+
+
+def alike(kind: str, names: Iterable[str]) -> bool:
+    """Whether an object with these keys may be a record of the format, complete or not."""
+    names = set(names)
+    if kind == "captions":
+        return column(names, (*IMAGE_COLUMNS, *TEXT_COLUMNS)) is not None
+    return any(wanted & names for wanted in _NAMES[kind]) if kind in _NAMES else True
 
 
 def parquet_format(names: Iterable[str]) -> str | None:
     """The format of a Parquet file with these columns; None for none."""
-    names = set(names)
-    if {"sample_id", "image"} <= names:
+    names = list(names)
+    if {"sample_id", "image"} <= set(names):
         return "shards"
-    if {"chosen", "rejected"} <= names:
+    lower = {name.strip().lower() for name in names}
+    if {"chosen", "rejected"} <= lower:
         return "preference"
-    return "hf-parquet" if names & {"image", "images"} else None
+    return "hf-parquet" if lower & {"image", "images"} else None
+
+
+def missing_columns(names: Iterable[str]) -> str:
+    """What a table of these columns lacks to be read as captions, for an error."""
+    names = list(names)
+    if not names:
+        return "no columns or keys were found in it"
+    said = f"it has {', '.join(str(name)[:60] for name in names[:30])}{', ...' if len(names) > 30 else ''}"
+    image, text = column(names, IMAGE_COLUMNS), column(names, TEXT_COLUMNS)
+    if image is None and text is not None:
+        return f"{said}; name the column of the image files file_name"
+    return f"{said}; name the column of the texts caption" if image is not None else said
 
 
 def chosen_files(kind: str, files: list[str]) -> list[str]:

@@ -6,27 +6,29 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from medray.data.reading import failure, open_file
+from medray.data.readers.splits import as_split
+from medray.data.reading import failure
 
 CHUNK = 2**20
 # A JSON value that is longer than this is taken for a broken file (characters).
 LONGEST_VALUE = 64 * 2**20
 
+# Characters that are looked at to tell a record from an object of records.
+KEYS_AHEAD = 2**16
+
 Found = tuple[str, Any, str | None]
 
 
-def records(path: str, start: int, end: int) -> Iterator[Found]:
-    """(place, record, error) of each record of the file; of JSON Lines those that begin in the byte range [start, end)."""
-    with open_file(path) as handle:
-        if path.endswith(".jsonl"):
-            yield from json_lines(handle, start, end)
-        elif path.endswith(".csv"):
-            yield from csv_records(handle)
-        else:
-            yield from json_records(handle)
+@dataclass(frozen=True)
+class Member:
+    """What stands beside the records in a JSON file, such as {"info": ..., "data": [...]}: it is named, and not read."""
+
+    name: str
 
 
 def readable(found: Iterator[Found]) -> Iterator[Found]:
@@ -64,19 +66,32 @@ def json_lines(handle: BinaryIO, start: int, end: int) -> Iterator[Found]:
             yield where, None, f"the line cannot be read: {error}"
 
 
-def csv_records(handle: BinaryIO) -> Iterator[Found]:
-    """Records by the header's names. What follows a part that cannot be read is lost with one error row."""
+def csv_records(handle: BinaryIO, encoding: str = "utf-8-sig", delimiter: str = ",", skipped: int = 0) -> Iterator[Found]:
+    """Records by the header's names. A record that cannot be read is an error row, and the next one is read.
+
+    Args:
+        skipped: lines before the header.
+    """
     csv.field_size_limit(LONGEST_VALUE)  # the default of 128 KiB is shorter than an image as base64
-    reader = csv.DictReader(io.TextIOWrapper(handle, encoding="utf-8-sig", newline=""))
+    # A byte that is not UTF-8 spoils its own record only (readers.common.row).
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+    text = io.TextIOWrapper(handle, encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors=errors, newline="")
+    for _ in range(skipped):
+        text.readline()
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     number = 0
     while True:
+        line = reader.line_num
         try:
             record = next(reader, None)
-        except UnicodeDecodeError as error:
-            yield f"from record {number} on", None, f"cannot be read: not UTF-8 ({error.reason}); save the file as UTF-8"
-            return
         except csv.Error as error:
-            yield f"from record {number} on", None, f"cannot be read: {error}"
+            lines = f"line {line + 1}" if reader.line_num <= line + 1 else f"lines {line + 1} to {reader.line_num}"
+            why = "a quotation mark is never closed" if "unexpected end" in str(error) else str(error)
+            yield f"record {number}", None, f"{lines} cannot be read: {why}"
+            number += 1
+            continue
+        except UnicodeError as error:
+            yield f"from record {number} on", None, f"cannot be read: not {encoding} ({error}); save the file as UTF-8"
             return
         if record is None:
             return
@@ -85,47 +100,102 @@ def csv_records(handle: BinaryIO) -> Iterator[Found]:
         number += 1
 
 
-def json_records(handle: BinaryIO) -> Iterator[Found]:
-    """Items of a JSON list, or of every list (or object) in a JSON object, as LLaVA-Med groups records by domain."""
-    text = _Text(handle)
+IsRecord = Callable[[list[str]], bool]
+
+
+def json_records(handle: BinaryIO, encoding: str = "utf-8", is_record: IsRecord | None = None) -> Iterator[Found]:
+    """Items of a JSON list, or of every list (or object) in a JSON object, as LLaVA-Med groups records by domain; so of each
+    of several values that follow each other. Records in an object's member that is named after a split get that split.
+
+    Args:
+        is_record: whether an object with these keys is a record; others hold records, or are given as Member. None: an object
+            that is the whole value holds records, and its members are records.
+    """
+    text = _Text(handle, encoding)
     try:
         first = text.peek()
-        if first == "[":
-            yield from _items(text, "")
-        elif first == "{":
-            yield from _members(text)
-        else:
+        if not first or first not in "[{":
             yield "whole file", None, "must hold a list of records"
+            return
+        number = 0
+        while first := text.peek():
+            if first == "[":
+                yield from _items(text, "" if number == 0 else f"value {number} ", None, is_record)
+            elif first == "{" and is_record is not None and is_record(text.keys()):
+                text.place = f"from record {number} on"
+                yield f"record {number}", text.value(), None
+            elif first == "{":
+                yield from _members(text, "", None, is_record)
+            else:
+                yield text.place, None, f"cannot be read: not JSON: {first!r} after the end of a value"
+                return
+            number += 1
+            if text.peek() == ",":  # records with commas between them and no list around them
+                text.at += 1
     except UnicodeDecodeError as error:
-        yield text.place, None, f"cannot be read: not UTF-8 ({error.reason})"
+        yield text.place, None, f"cannot be read: not {encoding} ({error.reason}); save the file as UTF-8"
     except json.JSONDecodeError as error:
         yield text.place, None, f"cannot be read: not JSON: {error.msg}"
     except (ValueError, RecursionError) as error:
         yield text.place, None, f"cannot be read: {error}"
 
 
-def _items(text: _Text, name: str) -> Iterator[Found]:
+def _items(text: _Text, name: str, split: str | None, is_record: IsRecord | None) -> Iterator[Found]:
     for number, _ in enumerate(text.parts("[", "]")):
         text.place = f"from {name}record {number} on"
-        yield f"{name}record {number}", text.value(), None
+        if number == 0 and name and is_record is not None and text.peek() == "{" and not is_record(text.keys()):
+            yield f"member {name.strip()}", Member(name.strip()), None
+            text.value()
+            # The others are read past without a look.
+            _read_past(text)
+            return
+        yield f"{name}record {number}", _in_split(text.value(), split), None
 
 
-def _members(text: _Text) -> Iterator[Found]:
+def _read_past(text: _Text) -> None:
+    """Read to the end of a list whose first item is read."""
+    while text.peek() == ",":
+        text.at += 1
+        text.peek()
+        text.value()
+
+
+def _members(text: _Text, name: str, split: str | None, is_record: IsRecord | None) -> Iterator[Found]:
     for _ in text.parts("{", "}"):
         key = str(text.value())
         text.expect(":")
-        if text.peek() == "[":
-            yield from _items(text, f"{key} ")
+        full, section = f"{name}{key}", as_split(key) or split
+        first = text.peek()
+        if first == "[":
+            yield from _items(text, f"{full} ", section, is_record)
+        elif first == "{" and is_record is not None and not is_record(text.keys()):
+            if text.holds_objects():
+                yield from _members(text, f"{full} ", section, is_record)
+            else:
+                text.value()
+                yield f"member {full}", Member(full), None
+        elif first == "{" or is_record is None:
+            yield f"record {full}", _in_split(text.value(), split), None
         else:
-            yield f"record {key}", text.value(), None
+            text.value()
+            yield f"member {full}", Member(full), None
+
+
+def _in_split(record: Any, split: str | None) -> Any:
+    """The record with the split that the list around it is named after, unless it says its own."""
+    if split is None or not isinstance(record, dict) or any(str(name).strip().lower() == "split" for name in record):
+        return record
+    return {**record, "split": split}
 
 
 class _Text:
     """Text of a JSON file, read on as far as the next value needs."""
 
-    def __init__(self, handle: BinaryIO):
+    def __init__(self, handle: BinaryIO, encoding: str = "utf-8"):
         self.handle = handle
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        # A byte that is not UTF-8 spoils its own record only (readers.common.row).
+        utf8 = encoding.startswith("utf-8")
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig" if utf8 else encoding)("surrogateescape" if utf8 else "strict")
         self.text, self.at, self.ended = "", 0, False
         self.place = "whole file"  # where an error lies
 
@@ -149,6 +219,20 @@ class _Text:
                 return self.text[self.at]
             if not self.more():
                 return ""
+
+    def ahead(self) -> str:
+        """The text from here on as far as KEYS_AHEAD, unread."""
+        while len(self.text) - self.at < KEYS_AHEAD and self.more():
+            pass
+        return self.text[self.at: self.at + KEYS_AHEAD]
+
+    def keys(self) -> list[str]:
+        """Keys of the object that begins here, unread; of a long one the first."""
+        return top_keys(self.ahead())
+
+    def holds_objects(self) -> bool:
+        """Whether the first value of the object that begins here, unread, is an object or a list of objects."""
+        return re.match(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(\[\s*)?\{', self.ahead()) is not None
 
     def expect(self, character: str) -> None:
         if self.peek() != character:
@@ -177,3 +261,30 @@ class _Text:
                 self.at += 1
                 yield
         self.expect(closing)
+
+
+_STRING_OR_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]')
+
+
+def top_keys(text: str) -> list[str]:
+    """Keys of the first object of a text that may be cut."""
+    keys, depth, last = [], 0, None
+    for match in _STRING_OR_MARK.finditer(text):
+        token = match[0]
+        if token in "{[":
+            depth += 1
+        elif token in "}]":
+            depth -= 1
+            if depth == 0:
+                break
+        elif token == ":" and depth == 1 and last is not None:
+            keys.append(last)
+        last = _string(token) if token[0] == '"' else None
+    return keys
+
+
+def _string(token: str) -> str:
+    try:
+        return json.loads(token)
+    except ValueError:
+        return token[1:-1]

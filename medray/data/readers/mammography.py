@@ -31,7 +31,6 @@ from medray.data.readers.common import (
     mcq,
     need_text,
     row,
-    split_of,
 )
 
 VALUES: dict[str, tuple[str, ...]] = {
@@ -74,7 +73,7 @@ def cbis_ddsm(record: dict[str, Any], place: Place) -> Iterator[Row]:
             raise BadRecord(f"{name.replace('_', ' ')} is {values[name][0]!r}; allowed values: {', '.join(VALUES[name])}")
     named = {name: " and ".join(found) for name, found in values.items() if found}
     plain = {name: next((str(record[c]).strip().lower() for c in columns if str(record.get(c) or "").strip()), None) for name, columns in _PLAIN.items()}
-    common = {"split": split_of(place.path), "group_id": digest(need_text(record, "patient_id")), "modality": "mammography"}
+    common = {"group_id": digest(need_text(record, "patient_id")), "modality": "mammography"}
     written, file = _image(record, place)
     image_id = f"cbis-{digest(posixpath.splitext(written)[0])}"
     sample = f"{image_id}/{need_text(record, 'abnormality id')}"

@@ -1,43 +1,52 @@
-"""Parquet tables to index tables: medray's own shards, Hugging Face's with images inline, TRL preferences."""
+"""Rows of Parquet tables to index rows: medray's own shards, Hugging Face's with images inline, preferences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
 
 from medray.data.inline_images import inline_image, named_file
 from medray.data.readers.canonical import members_of, payloads
-from medray.data.readers.captions import TEXT_COLUMNS, column
+from medray.data.readers.captions import TEXT_COLUMNS, caption_of, column
 from medray.data.readers.common import (
     BadRecord,
     Row,
     digest,
     error_row,
+    given,
+    identity_of,
     image_digest,
     inside,
-    known_split,
+    is_empty,
+    mcq,
     need_text,
     qa,
     row,
+    text_of,
     yes_or_no,
 )
 from medray.data.readers.conversations import one_image, preference_id, preference_pair
-from medray.errors import DataError
-
-ROW_COLUMNS = ("image", "images", "question", "answer", "split", "id", "sample_id", "prompt", "chosen", "rejected", *TEXT_COLUMNS)
-"""The columns `hugging_face` looks at."""
+from medray.data.readers.markers import asked, check_no_marker
+from medray.data.readers.messages import DIALOGUES, dialogue_turns, listed
+from medray.data.readers.options import options_of, right_option
+from medray.data.readers.splits import UnknownSplit, as_split, record_split
 
 
 def shards(record: dict[str, Any]) -> Iterator[Row]:
     """A row of records.CONVERSATION, QUESTION, IMAGE_TEXT, PREFERENCE or SAMPLE, told apart by its columns."""
-    identity = record["sample_id"]
-    if not identity:
+    identity = identity_of(record["sample_id"])
+    if identity is None:
         identity = f"image-{image_digest(record['image'] or b'')}"
         yield error_row(identity, f"shard row {identity}", "sample_id is empty")
         return
-    image_id = record.get("image_id") or identity
+    image_id = identity_of(record.get("image_id")) or identity
     where = f"shard row {identity}"
     common = {name: record.get(name) for name in ("split", "group_id", "modality")}
+    common["split"] = as_split(common["split"] or "") or common["split"]
     if record.get("error"):
         yield error_row(identity, where, record["error"])
         return
@@ -51,28 +60,85 @@ def shards(record: dict[str, Any]) -> Iterator[Row]:
         yield {**row(sample, image_id, None, payload, image=None if number else record["image"], **common), "where": where, "error": None}
 
 
-def check_shard_columns(names: list[str]) -> None:
-    """Raises DataError where a table is no shard."""
-    if not {"sample_id", "image"} <= set(names):
-        raise DataError(f"Parquet shards need the columns sample_id and image; found {sorted(names)}")
+# Bytes of row groups, as they lie in the file, that one task reads.
+PIECE_BYTES = 64 * 2**20
+ROWS_AT_ONCE = 32
 
 
-def hugging_face(record: dict[str, Any], split: str | None, images: str) -> Row:
-    """A row of a Hugging Face data set: `image` {bytes, path} (or bytes, or a file's name; or `images` with one) and
-    question and answer (PathVQA, VQA-RAD), chosen and rejected (TRL), one of TEXT_COLUMNS, or nothing.
+def row_group_ranges(fs: Any, path: str) -> list[tuple[int, int]]:
+    """[start, end) of the row groups of a file for each task; of a file that cannot be read one range, whose reading says so."""
+    try:
+        with fs.open(path, "rb") as handle:
+            metadata = pq.read_metadata(handle)
+    except (pa.ArrowException, OSError):
+        return [(0, 1)]
+    ranges, first, size = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        size += sum(metadata.row_group(group).column(number).total_compressed_size for number in range(metadata.num_columns))
+        if size >= PIECE_BYTES or group == metadata.num_row_groups - 1:
+            ranges.append((first, group + 1))
+            first, size = group + 1, 0
+    return ranges
+
+
+def rows_of_groups(path: str, start: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number in the file, row) of the row groups [start, end) of a file, few in memory at a time.
+
+    Each file is read by its own schema: shards of one set differ in the types of columns, and in the columns that they have.
+    """
+    fs, inner = url_to_fs(path)
+    with fs.open(inner, "rb") as handle:
+        file = pq.ParquetFile(handle, buffer_size=2**20)
+        groups = list(range(start, min(end, file.num_row_groups)))
+        number = sum(file.metadata.row_group(group).num_rows for group in range(start))
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=groups) if groups else ():
+            yield from enumerate(batch.to_pylist(), number)
+            number += batch.num_rows
+
+
+def hugging_face(record: Mapping[str, Any], split: str | None, images: str, more: Collection[str] = (), where: str = "Parquet row") -> Row:
+    """A row of a Hugging Face data set: `image` {bytes, path} (or bytes, or a file's name; or `images` with one) and a
+    preference (see preference_pair), a dialogue (see dialogue_turns), question and answer, with options or without
+    (PathVQA, VQA-RAD), one of TEXT_COLUMNS, or nothing. Column names are read in any case.
 
     The image's id is the hash of its bytes; the data sets have no ids of their own. A question is closed where its answer
     is yes or no.
+
+    Args:
+        split: of the file; a record's own comes first.
+        more: names that are splits too.
+        where: the row's place in the source.
     """
     image_id, data, file = "unknown", None, None
     try:
-        data, file = _image(record, images)
+        named = _Named(record)
+        data, file = _image(named, images)
         image_id = image_digest(data) if data is not None else str(file).removeprefix(images).lstrip("/")
-        sample, payload = _said(record, image_id)
-        made = row(sample, image_id, file, payload, split=known_split(record.get("split")) or split, image=data)
-    except BadRecord as bad:
-        return error_row(f"image-{image_id}", f"Parquet row of image {image_id}", str(bad))
-    return {**made, "where": f"Parquet row {sample}", "error": None}
+        sample, payload = _said(named, image_id)
+        made = row(sample, image_id, file, payload, split=record_split(record, more) or split, image=data)
+    except (BadRecord, UnknownSplit) as bad:
+        return error_row(f"image-{image_id}", where, str(bad))
+    return {**made, "where": where, "error": None}
+
+
+class _Named(Mapping):
+    """A record whose fields are found by their names in lower case, apart from blanks at the ends."""
+
+    def __init__(self, record: Mapping[str, Any]):
+        self._record = record
+        self._names = {name.strip().lower(): name for name in reversed(list(record))}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._record[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _image(record: dict[str, Any], images: str) -> tuple[bytes | None, str | None]:
@@ -87,15 +153,61 @@ def _image(record: dict[str, Any], images: str) -> tuple[bytes | None, str | Non
     raise BadRecord("field 'image' is empty")
 
 
-def _said(record: dict[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
-    if record.get("chosen") is not None:
-        pair = preference_pair(record)
-        return preference_id(record, image_id, pair), {"preference": pair}
-    if record.get("question") is not None:
-        question, answer = need_text(record, "question"), need_text(record, "answer")
-        return f"{image_id}:{digest(question, answer)[:8]}", qa(question, answer, "closed" if yes_or_no(answer) else "open")
-    field = column(record, TEXT_COLUMNS)
-    if field is None:
-        return image_id, {}
-    text = need_text(record, field)
+def _said(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
+    """(sample_id, payload) of the first of these that the row has: a preference, a dialogue, a question, a text."""
+    readers = [("chosen", _preference), *((field, _dialogue) for field in (*DIALOGUES, "completion")), ("question", _question)]
+    readers += [(field, _caption) for field in (column(record, TEXT_COLUMNS),) if field is not None]
+    there = [(field, read) for field, read in readers if field in record]
+    # Of a row in which all of them are empty the first names what is missing: it is no image alone.
+    chosen = next((one for one in there if given(record, one[0]) is not None), there[0] if there else None)
+    return chosen[1](record, image_id) if chosen else (image_id, {})
+
+
+def _preference(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
+    pair = preference_pair(record)
+    return preference_id(record, image_id, pair), {"preference": pair}
+
+
+def _dialogue(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
+    turns = dialogue_turns(record)
+    return f"{image_id}:{digest(*(turn['text'] for turn in turns))[:8]}", {"turns": turns}
+
+
+def _caption(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
+    text = caption_of(record, column(record, TEXT_COLUMNS))
     return f"{image_id}:{digest(text)[:8]}", {"caption": text, "context": None}
+
+
+def _question(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
+    question = asked(need_text(record, "question"), "question")
+    options = options_of(record)
+    field = next((name for name in ("answer", "answers", "answer_label", "reference") if given(record, name) is not None), "answer")
+    answer = record.get(field)
+    answer = listed(answer)
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if options:
+        right = right_option(record, answer, options, field)
+        texts = [text for _, text in options]
+        return f"{image_id}:{digest(question, *texts)[:8]}", mcq(question, texts, right)
+    if is_empty(answer):
+        raise BadRecord(f"field {field!r} is {'empty' if field in record else 'missing'}")
+    answer = text_of(answer, field)
+    check_no_marker(answer, field)
+    return f"{image_id}:{digest(question, answer)[:8]}", qa(question, answer, "closed" if yes_or_no(answer) else "open")
+
+
+# Columns that say nothing of what an image shows.
+_PLAIN_COLUMNS = {
+    "id", "idx", "index", "uid", "uuid", "sample_id", "image_id", "img_id", "split", "subset", "path", "file_name", "filename", "image_path", "image_name", "width",
+    "height", "size", "format", "source", "dataset", "license", "url", "md5", "sha256", "hash",
+}
+_READ_COLUMNS = {"image", "images", "question", "completion", "chosen", "rejected", *DIALOGUES, *TEXT_COLUMNS}
+
+
+def unread_labels(names: Iterable[str]) -> list[str]:
+    """Columns beside the image that may hold labels, if no column of the table is one that is read; else []."""
+    lower = {name.strip().lower(): name for name in names}
+    if _READ_COLUMNS & lower.keys() - {"image", "images"}:
+        return []
+    return [name for low, name in lower.items() if low not in _PLAIN_COLUMNS | {"image", "images"} and not low.startswith("__")]

@@ -12,32 +12,34 @@ from medray.data.readers.common import (
     Place,
     Row,
     digest,
+    given,
     inside,
-    known_split,
     mcq,
     need,
     need_text,
     qa,
     row,
-    split_of,
 )
+from medray.data.readers.markers import asked
 
 
 def vqa_rad(record: dict[str, Any], place: Place) -> Iterator[Row]:
     """Official OSF fields or the MEVF split. Quirks: integer answers, answer_type with a trailing space, the split in
     phrase_type (test_*), no split in MEVF files (it is the file's name)."""
-    answer = str(need(record, "answer")).strip()
-    image = record.get("image") or posixpath.join("images", str(need(record, "image_name")))
+    name = need_text(record, "image_name") if given(record, "image") is None else None
+    image = posixpath.join("images", name) if name is not None else need_text(record, "image")
     if "mevf" in place.name or place.name in ("trainset.json", "testset.json"):
         split = "test" if "test" in place.name else "train"
     else:
-        split = "test" if str(record.get("phrase_type", "")).startswith("test") else "train"
-    payload = qa(str(need(record, "question")).strip(), answer, _open_or_closed(record), record.get("question_type"))
-    yield row(f"{place.stem}:{need(record, 'qid')}", str(image), inside(place.images, image), payload, split=split)
+        split = "test" if str(record.get("phrase_type", "")).startswith("test") else place.split or "train"
+    question = asked(need_text(record, "question"), "question")
+    payload = qa(question, need_text(record, "answer"), _open_or_closed(record), given(record, "question_type"))
+    # Ids are the same whatever folder the images were unpacked to.
+    yield row(f"{place.stem}:{need(record, 'qid')}", image, inside(place.images, name or image), payload, split=split)
 
 
 def _open_or_closed(record: dict[str, Any]) -> str:
-    kind = str(record.get("answer_type") or "").strip().upper()
+    kind = str(given(record, "answer_type") or "").strip().upper()
     if kind not in ("OPEN", "CLOSED"):
         raise BadRecord(f"answer_type is {record.get('answer_type')!r}; it must be OPEN or CLOSED")
     return kind.lower()
@@ -50,9 +52,9 @@ def slake(record: dict[str, Any], place: Place) -> Iterator[Row]:
     if language not in ("en", "zh"):
         raise BadRecord(f"q_lang is {language!r}; it must be en or zh")
     image = need_text(record, "img_name")
-    payload = qa(need_text(record, "question"), need_text(record, "answer"), _open_or_closed(record), record.get("content_type"), language)
+    payload = qa(asked(need_text(record, "question"), "question"), need_text(record, "answer"), _open_or_closed(record), given(record, "content_type"), language)
     yield row(
-        f"{place.stem}:{need(record, 'qid')}", image, inside(place.images, image), payload, split=split_of(place.path), modality=record.get("modality"),
+        f"{place.stem}:{need(record, 'qid')}", image, inside(place.images, image), payload, modality=record.get("modality"),
     )
 
 
@@ -66,9 +68,9 @@ def pmc_vqa(record: dict[str, Any], place: Place) -> Iterator[Row]:
     Figures of one article share a group.
     """
     figure = need_text(record, "Figure_path")
-    choices = [_OPTION_LETTER.sub("", str(record.get(f"Choice {letter}") or "")).strip() for letter in "ABCD"]
+    choices = [_OPTION_LETTER.sub("", str(given(record, f"Choice {letter}") or "")).strip() for letter in "ABCD"]
     answer = need_text(record, "Answer")
-    label = str(record.get("Answer_label") or answer).strip().upper().rstrip(".:")
+    label = str(given(record, "Answer_label") or answer).strip().upper().rstrip(".:")
     if label in ("A", "B", "C", "D"):
         right = "ABCD".index(label)
     else:
@@ -82,7 +84,7 @@ def pmc_vqa(record: dict[str, Any], place: Place) -> Iterator[Row]:
     article = re.match(r"PMC\d+", posixpath.basename(figure))
     yield row(
         f"{place.stem}:{figure}:{digest(question, *choices)[:8]}", figure, inside(place.images, figure), mcq(question, choices, right),
-        split=known_split(record.get("split")) or split_of(place.path), group_id=digest(article[0]) if article else None,
+        group_id=digest(article[0]) if article else None,
     )
 
 
@@ -93,7 +95,7 @@ def omnimedvqa(record: dict[str, Any], place: Place) -> Iterator[Row]:
     The set has no splits: it is made for evaluation.
     """
     image = need_text(record, "image_path")
-    choices = [str(record[name]).strip() for name in ("option_A", "option_B", "option_C", "option_D") if str(record.get(name) or "").strip()]
+    choices = [need_text(record, name) for name in ("option_A", "option_B", "option_C", "option_D") if given(record, name) is not None]
     answer = need_text(record, "gt_answer")
     # Exactly so if that is there, else apart from case and the final stop.
     same = [answer == choice for choice in choices]
@@ -104,5 +106,5 @@ def omnimedvqa(record: dict[str, Any], place: Place) -> Iterator[Row]:
     payload = mcq(need_text(record, "question"), choices, same.index(True), record.get("question_type"))
     yield row(
         need_text(record, "question_id"), image, inside(place.images, image), payload,
-        modality=record.get("modality_type") or record.get("modality"),
+        modality=given(record, "modality_type") or given(record, "modality"),
     )

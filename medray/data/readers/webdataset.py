@@ -6,7 +6,8 @@ import json
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 from medray.data.notes import UNREAD, Notes
@@ -18,10 +19,11 @@ from medray.data.readers.common import (
     Row,
     digest,
     error_row,
-    known_split,
+    identity_of,
     row,
-    split_of,
 )
+from medray.data.readers.splits import UnknownSplit, record_split, split_of
+from medray.data.readers.tracked import FieldUse
 from medray.data.reading import failure, open_file
 from medray.data.walk import suffix_of
 
@@ -33,14 +35,21 @@ _MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
-def tar_rows(path: str, notes: Notes, patient_key: bytes | None = None) -> Iterator[Row]:
+def tar_rows(
+    path: str, notes: Notes, patient_key: bytes | None = None, root: str | None = None, more: Collection[str] = (),
+) -> Iterator[Row]:
     """Index rows of a tar's samples, read once from begin to end; the members of a sample stand together. Members that
-    nothing is read from are noted by their suffix.
+    nothing is read from are noted by their suffix, fields that are not used by their name.
 
     `image_file` is "<path>#offset=<byte>&size=<bytes>". The id is the JSON's sample_id, else "<tar's name>/<key>".
+
+    Args:
+        root, more: see readers.splits.split_of and known_split.
     """
     name = posixpath.basename(path)
     sample: dict[str, Any] = {}
+    use = FieldUse()
+    rows = partial(_sample_rows, path=path, patient_key=patient_key, split=split_of(path, root), more=more, use=use)
     try:
         with open_file(path) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
             for member in tar:
@@ -53,7 +62,7 @@ def tar_rows(path: str, notes: Notes, patient_key: bytes | None = None) -> Itera
                     continue
                 key, suffix = match[1], f".{match[2].lower()}"
                 if sample and sample["key"] != key:
-                    yield from _sample_rows(sample, path, patient_key)
+                    yield from rows(sample)
                     sample = {}
                 sample = sample or {"key": key, "images": [], "texts": {}}
                 if suffix in IMAGE_SUFFIXES:
@@ -70,25 +79,28 @@ def tar_rows(path: str, notes: Notes, patient_key: bytes | None = None) -> Itera
         after = shown_path(sample.get("key", "its begin"), key=patient_key)
         yield error_row(f"{name}@end", f"{name} after {after}", f"the tar cannot be read on: {why}")
     if sample:
-        yield from _sample_rows(sample, path, patient_key)
+        yield from rows(sample)
+    use.note(notes, name)
 
 
-def _sample_rows(sample: dict[str, Any], path: str, patient_key: bytes | None) -> Iterator[Row]:
+def _sample_rows(
+    sample: dict[str, Any], path: str, patient_key: bytes | None, split: str | None, more: Collection[str], use: FieldUse,
+) -> Iterator[Row]:
     name = posixpath.basename(path)
     where = f"{name} {shown_path(sample['key'], key=patient_key)}"
     identity = f"{name.removesuffix('.tar')}/{sample['key']}"
     try:
-        record = _record(sample["texts"])
+        record = use.tracked(_record(sample["texts"]))
         if len(sample["images"]) != 1:
             raise BadRecord(f"the sample has {len(sample['images'])} images; it must have one")
-        identity = str(record.get("sample_id") or record.get("id") or identity)
-        image_id = str(record.get("image_id") or identity)
+        identity = identity_of(record.get("sample_id")) or identity_of(record.get("id")) or identity
+        image_id = identity_of(record.get("image_id")) or identity
         common = {
-            "split": known_split(record.get("split")) or split_of(path), "modality": record.get("modality"),
+            "split": record_split(record, more) or split, "modality": record.get("modality"),
             "group_id": _group(record.get("group_id")),
         }
         made = [row(identity + suffix, image_id, sample["images"][0], payload, **common) for suffix, payload in payloads(record)]
-    except BadRecord as bad:
+    except (BadRecord, UnknownSplit) as bad:
         yield error_row(identity, where, str(bad))
         return
     yield from ({**one, "where": where, "error": None} for one in made)

@@ -1,0 +1,105 @@
+"""Train, validation and test, in the words people use for them: in file names, folders and records (pure).
+
+The words are those of Hugging Face's data sets (datasets.data_files: eval and evaluation name the test split, dev the
+validation split) and a few more. A word that is not among them is an error, never a training row.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+_WORDS = {
+    "train": ("train", "training", "trn", "trainval"),
+    "val": ("val", "valid", "validation", "validate", "dev", "devel", "development"),
+    "test": ("test", "testing", "tests", "tst", "testmini", "eval", "evaluation", "evaluate", "holdout", "heldout"),
+}
+_SPLITS = {word + more: split for split, words in _WORDS.items() for word in words for more in ("", "set")}
+# What a folder's name may say beside its split: train_images, Test Data.
+_BESIDE = re.compile(r"(sets?|data|dataset|split|images?|imgs?|files?|records)$")
+# Fields that may hold a split under another name; they are heeded if their value is a known word.
+_OTHER_FIELDS = ("subset", "partition", "set", "datasplit", "splitname", "phase")
+
+
+class UnknownSplit(ValueError):
+    """A record's word for its split is none of the known ones."""
+
+
+def as_split(word: str) -> str | None:
+    """train, val or test for a word in any case and spelling ("Test set", "validation", "train_1"); None for others."""
+    return _SPLITS.get(re.sub(r"[^a-z]+", "", word.lower()))
+
+
+def split_of_name(name: str) -> str | None:
+    """The split that a file's name holds as a word of its own (train-00000-of-00007.parquet, dataTest.json); None for
+    no or several splits."""
+    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    found = {_SPLITS[word] for part in parts if (word := part.lower()) in _SPLITS}
+    found |= {_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS}
+    return found.pop() if len(found) == 1 else None
+
+
+def split_of_folder(name: str) -> str | None:
+    """The split that is a folder's whole name, apart from words such as "set" and "images"; else None."""
+    word = re.sub(r"[^a-z]+", "", name.lower())
+    return _SPLITS.get(word) or _SPLITS.get(_BESIDE.sub("", word))
+
+
+def split_of(path: str, root: str | None = None) -> str | None:
+    """train, val or test where the file's name says one of them, or else its folder, or else a folder between that and
+    `root`, the nearest first (test/metadata.csv, test/labels/metadata.csv)."""
+    name = posixpath.basename(path)
+    found = split_of_name(name)
+    # A name with words for several splits holds several.
+    return found or (None if _several(name) else split_of_folder(split_folder(path, root)))
+
+
+def _several(name: str) -> bool:
+    return len({_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS}) > 1
+
+
+def split_folder(path: str, root: str | None = None) -> str:
+    """The name of the folder that says the file's split, else ""."""
+    folder = posixpath.dirname(path)
+    between = [folder]
+    while root and folder.startswith(root.rstrip("/") + "/") and (folder := posixpath.dirname(folder)) != root.rstrip("/"):
+        between.append(folder)
+    names = (posixpath.basename(one) for one in between)
+    return next((name for name in names if split_of_folder(name)), "")
+
+
+def known_split(value: Any, more: Collection[str] = ()) -> str | None:
+    """A record's own word for its split as train, val or test; None where it says nothing (null, NaN, blank).
+
+    Args:
+        more: other names that are splits, such as data.train_split.
+
+    Raises UnknownSplit for any other word.
+    """
+    if value is None or value != value:
+        return None
+    word = str(value).strip()
+    if isinstance(value, str) and word.lower() in ("", "nan", "null", "none", "<na>"):
+        return None
+    if word in more:
+        return word
+    found = as_split(word) if isinstance(value, str) else None
+    if found is None:
+        raise UnknownSplit(f"field 'split' is {value!r}; write train, val or test, or name it with data.train_split or data.eval_split")
+    return found
+
+
+def record_split(record: Mapping[str, Any], more: Collection[str] = ()) -> str | None:
+    """The split that a record names in a field `split`, in whatever case, or in a field such as `subset` if that holds
+    a known word. Raises UnknownSplit."""
+    names = {re.sub(r"[^a-z]+", "", str(name).lower()): name for name in record}
+    if "split" in names:
+        return known_split(record[names["split"]], more)
+    for field in _OTHER_FIELDS:
+        # The names are read without a look at the record's value, which would count as used.
+        value = dict.get(record, names[field]) if field in names and isinstance(record, dict) else None
+        if isinstance(value, str) and (as_split(value) or value.strip() in more):
+            return known_split(record[names[field]], more)
+    return None
