@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from medray.config.section import NonNegative, PositiveInt, Probability, Section
+from medray.data.readers.splits import as_split
 
 TESTBED_SCENES = "testbed:scenes"  # general questions that the bundled models can answer
 SELF_QUESTIONING_SYSTEM_PROMPT = (
@@ -69,6 +70,14 @@ class DataConfig(Section):
     rows_per_shard: PositiveInt = Field(1024, description="Rows per Parquet shard.")
     read_cpus: NonNegative = Field(1.0, description="CPUs per Ray Data task that reads, encodes or writes.")
     encoders: PositiveInt = Field(8, description="At most this many actors that decode and tokenise for a training stage.")
+
+    @field_validator("train_split", "eval_split")
+    @classmethod
+    def _split(cls, name: str) -> str:
+        # Readers give records train, val and test, however their source spells them.
+        if not name.strip():
+            raise ValueError("is empty; write train, val, test or a split of the source")
+        return as_split(name) or name.strip()
 
 
 class PlainModelConfig(ModelConfig):

@@ -152,11 +152,17 @@ def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[st
         if suffix_of(path) == ".tar":
             step, images = max(size, 1), named
         else:
-            with opened(_uri(fs, path)) as handle:
-                layout = layout_of(handle.read(HEAD_BYTES), path)
-            step = RANGE_BYTES if compression_of(path) is None and layout.ranges else max(size, 1)
+            step = RANGE_BYTES if compression_of(path) is None and _in_ranges(_uri(fs, path)) else max(size, 1)
             images = _uri(*_images_at(kind, config, fs, path, root))
         yield from ({**common, "path": _uri(fs, path), "images": images, "start": at, "end": min(at + step, size)} for at in range(0, size, step))
+
+
+def _in_ranges(path: str) -> bool:
+    try:
+        with opened(path) as handle:
+            return layout_of(handle.read(HEAD_BYTES), path).ranges
+    except OSError:  # its reading says why
+        return False
 
 
 def _images_at(kind: str, config: DataConfig, fs: Any, path: str, root: str) -> tuple[Any, str]:
@@ -191,7 +197,7 @@ def _first_images(kind: str, fs: Any, path: str, most: int = 3) -> list[str]:
     """Paths of the images of a table's first records below the folder of the images."""
     names: list[str] = []
     place = Place("", path)
-    for number, (_, record, error) in enumerate(records(_uri(fs, path), 0, HEAD_BYTES, kind)):
+    for number, (_, record, error) in enumerate(readable(records(_uri(fs, path), 0, HEAD_BYTES, kind))):
         if len(names) == most or number == 20:
             break
         if error is not None or not isinstance(record, dict):

@@ -90,7 +90,7 @@ def as_unicode(text: str) -> str:
 
 def digest(*keys: Any) -> str:
     """16 hex digits fixed by the keys: the same on every machine."""
-    return hashlib.sha256("|".join(map(str, keys)).encode()).hexdigest()[:16]
+    return hashlib.sha256("|".join(map(str, keys)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def image_digest(image: bytes) -> str:

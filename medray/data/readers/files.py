@@ -81,11 +81,12 @@ def csv_records(handle: BinaryIO, encoding: str = "utf-8-sig", delimiter: str = 
     reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     number = 0
     while True:
-        line = reader.line_num
+        line = reader.reader.line_num
         try:
             record = next(reader, None)
         except csv.Error as error:
-            lines = f"line {line + 1}" if reader.line_num <= line + 1 else f"lines {line + 1} to {reader.line_num}"
+            last = reader.reader.line_num
+            lines = f"line {line + 1}" if last <= line + 1 else f"lines {line + 1} to {last}"
             why = "a quotation mark is never closed" if "unexpected end" in str(error) else str(error)
             yield f"record {number}", None, f"{lines} cannot be read: {why}"
             number += 1
@@ -141,23 +142,15 @@ def json_records(handle: BinaryIO, encoding: str = "utf-8", is_record: IsRecord 
 
 
 def _items(text: _Text, name: str, split: str | None, is_record: IsRecord | None) -> Iterator[Found]:
+    skipped = False
     for number, _ in enumerate(text.parts("[", "]")):
         text.place = f"from {name}record {number} on"
         if number == 0 and name and is_record is not None and text.peek() == "{" and not is_record(text.keys()):
+            skipped = True
             yield f"member {name.strip()}", Member(name.strip()), None
-            text.value()
-            # The others are read past without a look.
-            _read_past(text)
-            return
-        yield f"{name}record {number}", _in_split(text.value(), split), None
-
-
-def _read_past(text: _Text) -> None:
-    """Read to the end of a list whose first item is read."""
-    while text.peek() == ",":
-        text.at += 1
-        text.peek()
-        text.value()
+        value = text.value()
+        if not skipped:
+            yield f"{name}record {number}", _in_split(value, split), None
 
 
 def _members(text: _Text, name: str, split: str | None, is_record: IsRecord | None) -> Iterator[Found]:
