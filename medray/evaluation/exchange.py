@@ -29,7 +29,7 @@ from fsspec.core import url_to_fs
 
 from medray.errors import DataError
 from medray.evaluation.targets import LETTERS, TargetError, documented_options, lettered, question_of
-from medray.inference.thinking import said
+from medray.inference.thinking import FINISHED, UNFINISHED, said
 from medray.records import ANSWERED, PREDICTION, conform
 
 logger = logging.getLogger("medray")
@@ -393,6 +393,8 @@ def _options(cells: dict[str, str]) -> list[str] | None:
 
 def _vlmevalkit_row(cells: dict[str, str], place: str, name: str, model: str) -> dict[str, Any]:
     own = {column: value for column in _OWN if (value := _typed(cells.get(column, ""), PREDICTION.field(column).type)) is not None}
+    if own.get("thinking") not in (None, UNFINISHED):
+        own["thinking"] = FINISHED  # VLMEvalKit has the words themselves in a column of this name
     identity = own.get("sample_id") or (f"{name}:{cells['index']}" if cells["index"] else place)
     error = own.get("error")
     if error is None and cells["prediction"].startswith(_FAILED):

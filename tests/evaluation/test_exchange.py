@@ -231,6 +231,14 @@ def test_letters_stay_with_their_columns_where_an_option_is_lost(tmp_path, suffi
     assert score(path, EvaluateConfig(bootstrap=10))["by_type"]["mcq"]["accuracy"]["value"] == 3 / 4
 
 
+def test_a_tables_column_of_thinking_is_counted_and_not_scored(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("index,question,answer,prediction,thinking\n1,Is it?,Yes,Yes,No... or yes\n2,Is it?,Yes,Yes,\n3,Is it?,Yes,,unfinished\n4,Is it?,Yes,<think>no</think>Yes,\n")
+    assert [row["thinking"] for row in read_predictions(str(path))] == ["finished", None, "unfinished", None]
+    result = score(str(path), EvaluateConfig(bootstrap=10))
+    assert result["thinking"] == {"answers": 3, "unfinished": 1} and result["overall"]["accuracy"]["value"] == 3 / 4
+
+
 def test_what_is_not_read_of_our_own_files_is_named_once(tmp_path, caplog):
     rows = [{"sample_id": f"q{number}", "image_id": "i", "answer": "yes", "reference": "yes", "answer_type": "closed", "confidence": 1} for number in range(3)]
     folder = tmp_path / "p"
