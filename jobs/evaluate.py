@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job subm
 from medray.config import EvaluateJobConfig, load_config
 from medray.errors import ConfigError
 from medray.evaluation.benchmarks import BENCHMARKS
-from medray.job import run_job
+from medray.job import ended, run_job
 
 EPILOG = f"""\
 benchmarks
@@ -160,4 +160,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job subm
 
 from medray.config import PrepareDataConfig, load_config
 from medray.errors import ConfigError, MedrayError
-from medray.job import run_job
+from medray.job import ended, run_job
 
 EPILOG = """\
 formats (found by content; --format names one)
@@ -110,4 +110,4 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
 
 from medray.config import SelfTrainingConfig
-from medray.job import method_parser, run_method
+from medray.job import ended, method_parser, run_method
 from medray.preflight import check_self_training
 
 EPILOG = """\
@@ -40,4 +40,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

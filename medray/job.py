@@ -133,6 +133,18 @@ def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict
             ending.close()
 
 
+def ended(main: Callable[[], int]) -> int:
+    """What a script in jobs/ exits with: what its main returns, or the status of what ended it before a job was started."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        _say("\ninterrupted; nothing was started")
+        return INTERRUPTED
+    except Exception as error:  # the process's boundary, as in run_job
+        _say(f"failed: {str(error) if isinstance(error, MedrayError) else describe(error)}; nothing was started\nlog: {kept_aside(error)}")
+        return FAILED
+
+
 def _done(summary: dict[str, Any], show: Callable[[dict[str, Any]], str] | None) -> int:
     if show is not None:
         print(f"\n{show(summary)}", file=sys.stderr)

@@ -49,7 +49,7 @@ class RunLog:
         self._scratch = None if run.is_local else tempfile.mkdtemp(prefix="medray-log-")
         self._file = self.uri if run.is_local else os.path.join(self._scratch, name)
         self._stop = threading.Event()
-        self._sent = 0
+        self._sent = -1
 
     def __enter__(self) -> RunLog:
         global _last
