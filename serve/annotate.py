@@ -10,7 +10,7 @@ docs/clinician_page.md says what is stored and how to put it on a network.
 import logging
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from ray import serve
 from ray.serve import Application
 
@@ -33,8 +33,17 @@ class PageConfig(Section):
     guidance: str = Field(
         "Good: medically correct, supported by this image, and useful as an answer to this question. Both answers may be good, or neither.",
         description="what `good` means, shown on the page")
+    session_hours: Annotated[float, Field(gt=0)] = Field(12.0, description="hours after which a clinician must sign in again")
+    proxies: list[str] = Field(
+        ["127.0.0.1", "::1"], description="addresses of reverse proxies before the page; of requests that come from them X-Forwarded-For names the client, by which failed sign-ins are counted")
     replicas: PositiveInt = Field(1, description="processes that answer; more than one needs a database that they all reach")
     num_cpus: Annotated[float, Field(ge=0)] = Field(0.5, description="logical CPUs of each")
+
+    @field_validator("proxies", mode="before")
+    @classmethod
+    def _of_a_command_line(cls, given: Any) -> Any:
+        """`serve run` hands on words: proxies=10.0.0.1,10.0.0.2 is a list all the same."""
+        return [address.strip(" []\"'") for address in given.split(",") if address.strip(" []\"'")] if isinstance(given, str) else given
 
 
 @serve.deployment(name="clinician-page", max_ongoing_requests=64)
@@ -58,7 +67,8 @@ class ClinicianPage:
     def __serve_build_asgi_app__(self) -> Any:
         from serve.page import make_app
 
-        return make_app(self.store, self.tokens, self.config.database, self.config.title, self.config.guidance)
+        config = self.config
+        return make_app(self.store, self.tokens, config.database, config.title, config.guidance, config.session_hours, config.proxies)
 
 
 def build(config: PageConfig) -> Application:

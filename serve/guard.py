@@ -1,6 +1,6 @@
 """What stands before every endpoint: who may come in, how much they may send, which headers go out (plain ASGI, any app).
 
-    app = Guard(app, tokens.holder, open_paths={"/", "/static/"}, max_body_bytes=2**20, cookie="session")
+    app = Guard(app, tokens.holder, open_paths={"/", "/static/"}, max_body_bytes=2**20)
 
 Errors have the form {"error": {"message", "type", "param", "code"}}, which OpenAI clients know. Every answer has the request's id as X-Request-ID.
 """
@@ -13,7 +13,7 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 logger = logging.getLogger("ray.serve")
 
 
+class Unavailable(Exception):
+    """What a request needs does not answer now; the text is for the caller."""
+
+
 class Guard:
     """ASGI middleware. `request.state.holder` is who sent the request, `request.state.number` its id (the caller's, or a new one).
 
@@ -54,8 +58,9 @@ class Guard:
         holder_of: who holds a token, or None.
         open_paths: paths that anybody may GET, and of whose requests no body is read; one that ends in "/" and is longer stands for all below it.
         max_body_bytes: larger bodies are answered with 413.
-        cookie: name of a cookie that may hold the token, for pages. Browsers send it along with whatever another site makes them ask for,
+        cookie: name of a cookie that may hold a session's id, for pages. Browsers send it along with whatever another site makes them ask for,
             so requests that change something must then come from this site: 403 otherwise.
+        holder_of_cookie: whose session the cookie's value names, or None. Raises Unavailable (503) if that cannot be looked up.
         headers: beside and before SECURITY_HEADERS; a header the app sets itself stays.
         open_posts: paths that anybody may ask for with any method and a body.
         body_seconds: bodies that are not there by then are answered with 408.
@@ -65,8 +70,11 @@ class Guard:
     def __init__(
         self, app: Any, holder_of: Callable[[str], Any], open_paths: Collection[str] = (), max_body_bytes: int = 2**20,
         cookie: str | None = None, headers: Mapping[str, str] | None = None, open_posts: Collection[str] = (), body_seconds: float = 30.0,
-        failed: Callable[[float], None] = lambda seconds: None,
+        failed: Callable[[float], None] = lambda seconds: None, holder_of_cookie: Callable[[str], Awaitable[Any]] | None = None,
     ):
+        if (cookie is None) != (holder_of_cookie is None):
+            raise TypeError("cookie and holder_of_cookie go together")
+        self.holder_of_cookie = holder_of_cookie
         self.app, self.holder_of, self.open_paths, self.max_body_bytes, self.cookie = app, holder_of, open_paths, max_body_bytes, cookie
         self.headers = {**SECURITY_HEADERS, **(headers or {})}
         self.open_posts, self.body_seconds, self.failed = open_posts, body_seconds, failed
@@ -106,7 +114,10 @@ class Guard:
             await response(scope, receive, sending)
 
     async def _guarded(self, scope: Any, headers: Headers, number: str, receive: Any, send: Any) -> None:
-        holder = self._holder(headers)
+        try:
+            holder = await self._holder(headers)
+        except Unavailable as error:
+            return await unavailable(str(error))(scope, receive, send)
         body: bytes | None = b""
         if _is_among(self.open_paths, scope):
             if scope["method"] not in ("GET", "HEAD"):
@@ -128,12 +139,12 @@ class Guard:
         scope["state"] = {**scope.get("state", {}), "holder": holder, "number": number}
         return await self.app(scope, _again(body, receive), send)
 
-    def _holder(self, headers: Headers) -> Any:
+    async def _holder(self, headers: Headers) -> Any:
         kind, _, token = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
             return self.holder_of(token.strip())
         value = cookie_of(headers, self.cookie) if self.cookie else None
-        return None if value is None else self.holder_of(value)
+        return None if value is None or self.holder_of_cookie is None else await self.holder_of_cookie(value)
 
     async def _body(self, headers: Headers, receive: Any) -> bytes | None:
         """The request's body, None where it is too large."""
@@ -156,6 +167,10 @@ def refused(
 ) -> JSONResponse:
     """An error in the form of every error here, which is OpenAI's."""
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, dict(headers or {}))
+
+
+def unavailable(message: str) -> JSONResponse:
+    return refused(503, message, "unavailable", {"Retry-After": "5"})
 
 
 def failure(error: Exception, number: str) -> JSONResponse:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 import zipfile
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from medray.config import DataConfig
@@ -26,13 +29,14 @@ from medray.data.judgement_files import export_all, judgement_rows, progress_of
 from medray.data.judgement_store import KeyUsed, NotAssigned, Store, Word
 from medray.data.judgement_tables import ID_LENGTH
 from medray.evaluation.agreement import summary
-from serve.guard import PAGE_HEADERS, Guard, refused, to_the_guard
+from serve.guard import PAGE_HEADERS, Guard, Unavailable, refused, to_the_guard, unavailable
+from serve.sessions import Sessions, TooManyFailures, client_address
 from serve.tokens import Holder, Tokens
 
 STATIC = Path(__file__).parent / "static"
 COOKIE = "medray_clinician"
-SESSION_SECONDS = 12 * 3600
 MAX_BODY_BYTES = 2**20
+DATABASE_SILENT = "the database does not answer; try again"
 MAX_TEXT = 20_000  # characters of an edited text
 # Items were checked on their way in, under the limits of whoever brought them: a job may allow larger images than the defaults do.
 _STORED = DataConfig(max_image_bytes=2**32, max_image_pixels=LARGEST_SQUARE, max_aspect=LARGEST_SQUARE, min_image_side=1)
@@ -93,13 +97,18 @@ class Said(_Body):
         return Word(**self.model_dump(exclude={"item_id", "save_key"}))
 
 
-def make_app(store: Store, tokens: Tokens, url: str, title: str = "", guidance: str = "") -> Any:
+def make_app(
+    store: Store, tokens: Tokens, url: str, title: str = "", guidance: str = "", session_hours: float = 12.0, proxies: Collection[str] = ("127.0.0.1", "::1"),
+) -> Any:
     """The guarded app: the page at /, its parts under /static, its data under /api.
 
     Args:
         url: of the store's database, for exports.
         title, guidance: shown on the page as plain text.
+        session_hours: after which clinicians must sign in again.
+        proxies: addresses of reverse proxies, whose X-Forwarded-For names the client.
     """
+    sessions = Sessions(store.engine, tokens, session_hours)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _answer_errors(app)
@@ -110,15 +119,22 @@ def make_app(store: Store, tokens: Tokens, url: str, title: str = "", guidance: 
 
     @app.post("/api/sign-in")
     def sign_in(said: SignIn, request: Request, response: Response) -> dict[str, Any]:
-        holder = tokens.holder(said.token.strip())
-        if holder is None:
+        try:
+            made = sessions.sign_in(said.token.strip(), client_address(request.scope, proxies), request.cookies.get(COOKIE))
+        except TooManyFailures as error:
+            message = f"too many failed sign-ins; try again in {error.seconds:.0f} seconds"
+            raise HTTPException(429, message, {"Retry-After": str(math.ceil(error.seconds))}) from None
+        if made is None:
             raise HTTPException(401, "this token is not known; ask whoever runs the study for another")
+        holder, identity = made
         secure = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))
-        response.set_cookie(COOKIE, said.token.strip(), max_age=SESSION_SECONDS, httponly=True, samesite="strict", secure=secure, path="/")
+        response.set_cookie(COOKIE, identity, max_age=int(sessions.seconds), httponly=True, samesite="strict", secure=secure, path="/")
         return about(holder)
 
     @app.post("/api/sign-out")
-    def sign_out(response: Response) -> dict[str, Any]:
+    def sign_out(request: Request, response: Response) -> dict[str, Any]:
+        if identity := request.cookies.get(COOKIE):
+            sessions.sign_out(identity)
         response.delete_cookie(COOKIE, path="/")
         return {}
 
@@ -166,7 +182,14 @@ def make_app(store: Store, tokens: Tokens, url: str, title: str = "", guidance: 
     def state(clinician: str, shown: Any) -> dict[str, Any]:
         return {"item": shown and asdict(shown), "progress": store.progress(clinician)}
 
-    return Guard(app, tokens.holder, {"/", "/static/", "/api/me"}, MAX_BODY_BYTES, COOKIE, PAGE_HEADERS, open_posts={"/api/sign-in"})
+    async def of_session(identity: str) -> Holder | None:
+        try:
+            return await run_in_threadpool(sessions.holder, identity)
+        except (OperationalError, PoolTimeout):
+            raise Unavailable(DATABASE_SILENT) from None
+
+    return Guard(
+        app, tokens.holder, {"/", "/static/", "/api/me"}, MAX_BODY_BYTES, COOKIE, PAGE_HEADERS, open_posts={"/api/sign-in"}, holder_of_cookie=of_session)
 
 
 def lead_only(request: Request) -> None:
@@ -216,4 +239,4 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(OperationalError)
     @app.exception_handler(PoolTimeout)
     async def _(_request: Request, _error: Exception) -> Response:
-        return refused(503, "the database does not answer; try again", "unavailable", {"Retry-After": "5"})
+        return unavailable(DATABASE_SILENT)

@@ -1,4 +1,4 @@
-"""The clinicians' database: its tables, how it is opened, and which judgements count.
+"""The clinicians' database: its tables, how it is opened, and which judgements count. Sign-ins of the page are in it too (serve/sessions.py).
 
 Nothing that was said is overwritten: a judgement is a row, and the last row of a clinician and item is their word.
 """
@@ -96,6 +96,19 @@ words = Table(
     ForeignKeyConstraint(["item_id", "clinician"], [assignments.c.item_id, assignments.c.clinician]),
     UniqueConstraint("clinician", "save_key"),
     Index("judgement_of_item", "item_id", "clinician", "number"),
+)
+page_sessions = Table(
+    "page_session", schema,
+    Column("session_hash", String(64), primary_key=True),  # SHA-256 of what the browser's cookie holds
+    Column("token_hash", String(64), nullable=False),  # whose session it is: it ends when the token is withdrawn
+    Column("expires_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
+)
+sign_in_failures = Table(
+    "sign_in_failure", schema,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("address_hash", String(64), nullable=False),
+    Column("failed_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
+    Index("sign_in_failure_at", "failed_at"),
 )
 WITHDRAWN = "withdrawn"
 

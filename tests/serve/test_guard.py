@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 
+from medray.data.judgement_store import Store
 from medray.errors import ConfigError
-from serve.guard import SECURITY_HEADERS, Guard, to_the_guard
+from serve.guard import SECURITY_HEADERS, Guard, Unavailable, to_the_guard
 from serve.page import make_app
 from serve.tokens import VARIABLE, Holder, Tokens, add_holder, digest_of, main, read_tokens
 
@@ -84,19 +85,28 @@ def test_under_a_prefix():
     assert asyncio.run(statuses("/study/", "/study/open/any", "/study/v1/models")) == [200, 200, 401]
 
 
-def test_cookies_hold_tokens_where_the_app_says_so():
-    def cookie(value, method="GET", **headers):
-        return ask(method, "/v1/models", {"cookie": "session"}, headers={"Cookie": value, **headers})
+def test_cookies_hold_sessions_where_the_app_says_so():
+    async def of_session(identity):
+        if identity == "silent":
+            raise Unavailable("the database does not answer")
+        return {"s1": PEOPLE["secret"]}.get(identity)
 
-    assert cookie("a=b; session=secret").json()["holder"] == "ann"
+    def cookie(value, method="GET", **headers):
+        return ask(method, "/v1/models", {"cookie": "session", "holder_of_cookie": of_session}, headers={"Cookie": value, **headers})
+
+    assert cookie("session=secret").status_code == 401, "a token is no session"
+    silent = cookie("session=silent")
+    assert silent.status_code == 503 and silent.headers["Retry-After"] and silent.headers["X-Request-ID"] and silent.json()["error"]["type"] == "unavailable"
+
+    assert cookie("a=b; session=s1").json()["holder"] == "ann"
     assert cookie("session=wrong").status_code == cookie("sessions=secret").status_code == cookie("session").status_code == 401
     # A request that changes something must come from a page of this site.
-    assert cookie("session=secret", "POST", **{"Sec-Fetch-Site": "same-origin"}).status_code == 200
+    assert cookie("session=s1", "POST", **{"Sec-Fetch-Site": "same-origin"}).status_code == 200
     for site in ("cross-site", "same-site"):
-        assert cookie("session=secret", "POST", **{"Sec-Fetch-Site": site}).status_code == 403
-        assert cookie("session=secret", "GET", **{"Sec-Fetch-Site": site}).status_code == 200
-    assert cookie("session=secret", "POST", Origin="http://page.example").status_code == 200
-    assert cookie("session=secret", "POST", Origin="http://evil.example").status_code == cookie("session=secret", "POST", Origin="null").status_code == 403
+        assert cookie("session=s1", "POST", **{"Sec-Fetch-Site": site}).status_code == 403
+        assert cookie("session=s1", "GET", **{"Sec-Fetch-Site": site}).status_code == 200
+    assert cookie("session=s1", "POST", Origin="http://page.example").status_code == 200
+    assert cookie("session=s1", "POST", Origin="http://evil.example").status_code == cookie("session=s1", "POST", Origin="null").status_code == 403
 
 
 def test_bodies_over_the_limit_are_413_and_the_app_never_sees_them():
@@ -194,12 +204,12 @@ def test_an_error_that_nobody_foresaw(caplog, monkeypatch):
     assert SECRET not in "".join(traceback.format_exception(error.value)) + caplog.text and len(failed) == 2
 
 
-def test_the_clinician_page_answers_errors_in_the_same_form():
-    class Store:
+def test_the_clinician_page_answers_errors_in_the_same_form(tmp_path):
+    class Broken(Store):
         def next_item(self, name):
             raise RuntimeError(SECRET)
 
-    app = make_app(Store(), Tokens({digest_of("secret"): Holder("ann")}), "sqlite://")
+    app = make_app(Broken(f"sqlite:///{tmp_path}/j.db"), Tokens({digest_of("secret"): Holder("ann")}), "sqlite://")
 
     async def requests():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://page.example") as client:
