@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import ipaddress
 import json
 import os
 import re
@@ -121,7 +122,7 @@ def test_kubernetes_takes_every_document(name):
     documents = read(name)
     for document in documents:
         check(document)
-    assert {"PodDisruptionBudget", {"raycluster": "RayCluster", "rayjob": "RayJob", "rayservice": "RayService"}[name]} <= {one["kind"] for one in documents}
+    assert {"PodDisruptionBudget", "NetworkPolicy", {"raycluster": "RayCluster", "rayjob": "RayJob", "rayservice": "RayService"}[name]} <= {one["kind"] for one in documents}
 
 
 HEAD = ("spec", "headGroupSpec")
@@ -213,6 +214,88 @@ def clusters():
     for name in KUBERAY:
         spec = read(name)[-1]["spec"]
         yield spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+
+
+def pod_templates(name):
+    """(labels that the pods will have, pod spec) of every pod of the file's object, by what it is."""
+    document, (cluster,) = read(name)[-1], [cluster for cluster, of in zip(clusters(), KUBERAY, strict=True) if of == name]
+    found = {"head": cluster["headGroupSpec"]["template"], **{group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}}
+    # KubeRay gives its pods the cluster's name, which is made up for those of jobs and endpoints.
+    given = {"ray.io/cluster": document["metadata"]["name"] if document["kind"] == "RayCluster" else "made-up"}
+    made = {what: (given | template.get("metadata", {}).get("labels", {}), template["spec"]) for what, template in found.items()}
+    if document["kind"] == "RayJob":
+        template = document["spec"]["submitterPodTemplate"]
+        made["submitter"] = (template["metadata"]["labels"], template["spec"])
+    return made
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_have_no_more_rights_than_they_need(name):
+    """What Kubernetes' restricted standard asks for."""
+    (cluster,) = [cluster for cluster, of in zip(clusters(), KUBERAY, strict=True) if of == name]
+    boxes = [cluster["autoscalerOptions"]["securityContext"]]
+    for what, (_, pod) in pod_templates(name).items():
+        context = pod["securityContext"]
+        assert context["runAsNonRoot"] is True and context["runAsUser"] > 0 and context["seccompProfile"] == {"type": "RuntimeDefault"}, what
+        assert context["fsGroup"] == context["runAsGroup"], "or /spill could not be written"
+        assert pod.get("automountServiceAccountToken", True) is (what == "head"), "the autoscaler beside the head asks Kubernetes for pods, nobody else does"
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys() and all("hostPath" not in volume for volume in pod.get("volumes", []))
+        boxes += [container["securityContext"] for container in (*pod["containers"], *pod.get("initContainers", []))]
+    for box in boxes:
+        assert box == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert "runAsUser: 1000" in (ROOT / f"cluster/kuberay/{name}.yaml").read_text(), "the user ray of Ray's images, to whom cluster/Dockerfile gives its files"
+
+
+def lets_through(rules, side, port, protocol="TCP", pod=None, namespace=None, address=None):
+    """Whether rules of a NetworkPolicy let traffic through with a pod (labels, of the policy's namespace or one with labels) or an address."""
+    def is_peer(peer):
+        if "ipBlock" in peer:
+            return address is not None and ipaddress.ip_address(address) in ipaddress.ip_network(peer["ipBlock"]["cidr"])
+        if address is not None or ("namespaceSelector" in peer) != (namespace is not None):
+            return False
+        wanted_namespace = peer.get("namespaceSelector", {}).get("matchLabels", {})
+        return wanted_namespace.items() <= (namespace or {}).items() and peer.get("podSelector", {}).get("matchLabels", {}).items() <= (pod or {}).items()
+
+    return any(
+        (side not in rule or any(map(is_peer, rule[side]))) and ("ports" not in rule or any(one["port"] == port and one.get("protocol", "TCP") == protocol for one in rule["ports"]))
+        for rule in rules)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_a_clusters_pods_are_reached_by_whom_they_need_and_by_nobody_else(name):
+    (policy,) = [one["spec"] for one in read(name) if one["kind"] == "NetworkPolicy"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    pods = {what: labels for what, (labels, _) in pod_templates(name).items()}
+    for what, labels in pods.items():
+        assert policy["podSelector"]["matchLabels"].items() <= labels.items(), f"{what} is under no policy"
+
+    def comes_in(port, **peer):
+        return lets_through(policy["ingress"], "from", port, **peer)
+
+    def goes_out(port, protocol="TCP", **peer):
+        return lets_through(policy["egress"], "to", port, protocol, **peer)
+
+    for labels in pods.values():
+        for port in (6379, 8265, 8080, 8000, 10002, 19999, 52365, 40001):  # Ray's workers take any
+            assert comes_in(port, pod=labels) and goes_out(port, pod=labels)
+    operator = {"app.kubernetes.io/name": "kuberay-operator"}
+    assert comes_in(8265, pod=operator, namespace={"kubernetes.io/metadata.name": "default"}) and not comes_in(6379, pod=operator, namespace={})
+    assert comes_in(8080, namespace={"kubernetes.io/metadata.name": "monitoring"}) and not comes_in(8265, namespace={"kubernetes.io/metadata.name": "monitoring"})
+    for port in (6379, 8265, 8000, 8080, 10001, 52365):
+        assert not comes_in(port, pod={"app": "other"}) and not comes_in(port, pod={"app": "other"}, namespace={"kubernetes.io/metadata.name": "other"})
+        assert not comes_in(port, address="10.1.2.3")
+    clients = {"medray/endpoint": "allowed"}
+    assert comes_in(8000, namespace=clients) == comes_in(8000, pod=operator, namespace={}) == (name == "rayservice") and not comes_in(8265, namespace=clients)
+    assert goes_out(53, "UDP", pod={"k8s-app": "kube-dns"}, namespace={}) and goes_out(53, address="169.254.20.10")
+    for address in ("52.216.1.1", "10.0.0.1", "2600::1"):  # a bucket or judge, Kubernetes' API
+        assert goes_out(443, address=address) and goes_out(6443, address=address) and not goes_out(22, address=address) and not goes_out(5432, address=address)
+    assert goes_out(80, address="169.254.169.254") and goes_out(988, address="169.254.169.252") and not goes_out(80, address="93.184.216.34")
+
+
+def test_secrets_that_not_every_job_needs_are_optional():
+    """Without a judge behind an API there is no key: pods would wait for the secret without end."""
+    sources = [source["secretRef"] for _, pod in pod_templates("rayjob").values() for container in pod["containers"] for source in container.get("envFrom", [])]
+    assert sources and all(source == {"name": "medray-judge", "optional": True} for source in sources)
 
 
 def test_pods_fit_on_the_disks_that_the_how_to_names():
