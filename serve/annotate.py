@@ -15,6 +15,8 @@ from ray import serve
 from ray.serve import Application
 
 from medray.config.section import PositiveInt, Section
+from medray.plan.demand import Demand
+from serve.placement import check_fits, check_port, plain_errors
 
 log = logging.getLogger("ray.serve")  # which `serve run` prints
 
@@ -74,13 +76,20 @@ class ClinicianPage:
 def build(config: PageConfig) -> Application:
     """The application for `serve run` and Serve's config files; items are in the database when it returns.
 
-    Raises ConfigError and DataError, before anything is served.
+    Raises ConfigError and DataError, before anything is served; `serve run` ends with their words.
     """
+    with plain_errors():
+        return _application(config)
+
+
+def _application(config: PageConfig) -> Application:
     from medray.data.judgement_files import import_items, progress_of
     from medray.data.judgement_tables import absolute_url
     from serve.tokens import read_tokens
 
     tokens = read_tokens(config.tokens)
+    check_port()
+    check_fits([Demand("num_cpus", config.replicas, config.replicas, config.num_cpus)], "lower num_cpus (of each replica) or replicas, or serve on a larger cluster")
     config.database = absolute_url(config.database)  # replicas work in other folders
     if config.items is not None:
         log.info("items: %s", import_items(config.items, config.database, config.seed, config.priority))

@@ -14,8 +14,10 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
+from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.llm import build_llm_deployment
@@ -26,10 +28,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from medray.config.serving import ServeConfig
+from medray.plan.demand import served_demands
 from serve.chat_request import ApiError
 from serve.endpoint import Endpoint, make_app
 from serve.hosted import Hosted
 from serve.model_server import ModelServer, settings
+from serve.placement import check_fits, check_port, plain_errors
 
 log = logging.getLogger("ray.serve")
 
@@ -111,16 +115,22 @@ def _busy(message: str) -> ApiError:
 
 def _told(error: Exception, number: str) -> ApiError:
     """What the caller is told of an error behind the checks."""
-    status = getattr(error, "status_code", None)
-    message = getattr(error, "message", None) or getattr(error, "detail", None)
-    if isinstance(status, int) and 400 <= status < 500 and isinstance(message, str):
-        return ApiError(message, status, code="invalid_request" if status == 400 else "not_found" if status == 404 else "refused")
-    cause = getattr(error, "cause", error)
-    if isinstance(cause, ValueError):
-        return ApiError(f"the model's engine refuses the request: {cause}"[:1000])
+    # What a replica's code raised comes as a RayTaskError around it; the other errors of Ray's say that a process or node was lost.
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, ApiError):
+        return cause
+    if isinstance(error, OpenAIHTTPException):
+        kind, _, param = error.type.partition("/")
+        if error.status_code < 500:
+            code = {400: "invalid_request", 404: "not_found"}.get(error.status_code, "refused")
+            return ApiError(error.message, error.status_code, param or None, code, kind)
+    elif isinstance(cause, ValidationError):
+        first = cause.errors(include_url=False, include_input=False)[0]
+        param = ".".join(map(str, first["loc"])) or None
+        return ApiError(f"{param}: {first['msg']}" if param else first["msg"], param=param, code="invalid_value")
     # By type only: the text of an error may hold what was asked.
     log.error("%s failed: %s, %s", number, type(error).__name__, type(cause).__name__)
-    if isinstance(error, RayError | RayServeException):
+    if isinstance(cause, RayError | RayServeException) and not isinstance(cause, RayTaskError):
         return _busy("the process that worked on this request was lost; try again")
     return ApiError(f"the request failed; the log of the endpoint says more under {number}", 500, None, "internal_error", "server_error")
 
@@ -128,14 +138,24 @@ def _told(error: Exception, number: str) -> ApiError:
 def build(config: ServeConfig) -> Application:
     """The application for `serve run` and Serve's config files.
 
-    Raises ConfigError before anything is served: for a run that is not finished, models and keys that are not there.
+    Raises ConfigError before anything is served: for a run that is not finished, models and keys that are not there, what the cluster has
+    no room for, and a port that is taken. `serve run` ends with its words.
     """
+    with plain_errors():
+        return _application(config)
+
+
+def _application(config: ServeConfig) -> Application:
     from serve.examples import examples_of
     from serve.hosted import hosted
     from serve.tokens import KEYS_VARIABLE, read_tokens
 
     models = hosted(config)
     tokens = None if config.open else read_tokens(config.keys, KEYS_VARIABLE)
+    check_port()
+    check_fits(
+        served_demands(config, {model.name: model.engine for model in models})["endpoint"],
+        "lower engine_cpus (of each replica), ingress_cpus or replicas, leave the base models out (base=false), or serve on a larger cluster")
     holders = tokens and {digest: (holder.name, holder.lead) for digest, holder in tokens.holders.items()}
     plain, of_replicas = config.model_dump(mode="json"), config.of_replicas
     placed = {"placement_group_bundle_label_selector": [selector]} if (selector := config.place.selector) else {}  # ray.serve.llm's own settings know no labels

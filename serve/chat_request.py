@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medray.config.serving import LimitsConfig
 
+SCHEMA = "response_format.json_schema"
 _COUNTS = {f"{end}{what}" for end in ("min", "max") for what in ("Items", "Length", "Properties", "Contains")}
 # Beyond any limit that can be configured with sense, and checked while the body is read: each item in vain costs a kilobyte, and an error.
 _MOST_MESSAGES, _MOST_PARTS, _MOST_STOPS = 10_000, 1000, 64
 _FIELDS = 10_000  # commas of a body outside its texts and its schema
 _LARGEST_COUNT = 1000  # of these in a schema: a grammar grows with them
 _DEEPEST = 16
+_GREEDY = 1e-5  # below it vLLM takes the likeliest token
 _NOT_IN_CHOICES = frozenset("\n\r\0")
 
 
@@ -212,6 +215,8 @@ def check(request: ChatRequest, limits: LimitsConfig) -> None:
         raise ApiError("messages: the last one must be the user's", param="messages", code="invalid_value")
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+    if (request.n or 1) > 1 and request.temperature is not None and request.temperature < _GREEDY:
+        raise ApiError(f"n: {request.n} answers at temperature 0 would all be the same; ask for one, or raise temperature", param="n", code="invalid_value")
     if request.stream_options and request.stream_options.include_usage and not request.stream:
         raise ApiError("stream_options needs stream: true", param="stream_options", code="invalid_value")
     if (request.response_format and request.response_format.type != "text") and request.structured_outputs:
@@ -221,7 +226,7 @@ def check(request: ChatRequest, limits: LimitsConfig) -> None:
 
 
 def _check_format(form: ResponseFormat, limits: LimitsConfig) -> None:
-    param = "response_format.json_schema"
+    param = SCHEMA
     if (form.type == "json_schema") != (form.json_schema is not None):
         raise ApiError(f"{param} belongs to type json_schema", param=param, code="invalid_value")
     if form.json_schema is None:
@@ -231,6 +236,7 @@ def _check_format(form: ResponseFormat, limits: LimitsConfig) -> None:
     if size > limits.schema_bytes:
         raise ApiError(f"{param}: {size} bytes, at most {limits.schema_bytes} are allowed", param=param, code="limit_exceeded")
     _check_schema(schema, param, 0)
+    _check_references(schema, schema, param)
 
 
 def _check_schema(value: Any, param: str, depth: int) -> None:
@@ -250,6 +256,33 @@ def _check_schema(value: Any, param: str, depth: int) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_schema(inner, param, depth + 1)
+
+
+def _check_references(value: Any, schema: dict[str, Any], param: str) -> None:
+    """Raises ApiError for a reference that leads to references only, and back to itself: no text ends it. Recursion through something else is well."""
+    if isinstance(value, dict):
+        seen, target = [], value
+        while isinstance(target, dict) and isinstance(reference := target.get("$ref"), str):
+            if reference in seen:
+                raise ApiError(f"{param}: the reference {reference[:100]!r} leads back to itself", param=param, code="invalid_value")
+            seen.append(reference)
+            target = _at(reference, schema)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_references(inner, schema, param)
+
+
+def _at(reference: str, schema: Any) -> Any:
+    """What a JSON pointer of a schema (#/$defs/a) names; None for nothing, and for other addresses."""
+    if not reference.startswith("#"):
+        return None
+    target = schema
+    for part in unquote(reference).removeprefix("#").split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(target, list) and name.isdecimal() and int(name) < len(target):
+            target = target[int(name)]
+        else:
+            target = target.get(name) if isinstance(target, dict) else None
+    return target
 
 
 async def prepared(request: ChatRequest, limits: LimitsConfig, system_prompt: str, load: Callable[[str], Awaitable[str]]) -> dict[str, Any]:

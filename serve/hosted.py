@@ -43,7 +43,7 @@ def hosted(config: ServeConfig) -> list[Hosted]:
         # Runs tuned from one base share it, where it is asked in the same way.
         bases.setdefault(json.dumps([base.path, base.precision, base.pad_to_square, base.system_prompt]), base)
     for model in config.models:
-        found[model.name] = Hosted(**model.model_dump(), engine=config.engine or EngineConfig(), about=model.path)
+        found[model.name] = Hosted(**model.model_dump(), engine=config.engine_of(), about=model.path)
     for base in bases.values() if config.base else ():
         if base.name in found:
             raise ConfigError(f"two models are named {base.name}; give the run another name, or set base=false")
@@ -58,7 +58,7 @@ def _of_run(name: str, uri: str, config: ServeConfig) -> tuple[Hosted, Hosted]:
     settings, made = _read(uri, "config.yaml", yaml.safe_load), _read(uri, MODELS, json.loads)
     try:
         model = ModelConfig.model_validate(settings["model"])
-        engine = config.engine or EngineConfig.model_validate(settings["engine"])
+        engine = config.engine_of(None if config.engine else EngineConfig.model_validate(settings["engine"]))
         tuned, base = (made["models"][made[which]]["path"] for which in ("tuned", "base"))
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError(f"{uri}: config.yaml or {MODELS} is of another version or was edited ({error}); run the job once more") from error

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +15,8 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ErrorResponse
+from vllm.exceptions import GenerationError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from medray.config.serving import ReplicaConfig
 from medray.inference.chat import special_texts, spells_special
@@ -19,7 +24,15 @@ from medray.inference.engine import vllm_arguments, vllm_environment
 from medray.inference.engine_guard import OWNER_ENV
 from medray.models.cache import localize
 from medray.models.vlm import load_processor
+from serve.chat_request import SCHEMA, ApiError
+from serve.engine_answers import api_error, checked
+from serve.grammars import Grammars, has_grammar, schema_of
 from serve.hosted import Hosted
+
+ENGINE_DIED = "the vLLM engine died"
+_WATCHED_EVERY = 0.05  # seconds
+
+log = logging.getLogger("ray.serve")
 
 
 def settings(model: Hosted, config: ReplicaConfig, local: str | None = None) -> LLMConfig:
@@ -73,24 +86,77 @@ class CPUEngine(VLLMEngine):
 
 
 class ModelServer(LLMServer):
-    """Args of the deployment: the configuration of ray.serve.llm (for placement), and what to make it of on the node itself."""
+    """A replica. Args of the deployment: the configuration of ray.serve.llm (for placement), and what to make of it on the node itself.
+
+    A replica whose engine died ends its process at once: Ray Serve then asks the others and starts a new one.
+    """
 
     async def __init__(self, llm_config: LLMConfig, *, model: dict[str, Any], config: dict[str, Any]):
         hosted = Hosted.model_validate(model)
         local = await asyncio.to_thread(localize, hosted.path)
         os.environ[OWNER_ENV] = str(os.getpid())
         await super().__init__(settings(hosted, ReplicaConfig.model_validate(config), local), engine_cls=None if hosted.engine.gpus_per_actor else CPUEngine)
-        self._specials = special_texts(await asyncio.to_thread(load_processor, local, hosted.trust_remote_code))
+        client = self.engine._engine_client
+        threading.Thread(target=_end_with, args=(client,), name="engine-watch", daemon=True).start()
+        processor = await asyncio.to_thread(load_processor, local, hosted.trust_remote_code)
+        self._specials = special_texts(processor)
+        self._grammars = await asyncio.to_thread(Grammars, processor.tokenizer, client.model_config.get_vocab_size())
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        """As LLMServer's; texts that spell a special token are refused, since the template would make the token of them."""
+        """As LLMServer's. Refused are texts that spell a special token, of which the template would make the token, and schemas that no answer can follow."""
         for message in request.messages:
             content = message["content"]
             texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
             if any(spells_special(text, self._specials) for text in texts):
-                return _refusal("messages: a text spells a special token of the model; leave it out")
-        return await super().chat(request, raw_request_info)
+                return _one(_refusal(ApiError("messages: a text spells a special token of the model; leave it out", param="messages")))
+        schema = schema_of(request)
+        if schema is not None and (problem := await self._grammars.problem(schema)):
+            return _one(_refusal(ApiError(f"{SCHEMA}: {problem}", param=SCHEMA)))
+        return _answered(await super().chat(request, raw_request_info), request, self.engine._engine_client)
 
 
-async def _refusal(message: str) -> AsyncIterator[ErrorResponse]:
-    yield ErrorResponse.model_validate({"error": {"message": message, "type": "invalid_request_error", "code": 400}})
+async def _answered(items: AsyncIterator[Any], request: Any, client: Any) -> AsyncIterator[Any]:
+    def told(error: ApiError) -> ApiError:
+        if error.status < 500:
+            return error
+        if client.errored:
+            _end(ENGINE_DIED)  # vLLM writes this, too, into a stream
+        # The engine gave this one request up. By far most often no token fitted its grammar any more.
+        return _unfollowed(request) if has_grammar(request) else error
+
+    try:
+        async for item in checked(items, lambda error: _refusal(told(error))):
+            yield item
+    except ApiError as error:
+        raise told(error) from None
+    except GenerationError:
+        yield _refusal(told(api_error(500, "", None)))
+    except EngineDeadError:
+        _end(ENGINE_DIED)
+
+
+def _unfollowed(request: Any) -> ApiError:
+    param = "response_format" if request.response_format is not None else "structured_outputs"
+    return ApiError(f"{param}: the engine found no text that goes on in this form; use a simpler one", param=param)
+
+
+async def _one(item: Any) -> AsyncIterator[Any]:
+    yield item
+
+
+def _refusal(error: ApiError) -> ErrorResponse:
+    # Of an error ray.serve.llm's ingress (2.60) hands on message, code and type only: the type carries the field too.
+    return ErrorResponse.model_validate({"error": {"message": error.message, "type": f"{error.kind}/{error.param or ''}", "code": error.status}})
+
+
+def _end_with(client: Any) -> None:
+    """End this process when its engine is dead. Ray Serve's own health check would notice after many seconds, and hand out requests meanwhile."""
+    while not client.errored:
+        time.sleep(_WATCHED_EVERY)
+    _end(ENGINE_DIED)
+
+
+def _end(reason: str) -> None:
+    log.error("%s; this replica ends, and Ray Serve starts a new one", reason)
+    logging.shutdown()
+    os._exit(1)

@@ -13,6 +13,7 @@ from medray.config.shared import EngineConfig, Placement
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TEXTS = {"run", "keys", "title", "revision"}  # of ServeConfig's fields
+_CPUS = 0.5  # of a replica on CPU: a tuned model, its base and an ingress go onto two
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?")
 
 
@@ -58,6 +59,9 @@ class ReplicaConfig(Section):
     """The replicas of a model."""
 
     engine: EngineConfig | None = Field(None, description="Of every replica; none: as in the run's configuration (rows_* and actors are not used).")
+    engine_cpus: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Logical CPUs that each replica reserves; on CPU its whole ones are also the engine's threads (at least 1). null: engine.cpus_per_actor; "
+        "but 0.5 on CPU with a run's own settings, which are those of a job that has the machine to itself.")
     replicas: tuple[Annotated[int, Field(ge=0)], PositiveInt] = Field((1, 1), description="[min, max] of each model; from 0 it is started by its first request.")
     target_ongoing_requests: Annotated[float, Field(gt=0)] = Field(16.0, description="Requests at work in one replica above which another is started.")
     upscale_delay_s: Annotated[float, Field(ge=0)] = Field(30.0, description="Load must last so long before a replica is added.")
@@ -67,6 +71,18 @@ class ReplicaConfig(Section):
     stream_milliseconds: Annotated[float, Field(ge=0)] = Field(10.0, description="Tokens of a stream that come within so long go out together; 0 for each by itself.")
     place: Placement = Field(default_factory=Placement, description="Where replicas run.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
+
+    def engine_of(self, tuned: EngineConfig | None = None) -> EngineConfig:
+        """Engine settings of a model's replicas.
+
+        Args:
+            tuned: those of the model's run.
+        """
+        engine = self.engine or tuned or EngineConfig()
+        cpus = self.engine_cpus
+        if cpus is None and self.engine is None and not engine.gpus_per_actor:
+            cpus = min(engine.cpus_per_actor, _CPUS) or _CPUS
+        return engine if cpus is None else engine.model_copy(update={"cpus_per_actor": cpus})
 
     def bundle(self, engine: EngineConfig) -> tuple[int, float, float]:
         """What one replica asks for: so many places, of so many CPUs and GPUs each."""

@@ -99,8 +99,8 @@ def read_served(path: str | Path, engine: EngineConfig) -> tuple[ServeConfig, di
                     raise ConfigError(f"{path}: args of {application.get('name')}: {error}") from error
                 runs = [*(["tuned"] if served.run else []), *served.runs]
                 bases = ["base"] if runs and served.base else []
-                named = {model.name: served.engine or EngineConfig() for model in served.models}
-                return served, dict.fromkeys((*runs, *bases), served.engine or engine) | named
+                named = {model.name: served.engine_of() for model in served.models}
+                return served, dict.fromkeys((*runs, *bases), served.engine_of(engine)) | named
     raise ConfigError(f"{path}: no application with the import_path serve.app:build")
 
 

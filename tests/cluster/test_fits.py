@@ -97,7 +97,7 @@ def test_what_the_endpoint_asks_for(tmp_path):
     path = tmp_path / "serve.yaml"
     path.write_text("applications: [{import_path: serve.app:build, args: {runs: {x: a, y: b}, models: [{name: m, path: p}]}}]")
     found, engines = read_served(path, engine)
-    assert found.runs == {"x": "a", "y": "b"} and engines == {"x": engine, "y": engine, "base": engine, "m": EngineConfig()}
+    assert found.runs == {"x": "a", "y": "b"} and engines == {"x": engine, "y": engine, "base": engine, "m": EngineConfig(cpus_per_actor=0.5)}
     path.write_text("applications: [{import_path: serve.app:build, args: {run: a, replica: 1}}]")
     with pytest.raises(ConfigError, match=r"serve.yaml: args of.*\n*.*replica"):
         read_served(path, engine)

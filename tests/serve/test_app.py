@@ -234,26 +234,72 @@ BAD = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}}, 400),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#/nowhere"}}}}, 400),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array", "minItems": 5, "maxItems": 1}}}}, 400),
-    ({"temperature": 1e308}, 400), ({"top_k": 0}, 200), ({"seed": -1}, 200), ({"stop": "\u0000"}, 200), ({"temperature": 0.001, "seed": 3, "n": 2}, 200),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "string", "minLength": -1}}}}, 400),
+    *[({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}, 400) for schema in (
+        {"$ref": "#"}, {"type": "integer", "minimum": 1e300}, {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"], "additionalProperties": False})],
+    ({"structured_outputs": {"choice": ["yes", "no\n"]}}, 400), ({"structured_outputs": {"choice": ["\"", "\\"]}}, 200), ({"tools": [], "logit_bias": {}, "stop": None}, 200),
+    ({"n": 2, "temperature": 0}, 400), ({"temperature": 1e308}, 400), ({"top_k": 0}, 200), ({"seed": -1}, 200), ({"stop": "\u0000"}, 200), ({"temperature": 0.001, "seed": 3, "n": 2}, 200),
     ({"messages": [{"role": "assistant", "content": "I begin"}, {"role": "user", "content": "go on"}]}, 200), ({"messages": [{"role": "user", "content": ""}]}, 200),
     ({"messages": [{"role": "user", "content": "\U0001f600 \u202e \u0000"}]}, 200), ({"stream": True, "model": "none"}, 404), ({"stream": True, "max_tokens": 65}, 400),
 ]
 
 
-def test_no_bad_request_ends_in_a_500_or_a_dead_replica(endpoint):
-    """Each is answered as it should be, and the engine that was there before answers after them all."""
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_bad_request_ends_in_a_500_or_a_dead_replica(endpoint, stream):
+    """Each is answered as it should be, as a stream too, and the engine that was there before answers after them all."""
     address, key, _ = endpoint
     engines = _replica_pids()
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=120) as http:
         for changes, status in BAD:
-            body = json.dumps({"model": "tuned", "messages": message("hi"), "max_tokens": 4, **changes})
+            body = json.dumps({"model": "tuned", "messages": message("hi"), "max_tokens": 4, "stream": stream, **changes})
             answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
             # A schema that no engine can use may also be one that ours can.
             assert answer.status_code == status or (status == 400 and "response_format" in changes and answer.status_code == 200), (changes, answer.text)
             if answer.status_code >= 400:
-                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, changes
+                error = answer.json()["error"]
+                assert set(error) == {"message", "type", "param", "code"} and isinstance(error["code"], str), changes
+                assert error["code"] == "invalid_json" or (error["param"] and (error["param"].split(".")[0] in changes or error["param"] in ("model", "max_tokens"))), (changes, error)
+            assert answer.status_code >= 400 or '"error"' not in answer.text, (changes, answer.text)
         assert http.post("/v1/chat/completions", json={"model": "tuned", "messages": message(image=cell()), "max_tokens": 4}).status_code == 200
     assert _replica_pids() == engines
+
+
+def test_a_replica_whose_engine_died_ends_and_each_client_hears_of_it_once_at_most(endpoint):
+    """Plain requests and streams of six clients, who ask again at once; the engine's process is killed, the replica's is not."""
+    address, key, _ = endpoint
+    (replica,) = descendants("ServeReplica:vlm:ModelServer:tuned")
+    (engine,) = [process for process in replica.children(recursive=True) if "EngineCore" in " ".join(process.cmdline())]
+    said, killed, over = {number: [] for number in range(6)}, threading.Event(), threading.Event()
+
+    def keep_asking(number):
+        body = {"model": "tuned", "messages": message("Describe this image.", cell()), "max_tokens": 32, "stream": number % 2 == 1}
+        with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=300) as http:
+            while not over.is_set():
+                after = killed.is_set()
+                answer = http.post("/v1/chat/completions", json=body)
+                status = 503 if '"code":"overloaded"' in answer.text.replace(" ", "") else answer.status_code
+                said[number].append((after, status))
+                time.sleep(0.02)
+
+    threads = [threading.Thread(target=keep_asking, args=[number]) for number in said]
+    for thread in threads:
+        thread.start()
+    try:
+        while not all(len(answers) > 2 for answers in said.values()):
+            time.sleep(0.01)
+        engine.kill()
+        killed.set()
+        replica.wait(30)
+        until = time.monotonic() + 600
+        while not all((True, 200) in answers for answers in said.values()) and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    for answers in said.values():
+        statuses = [status for _, status in answers]
+        assert set(statuses) <= {200, 503} and statuses.count(503) <= 1 and answers[-1] == (True, 200), answers
 
 
 def _replica_pids():

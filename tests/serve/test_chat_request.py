@@ -118,6 +118,10 @@ def test_json_that_is_no_request(data):
     ({"response_format": schema(type="string", minLength=-1)}, "response_format.json_schema"),
     ({"response_format": schema(type="array", items={"type": "object", "maxProperties": -1})}, "response_format.json_schema"),
     ({"response_format": schema(type="array", minItems=1.5)}, "response_format.json_schema"),
+    ({"n": 2, "temperature": 0}, "n"),
+    *[({"response_format": schema(**inside)}, "response_format.json_schema") for inside in (
+        {"$ref": "#"}, {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        {"properties": {"a": {"$ref": "#/properties/a"}}}, {"anyOf": [{"$ref": "#/anyOf/0"}]}, {"$defs": {"a/b": {"$ref": "#/%24defs/a~1b"}}})],
     ({"response_format": schema(maxLength=float("nan"))}, "response_format.json_schema"),
 ])
 def test_what_passes_a_limit_is_named(fields, param):
@@ -194,6 +198,14 @@ def test_an_answer_may_come_back_with_its_empty_fields():
         with pytest.raises(ApiError) as error:
             parsed(body(messages=[answer | changes]), LIMITS)
         assert error.value.param == param
+
+
+@pytest.mark.parametrize("inside", [
+    {"type": "object", "properties": {"left": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}, {"type": "array", "items": {"$ref": "#"}},
+    {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"type": "string"}}, "$ref": "#/$defs/a"}, {"type": "object", "properties": {"$ref": {"type": "string"}}}, {"$ref": "http://x/y"},
+])
+def test_references_that_end_are_well(inside):
+    check(parsed(body(response_format=schema(**inside)), LIMITS), LIMITS)
 
 
 def test_a_schema_too_deep():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from medray.methods.session import SLOW_START, STARTS
 from tests.integration.conftest import BIN, answer_of, wait_for
@@ -83,16 +84,39 @@ def test_the_clinician_page_begins_as_documented(tmp_path, write_items):
         assert Path(tmp_path, "judgements.db").is_file()
 
 
-def test_the_endpoint_begins_as_documented(tmp_path):
-    """Its answer is streamed to curl. The two words beside the documented ones spare the machine a second engine."""
-    make_run(tmp_path / "runs/demo", "generalist")
+def demo_run(folder):
+    """A finished run with the engine settings of the demo's recipe."""
+    make_run(folder, "generalist")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["engine"] |= yaml.safe_load((ROOT / "configs/self_train/tiny-cpu.yaml").read_text())["engine"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_the_endpoint_begins_as_documented(tmp_path, monkeypatch):
+    """The tuned model and its base, on two logical CPUs. An answer is streamed to curl."""
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2}')
+    demo_run(tmp_path / "runs/demo")
     made, serve_run = commands("docs/serving.md")
     key = token(made, tmp_path)
-    with served([*serve_run, "base=false", "replicas=[1,2]"], tmp_path, tmp_path / "log"):
-        wait_for(lambda: answer_of(f"{ADDRESS}/ready").status_code == 200, "model", pause=1)
+    assert " ".join(serve_run) in (ROOT / "README.md").read_text()
+    with served(serve_run, tmp_path, tmp_path / "log"):
+        wait_for(lambda: answer_of(f"{ADDRESS}/ready").status_code == 200, "models", pause=1)
+        assert answer_of(f"{ADDRESS}/ready").json()["models"] == {"tuned": True, "base": True}
         body = json.dumps({"model": "tuned", "messages": [{"role": "user", "content": "What is this?"}], "max_tokens": 4, "stream": True})
         command = ["curl", "-sN", f"{ADDRESS}/v1/chat/completions", "-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json", "-d", body]
         lines = [line for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() if line]
         assert lines[-1] == "data: [DONE]"
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
         assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+
+
+def test_what_cannot_be_placed_is_said_before_anything_starts(tmp_path, monkeypatch):
+    """The command ends with a sentence that names the field, and a word more than documented asks for too much."""
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2}')
+    demo_run(tmp_path / "runs/demo")
+    made, serve_run = commands("docs/serving.md")
+    token(made, tmp_path)
+    done = subprocess.run([BIN / serve_run[0], *serve_run[1:], "engine_cpus=2"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "lower engine_cpus" in said and "this machine (2 CPUs" in said, said
+    assert "Traceback" not in said and "Started a local Ray" not in said

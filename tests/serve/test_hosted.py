@@ -102,10 +102,19 @@ def test_replicas_go_where_they_are_placed(ray_cluster, run_dir):
     from serve.app import build
 
     uri = run_dir("placed")
-    for place, selectors in (({"labels": {"medray-group": "generate"}, "accelerator": "in(A100,H100)"}, [{"medray-group": "generate", "ray.io/accelerator-type": "in(A100,H100)"}]), ({}, None)):
+    for place, selectors in (({"labels": {"medray-group": "!data"}, "accelerator": "!in(A100,H100)"}, [{"medray-group": "!data", "ray.io/accelerator-type": "!in(A100,H100)"}]), ({}, None)):
         deployments = build_app(build(ServeConfig(run=uri, open=True, place=place)), name="app").deployments
         found = {one.name: one._replica_config.placement_group_bundle_label_selector for one in deployments}
         assert found == {"ModelServer:tuned": selectors, "ModelServer:base": selectors, "ingress": None}
+
+
+def test_what_has_no_room_is_not_built(ray_cluster, run_dir):
+    from serve.app import build
+
+    uri = run_dir("large")
+    for options in ({"engine_cpus": 2}, {"place": {"labels": {"medray-group": "generate"}}}, {"place": {"accelerator": "A100"}}, {"ingress_cpus": 5}):
+        with pytest.raises(ConfigError, match="lower engine_cpus"):
+            build(ServeConfig(run=uri, open=True, **options))
 
 
 def test_a_model_that_is_not_there(tmp_path):
