@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import psutil
+
 from medray.errors import ConfigError, MedrayError
 from medray.plan.demand import Demand
-from medray.plan.groups import Group, misfits
+from medray.plan.groups import Group, misfits, read_groups
 
 _OF_RAY = ("CPU", "GPU", "memory", "object_store_memory")
 
 log = logging.getLogger("ray.serve")
-
-
-class _AnyLabels(Group):
-    """Nodes that an autoscaler may add. It tells what they have, not their labels."""
-
-    def matches(self, selector: dict[str, str]) -> bool:
-        return True
 
 
 def check_fits(wanted: Sequence[Demand], fix: str) -> None:
@@ -38,7 +32,7 @@ def check_fits(wanted: Sequence[Demand], fix: str) -> None:
         return
     problems = misfits({"serving": list(wanted)}, groups)
     if problems:
-        there = ", ".join(f"{group.most if math.isfinite(group.most) else 'any number of'} x {group.name} ({_amounts(group)})" for group in groups)
+        there = ", ".join(f"{group.most} x {group.name} ({_amounts(group)})" for group in groups)
         raise ConfigError("\n".join([*problems, f"the cluster has {there or 'no node'}, so serving would never be ready; {fix}"]))
 
 
@@ -85,7 +79,7 @@ def cluster_groups() -> list[Group] | None:
     from ray._private.state import GlobalState, state
 
     if ray.is_initialized():
-        return _groups_of(state)
+        return _groups_of(state, ray.get_runtime_context().gcs_address)
     command = _command()
     if command is None:
         return None
@@ -99,21 +93,43 @@ def cluster_groups() -> list[Group] | None:
 
         joined = GlobalState()
         joined._initialize_global_state(GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False))
-        return _groups_of(joined)
+        return _groups_of(joined, address)
     except (OSError, RuntimeError, ValueError) as error:  # Ray says it better when it joins
         log.info("cluster not looked at: %s", type(error).__name__)
         return None
 
 
-def _groups_of(state: Any) -> list[Group] | None:
-    config = state.get_cluster_config()
-    more = [] if config is None else [group for group in config.node_group_configs if group.max_count != 0]
-    if not more and "KUBERNETES_SERVICE_HOST" in os.environ:
-        return None  # KubeRay's autoscaler starts beside the head, and may not have said yet what it can add
+def _groups_of(state: Any, address: str) -> list[Group] | None:
+    more = _may_come(address)
+    if more is None:
+        return None
     nodes = [
-        _group(node["NodeManagerHostname"] or node["NodeID"][:8], node["Resources"], 1, Group, node["Labels"]) for node in state.node_table() if node["Alive"]
+        _group(node["NodeManagerHostname"] or node["NodeID"][:8], node["Resources"], node["Labels"]) for node in state.node_table() if node["Alive"]
     ]
-    return nodes + [_group(group.name, dict(group.resources), math.inf if group.max_count < 0 else group.max_count, _AnyLabels, {}) for group in more]
+    return nodes + more
+
+
+def _may_come(address: str) -> list[Group] | None:
+    """Groups of the autoscaler of a cluster whose head is this machine, none where it has none; None on other machines.
+
+    Ray (2.60) tells nobody what its autoscaler may add. Its monitor, beside the head, is started with the autoscaler's file.
+    """
+    import ray._private.worker
+
+    node = ray._private.worker._global_node
+    if node is not None and node.is_head():
+        return []  # started by this very process, without one
+    port = address.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        values = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        if any(word.endswith("monitor.py") for word in words) and values.get("gcs-address", "").rpartition(":")[2] == port:
+            file = values.get("autoscaling-config")
+            try:
+                return read_groups(file) if file else []
+            except (ConfigError, KeyError):
+                return None
+    return None
 
 
 def _local_node() -> Group:
@@ -122,12 +138,12 @@ def _local_node() -> Group:
 
     spec = ResourceAndLabelSpec()
     spec.resolve(is_head=True, node_ip_address="127.0.0.1")
-    return _group("this machine", spec.to_resource_dict(), 1, Group, dict(spec.labels or {}))
+    return _group("this machine", spec.to_resource_dict(), dict(spec.labels or {}))
 
 
-def _group(name: str, amounts: dict[str, float], most: float, kind: type[Group], labels: dict[str, str]) -> Group:
+def _group(name: str, amounts: dict[str, float], labels: dict[str, str]) -> Group:
     custom = {key: amount for key, amount in amounts.items() if key not in _OF_RAY and not key.startswith("node:")}
-    return kind(name, amounts.get("CPU", 0), amounts.get("GPU", 0), amounts.get("memory", 0) / 2**30, labels, most, custom)
+    return Group(name, amounts.get("CPU", 0), amounts.get("GPU", 0), amounts.get("memory", 0) / 2**30, labels, 1, custom)
 
 
 def _amounts(group: Group) -> str:
