@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -43,6 +44,7 @@ def check_self_training(config: SelfTrainingConfig) -> None:
         *model_problems("model.path", config.model.path),
         *template_problems(config.model),
         *source_problems(config.data),
+        *prepared_problems(config.data),
         *cpu_problems(config, {"sft": config.sft, "dpo": config.dpo}),
         *gpu_problems(config),
         *judge_problems(config),
@@ -60,6 +62,7 @@ def check_instruction_free(config: InstructionFreeConfig) -> None:
         *model_problems("model.path", config.model.path),
         *template_problems(config.model),
         *source_problems(config.data),
+        *prepared_problems(config.data),
         *cpu_problems(config, stages),
         *gpu_problems(config),
     ]
@@ -82,6 +85,7 @@ def check_clinician_preference(config: ClinicianPreferenceConfig) -> None:
         *model_problems("model.path", config.model.path),
         *template_problems(config.model),
         *source_problems(config.data),
+        *prepared_problems(config.data, bool(config.evaluate.arms)),
         *([] if config.demonstrations.encoder.startswith("open_clip:") else encoder_problems("demonstrations.encoder", config.demonstrations.encoder)),
         *encoder_problems("rater.encoder", config.rater.encoder),
         *strong_model_problems("generate", config.generate),
@@ -174,6 +178,27 @@ def source_problems(data: DataConfig) -> list[str]:
     if data.train_split == data.eval_split:
         problems.append(f"data.eval_split: must differ from data.train_split ({data.train_split!r}), or the evaluation would see training images")
     return problems
+
+
+def prepared_problems(data: DataConfig, held_out: bool = True) -> list[str]:
+    """Problems of the splits of a directory of jobs/prepare_data.py, whose manifest names them; none if it is another source.
+
+    Args:
+        held_out: whether data.eval_split is needed.
+    """
+    path = Path(data.source).expanduser() / "manifest.json"
+    if _REMOTE.match(data.source) or not path.is_file():
+        return []
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []  # reading the source says what is wrong with it
+    if not isinstance(manifest, dict) or manifest.get("kind") != "medray-dataset" or "unknown" in manifest.get("splits", {"unknown": 0}):
+        return []
+    splits = manifest["splits"]
+    there = ", ".join(f"{name} ({number:,})" for name, number in splits.items())
+    fields = {"data.train_split": data.train_split} | ({"data.eval_split": data.eval_split} if held_out else {})
+    return [f"{field}: no image of split {split!r} in {data.source}; there are {there}" for field, split in fields.items() if split not in splits]
 
 
 def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig, training: Mapping[str, LoopConfig]) -> list[str]:

@@ -176,6 +176,20 @@ def test_gpus_are_counted_as_cpus_are(overrides, message, monkeypatch):
     check_self_training(config)
 
 
+def test_splits_of_a_prepared_directory_are_checked_before_anything_starts(tmp_path):
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text('{"kind": "medray-dataset", "splits": {"train": 313, "test": 203}}')
+    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml", [f"data.source={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"data\.eval_split: no image of split 'val' in .*; there are train \(313\), test \(203\)$"):
+        check_self_training(config)
+    config.data.eval_split = "test"
+    check_self_training(config)
+    config.data.eval_split = "val"
+    for other in ('{"kind": "medray-dataset", "splits": {"unknown": 9}}', '{"kind": "other"}', "[]", "cut"):  # drawn by hash, or another file of that name
+        manifest.write_text(other)
+        check_self_training(config)
+
+
 def test_hidden_gpus_do_not_count(monkeypatch):
     from medray.preflight import local_gpus
 

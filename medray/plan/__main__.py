@@ -160,7 +160,8 @@ def text(config: SelfTrainingConfig, shape: Shape, plan: Plan, stages: list[Stag
     lines = [
         f"{config.model.path}: {shape.parameters / 1e9:.2f}B parameters, {shape.vision.image_tokens} tokens per image, {shape.image_forward / 1e9:.0f} GFLOP per image, "
         f"{shape.language.cache_bytes() / 1024:.0f} KiB of cache per token",
-        f"{plan.labelled:,.0f} labelled x {config.sft.epochs} epochs, {plan.unlabelled:,.0f} unlabelled x {config.rounds} rounds, on {plan.gpus} x {options.device} and {plan.cpus} CPUs", "",
+        f"{plan.labelled:,.0f} labelled x {config.sft.epochs} epochs, {plan.unlabelled:,.0f} unlabelled x {config.rounds} rounds, on {plan.gpus} x {options.device} and {plan.cpus} CPUs",
+        *(f"{name}: {section.batch_line}" for name, section in (("sft", config.sft), ("dpo", config.dpo))), "",
         f"{'memory, GiB of ' + format(device.memory_gib, 'g'):28}" + "total  parts",
     ]
     for name, parts in held.items():
