@@ -117,7 +117,9 @@ def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Mo
         images, stage.path("rows"), stage.path("committed"), lambda rows: rows.map_batches(work, **options), engine.rows_per_task, config.data.read_cpus)
     ledger = stages.ledger_of(stage, config.generate)
     counts = unpack(stage.path("rows"), stage.dir)
-    found = set_aside_in(stage.path("rows"))
+    # A model that asks for itself (writing asking) may repeat itself until too few questions are left: dropped texts, counted below, and no failed row.
+    asking = config.generate.writing == "asking"
+    found = set_aside_in(stage.path("rows"), lambda row: (None if asking and row["dropped"] else row["error"],), ("error", "dropped"))
     check_something("dialogue", counts.get("exchanges", 0), found, f"none of {rows} images got one that can be used: {dict(counts)}")
     check_set_aside("images", rows, found, config.max_quarantined, stage.path("rows"))
     return {**{part: stage.path(part) for part in ("conversations", "exchanges", "items")}, "ledger": ledger, "counts": {"images": rows, **again, **counts}}
