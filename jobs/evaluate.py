@@ -15,6 +15,7 @@ from medray.config import EvaluateJobConfig, load_config
 from medray.errors import ConfigError
 from medray.evaluation.benchmarks import BENCHMARKS
 from medray.job import ended, run_job
+from medray.preflight import check_output
 
 EPILOG = f"""\
 benchmarks
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     run_uri = arguments.run or f"runs/evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
+        check_output("--run", run_uri)
         config = load_config(EvaluateJobConfig, arguments.config, arguments.overrides)
         if not arguments.rescore:
             sources, models = sources_of(arguments), models_of(arguments)

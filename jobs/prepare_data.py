@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job subm
 from medray.config import PrepareDataConfig, load_config
 from medray.errors import ConfigError, MedrayError
 from medray.job import ended, run_job
+from medray.preflight import check_output, check_source
 
 EPILOG = """\
 formats (found by content; --format names one)
@@ -71,13 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.export and "source" not in config.data.model_fields_set:
             parser().print_usage(sys.stderr)
             raise ConfigError("SOURCE: name what to prepare (a folder, file, s3:// or gs:// prefix), or a recipe that has data.source")
+        check_output("--to", target)
         if arguments.export:
             from medray.methods.data_export import check_export
 
             check_export(*arguments.export)
         else:
-            from medray.preflight import check_source
-
             check_source(config.data)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)

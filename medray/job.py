@@ -19,6 +19,7 @@ from medray.config import ConfigT, LoopConfig, Section, load_config
 from medray.errors import ConfigError, MedrayError, RunHeld, RunLost, Waiting
 from medray.failures import describe
 from medray.interrupts import JobSignals, descendants, kill
+from medray.preflight import check_run
 from medray.run import stage_in_progress
 from medray.run_lock import release_all
 from medray.run_log import kept_aside, location
@@ -64,6 +65,7 @@ def run_method(
     try:
         config = load_config(config_type, recipe, [*source, *arguments.overrides])
         check(config)
+        check_run(run_uri)
     except ConfigError as error:
         print(f"configuration error\n{error}", file=sys.stderr)
         return BAD_CONFIGURATION

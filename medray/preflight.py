@@ -28,6 +28,7 @@ from medray.config import (
     SelfTrainingConfig,
 )
 from medray.errors import ConfigError
+from medray.paths import address_problems, model_folder_problems, output_problems
 from medray.plan.demand import FILTER_CPUS, LISTING_CPUS, demands
 from medray.testbed import ENCODERS, MODELS
 
@@ -114,16 +115,30 @@ def check_source(data: DataConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def check_output(field: str, address: str) -> None:
+    """Raise ConfigError for a place that could not be written, or would be read as another one."""
+    problems = output_problems(field, address)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_run(address: str) -> None:
+    """Raise ConfigError for a run directory that models could not be loaded from."""
+    problems = model_folder_problems("--run", address)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def model_problems(field: str, path: str) -> list[str]:
     """Problems of a model reference: bundled name, local folder, remote URI or hub id."""
     if path.startswith("testbed:"):
         name = path.partition(":")[2]
         return [] if name in MODELS else [f"{field}: unknown bundled model {path!r}; there are {BUNDLED}"]
     if _REMOTE.match(path):
-        return []
+        return address_problems(field, path)
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return [] if (folder / "config.json").is_file() else [f"{field}: {path} has no config.json; give a folder in Hugging Face format"]
+        return model_folder_problems(field, path) if (folder / "config.json").is_file() else [f"{field}: {path} has no config.json; give a folder in Hugging Face format"]
     if _HUB_ID.fullmatch(path) and not path.startswith((".", "/", "~")):
         return []
     return [f"{field}: {path} does not exist; give a folder in Hugging Face format, a hub id (org/name), or one of {BUNDLED}"]
@@ -175,6 +190,11 @@ def source_problems(data: DataConfig) -> list[str]:
             problems.append(f"data.source: unknown bundled set {source!r}; there is testbed:cells")
     elif not _REMOTE.match(source) and not Path(source).expanduser().exists():
         problems.append(f"data.source: {source} does not exist")
+    problems += address_problems("data.source", source)
+    if data.images is not None:
+        problems += address_problems("data.images", data.images)
+        if not _REMOTE.match(data.images) and not Path(data.images).expanduser().is_dir():
+            problems.append(f"data.images: {data.images} is no folder; name the folder that the records' image paths are relative to")
     if data.train_split == data.eval_split:
         problems.append(f"data.eval_split: must differ from data.train_split ({data.train_split!r}), or the evaluation would see training images")
     return problems
