@@ -51,7 +51,7 @@ class DataConfig(Section):
     source: str = Field("testbed:cells", description="Folder, file or s3:// / gs:// prefix; testbed:cells renders a synthetic blood-cell set.")
     format: Literal[
         "auto", "shards", "hf-parquet", "wbcatt", "skincon", "cbis-ddsm", "vqa-rad", "slake", "pmc-vqa", "omnimedvqa", "llava", "llava-med-captions", "llava-med-qa",
-        "preference", "captions", "webdataset", "images", "dicom",
+        "preference", "questions", "captions", "webdataset", "images", "dicom",
     ] = Field("auto", description="Format of the source; auto looks at its files.")
     images: str | None = Field(None, description="Folder of the images (default: where the format has them, else the folder of the file that names them).")
     train_split: str = Field("train", description="Split whose images are trained on.")

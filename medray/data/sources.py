@@ -45,6 +45,7 @@ from medray.data.readers import (
     folders,
     mammography,
     parquet,
+    questions,
     vqa,
     webdataset,
 )
@@ -70,7 +71,7 @@ INDEX = pa.schema([
 READERS = {
     "wbcatt": concepts.wbcatt, "skincon": concepts.skincon, "cbis-ddsm": mammography.cbis_ddsm, "vqa-rad": vqa.vqa_rad, "slake": vqa.slake,
     "pmc-vqa": vqa.pmc_vqa, "omnimedvqa": vqa.omnimedvqa, "llava": conversations.llava, "preference": conversations.preference,
-    "llava-med-captions": captions.llava_med_captions, "llava-med-qa": captions.llava_med_qa, "captions": captions.captions,
+    "llava-med-captions": captions.llava_med_captions, "llava-med-qa": captions.llava_med_qa, "captions": captions.captions, "questions": questions.questions,
 }
 
 RANGE_BYTES = 4 * 2**20
@@ -145,6 +146,7 @@ def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[st
     shards = [path for path in files if suffix_of(path) == ".parquet"]
     for path, ranges in zip(shards, in_threads(partial(parquet.row_group_ranges, fs), shards), strict=True):
         yield from ({**common, "path": _uri(fs, path), "images": named, "start": start, "end": end} for start, end in ranges)
+    several = len({posixpath.dirname(path) for path in files}) > 1
     for path in files:
         size = fs.size(path)
         if suffix_of(path) == ".parquet":
@@ -154,7 +156,11 @@ def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[st
         else:
             step = RANGE_BYTES if compression_of(path) is None and _in_ranges(_uri(fs, path)) else max(size, 1)
             images = _uri(*_images_at(kind, config, fs, path, root))
-        yield from ({**common, "path": _uri(fs, path), "images": images, "start": at, "end": min(at + step, size)} for at in range(0, size, step))
+        # Folders with a table each may call different images alike.
+        own = _uri(fs, posixpath.dirname(path))
+        prefix = _relative(own, common["root"]) if several and f"{images}/".startswith(f"{own}/") and own != common["root"] else ""
+        place = {**common, "path": _uri(fs, path), "images": images, "prefix": prefix}
+        yield from ({**place, "start": at, "end": min(at + step, size)} for at in range(0, size, step))
 
 
 def _in_ranges(path: str) -> bool:
@@ -247,7 +253,7 @@ def _relative(path: str, root: str | None) -> str:
 
 def index_rows(
     path: str, start: int, end: int, kind: str, images: str, patient_key: bytes | None = None, root: str | None = None, splits: Sequence[str] = (),
-    notes: Notes | None = None,
+    notes: Notes | None = None, prefix: str = "",
 ) -> Iterator[Row]:
     """INDEX rows of the records of one file; of JSON Lines those that begin in the byte range [start, end), of Parquet those
     of the row groups [start, end).
@@ -259,6 +265,7 @@ def index_rows(
         root: the source's folder; folders below it may be named after splits.
         splits: names of splits beside train, val and test.
         notes: takes what is seen and not used.
+        prefix: of the ids of images: the file's folder below the source, if the images lie there and other folders hold others.
     """
     notes = Notes() if notes is None else notes
     use = FieldUse()
@@ -272,7 +279,7 @@ def index_rows(
         yield from _parquet_rows(kind, path, start, end, images, split_of(path, root), splits, use)
     else:
         fs, _ = url_to_fs(images)
-        place = Place(images, path, lru_cache(256)(partial(_names, fs)), partial(_head, fs), root)
+        place = Place(images, path, lru_cache(256)(partial(_names, fs)), partial(_head, fs), root, prefix)
         for where, record, error in readable(records(path, start, end, kind)):
             if isinstance(record, Member):
                 notes.add(UNUSED, _relative(path, root), f"member {as_unicode(record.name)}")
@@ -312,6 +319,8 @@ def _record_rows(
             patients = patients_of(record)
             for row in made:
                 named = _with_image(row, place, inline, patients, key)
+                if place.prefix and kind != "captions":
+                    named["image_id"] = posixpath.join(place.prefix, named["image_id"])
                 yield {**named, "split": own or row["split"] or place.split, "where": where, "error": None}
             return
     known = record if isinstance(record, dict) else {}

@@ -163,3 +163,36 @@ def test_images_in_a_usual_folder_of_any_table(tmp_path):
     write(tmp_path / "train.json", [dialogue("a.png")])
     write(tmp_path / "images/a.png", b"x")
     assert index(tmp_path)[1][0]["image_file"] == str(tmp_path / "images/a.png")
+
+
+@pytest.mark.parametrize("name", ["data.json", "metadata.csv", "questions.csv"])
+def test_folders_that_call_different_images_alike(tmp_path, name):
+    """Each folder's records stay with its own images."""
+    content = {"data.json": [dialogue("0.png")], "metadata.csv": "file_name,text\n0.png,A lung.\n", "questions.csv": "image,question,answer\n0.png,Is it?,yes\n"}[name]
+    for site in ("site_a", "site_b", "train", "test"):
+        write(tmp_path / site / name, content)
+        write(tmp_path / site / "0.png", b"x")
+    rows = index(tmp_path)[1]
+    assert {(row["image_id"], row["image_file"]) for row in rows} == {(f"{site}/0.png", str(tmp_path / site / "0.png")) for site in ("site_a", "site_b", "train", "test")}
+    assert sorted(str(row["split"]) for row in rows) == ["None", "None", "test", "train"]
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("data.csv", "Image;Question;Answer;organ\n0.png;Is it?;yes;lung\n"), ("metadata.jsonl", '{"file_name": "0.png", "question": "Is it?", "answer": "yes", "organ": "lung"}\n'),
+    ("data.json", '[{"images": ["0.png"], "question": "<image>Is it?", "answer": ["yes"], "organ": "lung"}]'),
+])
+def test_questions_in_tables_of_any_making(tmp_path, name, text):
+    write(tmp_path / name, text)
+    kind, rows, notes = index(tmp_path)
+    assert (kind, rows[0]["image_id"]) == ("questions", "0.png")
+    asked, = payloads(rows)
+    assert (asked["qa"]["question"], asked["qa"]["reference"], asked["qa"]["answer_type"]) == ("Is it?", "yes", "closed")
+    assert unused(notes) == {name: {"organ"}}
+
+
+def test_multiple_choice_in_a_table(tmp_path):
+    write(tmp_path / "mcq.csv", "image,question,A,B,C,answer\n0.png,Which?,liver,,heart,C\n0.png,Which?,liver,lung,heart,2\n")
+    row, bad = index(tmp_path)[1]
+    asked, = payloads([row])
+    assert (asked["qa"]["choices"], asked["qa"]["reference"]) == (["liver", "heart"], "B")
+    assert "from 0 or from 1" in bad["error"]

@@ -115,5 +115,5 @@ def captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
             raise BadRecord(f"none of the fields {', '.join(wanted)} is there")
     image, text = need_text(record, fields[0]), caption_of(record, fields[1])
     # train/metadata.csv and test/metadata.csv may name different images alike.
-    identity = posixpath.join(place.split_folder, image)
+    identity = posixpath.join(place.prefix or place.split_folder, image)
     yield row(f"{identity}:{digest(text)[:8]}", identity, inside(place.images, image), {"caption": text, "context": None})

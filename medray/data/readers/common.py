@@ -39,6 +39,7 @@ class Place:
     names: Callable[[str], list[str]] = lambda folder: []
     head: Callable[[str], bytes] = lambda path: b""
     root: str | None = None  # the source's folder
+    prefix: str = ""  # of images' ids, where each of several folders has its own
 
     @property
     def split(self) -> str | None:

@@ -12,7 +12,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "shards": (".parquet",), "hf-parquet": (".parquet",),
     "wbcatt": (".jsonl", ".json", ".csv"), "skincon": (".csv",), "cbis-ddsm": (".csv",), "pmc-vqa": (".csv",), "omnimedvqa": (".json", ".jsonl"),
     "slake": (".json", ".jsonl"), "vqa-rad": (".jsonl", ".json"), "preference": (".jsonl", ".json", ".parquet"), "llava": (".jsonl", ".json"),
-    "llava-med-captions": (".json", ".jsonl"), "llava-med-qa": (".jsonl", ".json"), "captions": (".csv", ".jsonl", ".json"), "webdataset": (".tar",),
+    "llava-med-captions": (".json", ".jsonl"), "llava-med-qa": (".jsonl", ".json"), "questions": (".csv", ".jsonl", ".json"), "captions": (".csv", ".jsonl", ".json"), "webdataset": (".tar",),
 }
 """The files of each format (readers.suffixes.suffix_of); "images" and "dicom" are folders."""
 
@@ -36,7 +36,7 @@ _NAMES: dict[str, tuple[set[str], ...]] = {
 LOOKED_FOR = (
     "Parquet with sample_id and image (own shards), with chosen and rejected (preference) or with an image column (hf-parquet); "
     + "; ".join(f"{kind} ({' or '.join(', '.join(sorted(names)) for names in alternatives)})" for kind, alternatives in _NAMES.items())
-    + f"; captions (a column of {', '.join(IMAGE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}); webdataset (*.tar); "
+    + f"; questions (question, answer and a column of the image files); captions (a column of {', '.join(IMAGE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}); webdataset (*.tar); "
     "dicom (*.dcm or DICM at byte 128); images (*.jpg, *.png, ...)"
 )
 
@@ -48,6 +48,9 @@ def table_format(names: Iterable[str], path: str) -> str | None:
     for kind, alternatives in _NAMES.items():
         if suffix in SUFFIXES[kind] and any(wanted <= set(names) for wanted in alternatives):
             return kind
+    image = column(names, (*IMAGE_COLUMNS, "images")) is not None
+    if image and suffix in SUFFIXES["questions"] and column(names, ("question",)) and column(names, ("answer", "answers")):
+        return "questions"
     both = column(names, IMAGE_COLUMNS) is not None and column(names, TEXT_COLUMNS) is not None
     return "captions" if both and suffix in SUFFIXES["captions"] else None
 
@@ -55,6 +58,8 @@ def table_format(names: Iterable[str], path: str) -> str | None:
 def alike(kind: str, names: Iterable[str]) -> bool:
     """Whether an object with these keys may be a record of the format, complete or not."""
     names = set(names)
+    if kind == "questions":
+        return column(names, (*IMAGE_COLUMNS, "images", "question")) is not None
     if kind == "captions":
         return column(names, (*IMAGE_COLUMNS, *TEXT_COLUMNS)) is not None
     return any(wanted & names for wanted in _NAMES[kind]) if kind in _NAMES else True
@@ -77,10 +82,10 @@ def missing_columns(names: Iterable[str]) -> str:
     if not names:
         return "no columns or keys were found in it"
     said = f"it has {', '.join(str(name)[:60] for name in names[:30])}{', ...' if len(names) > 30 else ''}"
-    image, text = column(names, IMAGE_COLUMNS), column(names, TEXT_COLUMNS)
+    image, text = column(names, IMAGE_COLUMNS), column(names, (*TEXT_COLUMNS, "question"))
     if image is None and text is not None:
         return f"{said}; name the column of the image files file_name"
-    return f"{said}; name the column of the texts caption" if image is not None else said
+    return f"{said}; name the column of the texts caption, or columns question and answer" if image is not None else said
 
 
 def chosen_files(kind: str, files: list[str]) -> list[str]:

@@ -21,18 +21,11 @@ from medray.data.readers.common import (
     identity_of,
     image_digest,
     inside,
-    is_empty,
-    mcq,
-    need_text,
-    qa,
     row,
-    text_of,
-    yes_or_no,
 )
 from medray.data.readers.conversations import one_image, preference_id, preference_pair
-from medray.data.readers.markers import asked, check_no_marker
-from medray.data.readers.messages import DIALOGUES, dialogue_turns, listed
-from medray.data.readers.options import options_of, right_option
+from medray.data.readers.messages import DIALOGUES, dialogue_turns
+from medray.data.readers.questions import Named, question_of
 from medray.data.readers.splits import UnknownSplit, as_split, record_split
 
 
@@ -111,7 +104,7 @@ def hugging_face(record: Mapping[str, Any], split: str | None, images: str, more
     """
     image_id, data, file = "unknown", None, None
     try:
-        named = _Named(record)
+        named = Named(record)
         data, file = _image(named, images)
         image_id = image_digest(data) if data is not None else str(file).removeprefix(images).lstrip("/")
         sample, payload = _said(named, image_id)
@@ -119,26 +112,6 @@ def hugging_face(record: Mapping[str, Any], split: str | None, images: str, more
     except (BadRecord, UnknownSplit) as bad:
         return error_row(f"image-{image_id}", where, str(bad))
     return {**made, "where": where, "error": None}
-
-
-class _Named(Mapping):
-    """A record whose fields are found by their names in lower case, apart from blanks at the ends."""
-
-    def __init__(self, record: Mapping[str, Any]):
-        self._record = record
-        self._names = {name.strip().lower(): name for name in reversed(list(record))}
-
-    def __getitem__(self, name: str) -> Any:
-        return self._record[self._names[name]]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _image(record: dict[str, Any], images: str) -> tuple[bytes | None, str | None]:
@@ -173,28 +146,14 @@ def _dialogue(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, 
     return f"{image_id}:{digest(*(turn['text'] for turn in turns))[:8]}", {"turns": turns}
 
 
+def _question(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
+    name, payload = question_of(record)
+    return f"{image_id}:{name}", payload
+
+
 def _caption(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
     text = caption_of(record, column(record, TEXT_COLUMNS))
     return f"{image_id}:{digest(text)[:8]}", {"caption": text, "context": None}
-
-
-def _question(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
-    question = asked(need_text(record, "question"), "question")
-    options = options_of(record)
-    field = next((name for name in ("answer", "answers", "answer_label", "reference") if given(record, name) is not None), "answer")
-    answer = record.get(field)
-    answer = listed(answer)
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0]
-    if options:
-        right = right_option(record, answer, options, field)
-        texts = [text for _, text in options]
-        return f"{image_id}:{digest(question, *texts)[:8]}", mcq(question, texts, right)
-    if is_empty(answer):
-        raise BadRecord(f"field {field!r} is {'empty' if field in record else 'missing'}")
-    answer = text_of(answer, field)
-    check_no_marker(answer, field)
-    return f"{image_id}:{digest(question, answer)[:8]}", qa(question, answer, "closed" if yes_or_no(answer) else "open")
 
 
 # Columns that say nothing of what an image shows.
