@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,11 +28,9 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, seconds: float = 10.0):
-        import xgrammar
-
-        self._xgrammar, self.seconds = xgrammar, seconds
-        self._info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
-        self._compiler = xgrammar.GrammarCompiler(self._info, max_threads=1, cache_enabled=False)
+        self._tokenizer, self._vocab_size, self.seconds = tokenizer, vocab_size, seconds
+        self._compiler: Any = None  # made for the first schema: a model that is asked for none may have a tokenizer that xgrammar cannot use
+        self._making = threading.Lock()
         self._threads = ThreadPoolExecutor(_AT_ONCE, "grammar")
         self._verdicts: OrderedDict[str, str | None] = OrderedDict()
 
@@ -63,13 +62,22 @@ class Grammars:
         return verdict
 
     def _tried(self, text: str) -> str | None:
+        import xgrammar
+
+        try:
+            with self._making:
+                if self._compiler is None:
+                    info = xgrammar.TokenizerInfo.from_huggingface(self._tokenizer, vocab_size=self._vocab_size)
+                    self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+        except (RuntimeError, ValueError, TypeError) as error:
+            return f"structured output does not work with this model's tokenizer ({type(error).__name__})"
         try:
             compiled = self._compiler.compile_json_schema(text, any_whitespace=False)
         except (RuntimeError, ValueError) as error:
             # "[time] /project/cpp/file.cc:line: reason"
             return f"the schema cannot be compiled: {str(error).strip().partition('.cc:')[2].partition(': ')[2] or type(error).__name__}"
-        matcher = self._xgrammar.GrammarMatcher(compiled)
-        allowed = self._xgrammar.allocate_token_bitmask(1, self._info.vocab_size)
+        matcher = xgrammar.GrammarMatcher(compiled)
+        allowed = xgrammar.allocate_token_bitmask(1, self._vocab_size)
         matcher.fill_next_token_bitmask(allowed)
         return None if (allowed != 0).any() else "no text fits the schema: its references lead back to themselves"
 

@@ -100,7 +100,7 @@ class ModelServer(LLMServer):
         threading.Thread(target=_end_with, args=(client,), name="engine-watch", daemon=True).start()
         processor = await asyncio.to_thread(load_processor, local, hosted.trust_remote_code)
         self._specials = special_texts(processor)
-        self._grammars = await asyncio.to_thread(Grammars, processor.tokenizer, client.model_config.get_vocab_size())
+        self._grammars = Grammars(processor.tokenizer, client.model_config.get_vocab_size())
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
         """As LLMServer's. Refused are texts that spell a special token, of which the template would make the token, and schemas that no answer can follow."""

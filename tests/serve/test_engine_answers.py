@@ -133,3 +133,7 @@ def test_a_schema_that_takes_very_long_is_given_up():
 
     slow, quick = asyncio.run(both())
     assert "more than 0.2 seconds" in slow and quick is None
+
+
+def test_a_tokenizer_that_xgrammar_cannot_use_ends_no_replica():
+    assert "tokenizer" in asyncio.run(Grammars(object(), 100).problem({"type": "boolean"}))

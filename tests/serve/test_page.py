@@ -60,12 +60,23 @@ def test_sign_in_and_out(served):
         assert answer.json()["name"] == "ann" and not answer.json()["lead"]
         cookie = answer.headers["Set-Cookie"]
         assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Secure" not in cookie
-        assert client.get("/api/me").json()["name"] == "ann" and client.get("/api/next").status_code == 200
+        identity = client.cookies["medray_clinician"]
+        assert identity != served[2]["ann"] and client.get("/api/me").json()["name"] == "ann" and client.get("/api/next").status_code == 200
         assert client.post("/api/undo", json={"save_key": "0" * 32}, headers={"Origin": "http://evil.example"}).status_code == 403
         client.post("/api/sign-out")
+        assert client.get("/api/next", headers={"Cookie": f"medray_clinician={identity}"}).status_code == 401, "it was copied before"
         assert client.get("/api/me").json() == {"name": None} and client.get("/api/next").status_code == 401
         secure = client.post("/api/sign-in", json={"token": served[2]["ann"]}, headers={"X-Forwarded-Proto": "https"})
         assert "Secure" in secure.headers["Set-Cookie"]
+
+
+def test_failed_sign_ins_are_limited_by_the_address_that_the_reverse_proxy_names(served):
+    with httpx.Client(base_url=served[0], timeout=60) as http:
+        def statuses(address, *tokens):
+            return [http.post("/api/sign-in", json={"token": token}, headers={"X-Forwarded-For": address}).status_code for token in tokens]
+
+        assert statuses("203.0.113.7", *["wrong"] * 11, served[2]["ann"]) == [401] * 10 + [429, 429]
+        assert statuses("203.0.113.8", served[2]["ann"]) == [200]
 
 
 def test_what_is_sent_is_checked(served, client):

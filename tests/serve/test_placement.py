@@ -18,12 +18,15 @@ from serve.placement import check_fits, check_port, plain_errors
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Runs a function as `serve run` runs a builder, before it joins or starts Ray; (exit code, output)."""
-    import ray
+def not_joined(monkeypatch):
+    """This process as one that has joined no Ray, whatever earlier tests have started in it."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray._private.worker._global_node", None)
 
-    if ray.is_initialized():
-        pytest.skip("this process has joined a Ray")
+
+@pytest.fixture
+def run(monkeypatch, not_joined):
+    """Runs a function as `serve run` runs a builder, before it joins or starts Ray; (exit code, output)."""
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2}')
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
 
@@ -66,12 +69,8 @@ def test_a_replica_on_cpu_reserves_what_leaves_room_for_others():
         ServeConfig(run="r", engine_cpus=0)
 
 
-def test_other_programs_are_not_held_to_this_machine():
+def test_other_programs_are_not_held_to_this_machine(not_joined):
     """They may join any cluster after they have built the application."""
-    import ray
-
-    if ray.is_initialized():
-        pytest.skip("this process has joined a Ray")
     check_fits([Demand("replicas", 1, 1, 10_000)], "")
     check_port()
 
@@ -93,6 +92,7 @@ def test_a_port_that_is_taken(run, monkeypatch, reuse):
 
 
 @pytest.mark.ray
+@pytest.mark.whole_job
 def test_what_a_cluster_may_grow_to_counts(run):
     # Ray's sockets lie in the folder, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="c", dir="/tmp") as folder, FakeCluster(Path(folder), {"generate": (4, 2)}) as cluster:
