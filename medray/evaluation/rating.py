@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from medray.config import DataConfig, RaterConfig, ScoreConfig
-from medray.data.rater_pairs import on_side, right_order
+from medray.data.rater_pairs import on_side, right_order, side_of
 from medray.evaluation.compare import clustered_interval
 from medray.inference.score import Score, score_options
 
@@ -133,7 +133,12 @@ def evaluate_rater(
             on_side, fn_kwargs={"side": "held_out", "config": config.model_dump()}, batch_format="pyarrow", batch_size=256, num_cpus=data_config.read_cpus)
         return held_out.map_batches(ScorePairs, **score_options(score_config, rater, data_config))
 
-    rows, again = write_resumable(pairs, target, committed, rated_pairs, score_config.rows_per_task, data_config.read_cpus)
+    def is_held_out(row: dict[str, Any]) -> bool:
+        return side_of(row["chosen_image_id"], row["rejected_image_id"], config) == "held_out"
+
+    rows, again = write_resumable(
+        pairs, target, committed, rated_pairs, score_config.rows_per_task, data_config.read_cpus, keeps=is_held_out,
+        keep_columns=["chosen_image_id", "rejected_image_id"])
     columns: dict[str, dict[str, list]] = {}
     for table in tables(target, ["origin", "chosen_image_id", "chosen_rating", "rejected_rating", "error"]):
         for row in table.to_pylist():
