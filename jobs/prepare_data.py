@@ -17,13 +17,14 @@ from medray.preflight import check_output, check_source
 
 EPILOG = """\
 formats (found by content; --format names one)
-  llava              conversation JSON or JSONL and its image folder (LLaVA-Med's `conversatons` too)
+  llava              conversations or messages as JSON or JSONL, with images (LLaVA-Med's `conversatons` too)
   llava-med-captions figure captions with in-text mentions (pair_id, fig_caption)
   llava-med-qa       LLaVA-Med's chat benchmark (question_id, gpt4_answer)
   vqa-rad  slake  pmc-vqa  omnimedvqa       the files as published
-  hf-parquet         Hugging Face parquet with image{bytes,path}: PathVQA and others
+  hf-parquet         Hugging Face Parquet with image{bytes,path}: questions, dialogues, texts
   wbcatt  skincon  cbis-ddsm                attribute tables; CBIS-DDSM with its DICOM files or their JPEG copies
-  preference         TRL's preference rows: prompt, chosen, rejected
+  preference         preference rows of TRL (prompt, chosen, rejected) and LLaMA-Factory
+  questions          a table of image files, question and answer, with options or without
   webdataset         tars of key.jpg + key.json or key.txt
   captions  images  dicom                   a folder with a captions CSV, of images alone, of DICOM files
   shards             what this job wrote

@@ -22,7 +22,6 @@ inline images and DICOM); payload, JSON of exactly one of
 
 from __future__ import annotations
 
-import json
 import logging
 import posixpath
 import re
@@ -50,13 +49,13 @@ from medray.data.readers import (
     webdataset,
 )
 from medray.data.readers.common import IMAGE_TOKEN, BadRecord, Place, Row, as_unicode, error_row, inside
-from medray.data.readers.files import Member, readable
+from medray.data.readers.files import Member, Rest, readable
 from medray.data.readers.layout import HEAD_BYTES, layout_of, records
 from medray.data.readers.splits import UnknownSplit, record_split, split_of
 from medray.data.readers.suffixes import compression_of, opened, suffix_of
 from medray.data.readers.tracked import FieldUse
 from medray.data.reading import failure, open_file
-from medray.data.survey import MANIFEST, PARQUET_KINDS, entries_of, in_threads, survey
+from medray.data.survey import PARQUET_KINDS, entries_of, in_threads, manifest_of, survey
 from medray.data.walk import subfolders
 from medray.errors import DataError
 
@@ -91,13 +90,6 @@ def detect(config: DataConfig) -> tuple[str, list[str]]:
     """(format, files or folder to read) of data.source: see medray.data.survey."""
     found = survey(config)
     return found.kind, found.files
-
-
-def manifest_of(source: str) -> dict[str, Any] | None:
-    """manifest.json of a directory of jobs/prepare_data.py; None where `source` is none."""
-    fs, root = url_to_fs(source)
-    path = f"{root}/{MANIFEST}"
-    return json.loads(fs.cat_file(path)) if fs.exists(path) else None
 
 
 def read_index(config: DataConfig, num_cpus: float = 1.0, notes: str | None = None) -> Any:
@@ -284,6 +276,8 @@ def index_rows(
             if isinstance(record, Member):
                 notes.add(UNUSED, _relative(path, root), f"member {as_unicode(record.name)}")
             else:
+                if isinstance(error, Rest):
+                    notes.add(UNUSED, _relative(path, root), f"what stands {as_unicode(where)}")
                 yield from _record_rows(kind, place, where, record, error, splits, use, patient_key)
     use.note(notes, _relative(path, root))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import posixpath
 import re
 from collections import Counter
@@ -35,12 +37,15 @@ from medray.data.readers.suffixes import UNREAD_TABLES, opened, suffix_of
 from medray.data.reading import failure, open_file
 from medray.errors import DataError
 
-MANIFEST = "manifest.json"
+MANIFEST, DATASET = "manifest.json", "medray-dataset"  # of jobs/prepare_data.py, and its `kind`
 PARQUET_KINDS = ("shards", "hf-parquet", "preference")
 # A source is searched this many levels deep, and this many folders wide: below that lie images.
 LEVELS, FOLDERS = 3, 1000
 _REQUESTS_AT_ONCE = 16
 _MOST_PASSED = 100
+_MOST_OTHERS = 200  # tables of other suffixes that are looked at, to say what they are; all are counted by suffix
+
+logger = logging.getLogger("medray")
 _TEXT_SUFFIXES = (".txt", ".json", ".caption", ".xml")
 _BROKEN = "broken"
 
@@ -78,7 +83,7 @@ def survey(config: DataConfig) -> Survey:
     if not fs.exists(root):
         raise DataError(f"data.source: {config.source} does not exist")
     root = root.rstrip("/") or root
-    if fs.exists(f"{root}/{MANIFEST}") and config.format in ("auto", "shards"):
+    if config.format in ("auto", "shards") and manifest_of(config.source) is not None:
         root = f"{root}/shards"  # a directory of jobs/prepare_data.py
     if config.format in ("images", "dicom"):
         return Survey(config.format, [root])
@@ -97,7 +102,7 @@ def survey(config: DataConfig) -> Survey:
                 unknown += tables
                 continue
             _check_columns(config, tables, first.kind)
-            return _chosen(fs, root, first.kind, tables, [*unknown, *_tables(fs, [path for path in level if suffix_of(path) not in suffixes])], unread)
+            return _chosen(fs, root, first.kind, tables, [*unknown, *_tables(fs, [path for path in level if suffix_of(path) not in suffixes][:_MOST_OTHERS])], unread)
     for table in unknown:
         if table.kind == _BROKEN:
             raise DataError(f"data.source: {table.path} cannot be read as Parquet: {' '.join(table.names)}")
@@ -105,6 +110,19 @@ def survey(config: DataConfig) -> Survey:
     if kind is None:
         raise DataError(_unknown_source(config.source, root, unknown, unread))
     return Survey(kind, [root])
+
+
+def manifest_of(source: str) -> dict[str, Any] | None:
+    """manifest.json of a directory of jobs/prepare_data.py; None where `source` is none (other sets have files of that name)."""
+    fs, root = url_to_fs(source)
+    path = f"{root}/{MANIFEST}"
+    if not fs.isfile(path) or not fs.isdir(f"{root}/shards"):
+        return None
+    try:
+        manifest = json.loads(fs.cat_file(path))
+    except ValueError as error:
+        raise DataError(f"data.source: {path} is damaged ({error}); run jobs/prepare_data.py --to {source} again") from None
+    return manifest if isinstance(manifest, dict) and manifest.get("kind") == DATASET else None
 
 
 def _named(fs: Any, root: str, config: DataConfig) -> Survey:
@@ -134,9 +152,11 @@ def _chosen(fs: Any, root: str, kind: str, tables: list[Table], others: list[Tab
     for table in [*tables, *others]:
         if table.path in chosen:
             continue
-        if table.kind == _BROKEN:
+        if table.kind == _BROKEN and table in tables:
             # A broken part of the set is an error row; it is not passed over.
             chosen.append(table.path)
+        elif table.kind == _BROKEN:
+            passed[_below(table.path, root)] = "not read: it cannot be read as Parquet"
         elif table.kind is None:
             passed[_below(table.path, root)] = f"not read: in no known format ({missing_columns(table.names)})"
         elif table.kind == kind:
@@ -216,9 +236,19 @@ def _levels(fs: Any, root: str, levels: int = LEVELS, wide: int = FOLDERS) -> It
         return
     level = [root]
     for _ in range(levels):
-        entries = [entry for folder in level for entry in entries_of(fs, folder) if not posixpath.basename(entry["name"]).startswith((".", "__MACOSX"))]
+        entries = [entry for folder in level for entry in _listed(fs, folder, root) if not posixpath.basename(entry["name"]).startswith((".", "__MACOSX"))]
         yield sorted(e["name"] for e in entries if e["type"] != "directory" and suffix_of(e["name"]) in (*TABLES, *UNREAD_TABLES))
         level = sorted(e["name"] for e in entries if e["type"] == "directory")[:wide]
+
+
+def _listed(fs: Any, folder: str, root: str) -> list[dict[str, Any]]:
+    try:
+        return entries_of(fs, folder)
+    except OSError as error:
+        if folder == root:
+            raise DataError(f"data.source: {folder} {failure(error)}") from None
+        logger.warning("data.source: the folder %s %s", _below(folder, root), failure(error))
+        return []
 
 
 def entries_of(fs: Any, folder: str) -> list[dict[str, Any]]:

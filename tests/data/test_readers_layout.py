@@ -7,7 +7,7 @@ import json
 import pytest
 
 from medray.config import DataConfig
-from medray.data.sources import detect, survey
+from medray.data.sources import detect, manifest_of, survey
 from medray.errors import DataError
 from tests.data.wild import dialogue, index, payloads, unused, write
 
@@ -159,3 +159,23 @@ def test_a_column_that_is_named_twice_is_refused(tmp_path):
     write(tmp_path / "metadata.csv", "file_name,text,text\n0.png,a,b\n")
     with pytest.raises(DataError, match="'text' twice"):
         detect(DataConfig(source=str(tmp_path)))
+
+
+def test_a_file_that_is_cut_is_named(tmp_path):
+    write(tmp_path / "train.json", json.dumps(RECORDS)[:-200])
+    _, rows, notes = index(tmp_path)
+    assert [row["error"] is None for row in rows][-1:] == [False]
+    assert unused(notes) == {"train.json": {f"what stands from record {len(rows) - 1} on"}}
+
+
+def test_a_manifest_of_somebody_else(tmp_path):
+    """manifest.json is ours only beside shards/."""
+    write(tmp_path / "manifest.json", [{"any": "thing"}])
+    write(tmp_path / "train.json", RECORDS)
+    assert detect(DataConfig(source=str(tmp_path)))[0] == "llava"
+    assert manifest_of(str(tmp_path)) is None
+    (tmp_path / "shards").mkdir()
+    assert manifest_of(str(tmp_path)) is None
+    write(tmp_path / "manifest.json", "{cut")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        manifest_of(str(tmp_path))

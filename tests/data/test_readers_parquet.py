@@ -14,7 +14,7 @@ from medray.data.sources import detect, survey
 from medray.errors import DataError
 from tests.data.test_images import noise, saved
 from tests.data.test_readers_dialogues import FORMS
-from tests.data.wild import index, payloads, unused, write
+from tests.data.wild import dialogue, index, payloads, unused, write
 
 IMAGES = [saved(noise((8, 6), number)) for number in range(6)]
 
@@ -184,3 +184,10 @@ def test_row_groups_are_read_apart_and_together(tmp_path, monkeypatch):
 def test_suffixes_in_any_case(tmp_path, suffix):
     shard(tmp_path, [{"image": image(0), "text": "A lung."}], f"train{suffix}")
     assert payloads(index(tmp_path)[1]) == [{"caption": "A lung.", "context": None}]
+
+
+def test_a_broken_parquet_file_beside_a_json_set_is_named(tmp_path):
+    write(tmp_path / "x.parquet", b"PAR1 cut")
+    write(tmp_path / "train.json", [dialogue("0.png")])
+    found = survey(DataConfig(source=str(tmp_path)))
+    assert (found.kind, len(found.files), list(found.passed)) == ("llava", 1, ["x.parquet"])

@@ -24,6 +24,10 @@ KEYS_AHEAD = 2**16
 Found = tuple[str, Any, str | None]
 
 
+class Rest(str):
+    """An error that costs all that follows in a file, however much that is."""
+
+
 @dataclass(frozen=True)
 class Member:
     """What stands beside the records in a JSON file, such as {"info": ..., "data": [...]}: it is named, and not read."""
@@ -39,7 +43,7 @@ def readable(found: Iterator[Found]) -> Iterator[Found]:
             number += 1
             yield one
     except OSError as error:
-        yield f"after record {number}" if number else "whole file", None, f"the file {failure(error)}"
+        yield f"after record {number}" if number else "whole file", None, Rest(f"the file {failure(error)}")
 
 
 def json_lines(handle: BinaryIO, start: int, end: int) -> Iterator[Found]:
@@ -92,7 +96,7 @@ def csv_records(handle: BinaryIO, encoding: str = "utf-8-sig", delimiter: str = 
             number += 1
             continue
         except UnicodeError as error:
-            yield f"from record {number} on", None, f"cannot be read: not {encoding} ({error}); save the file as UTF-8"
+            yield f"from record {number} on", None, Rest(f"cannot be read: not {encoding} ({error}); save the file as UTF-8")
             return
         if record is None:
             return
@@ -116,7 +120,7 @@ def json_records(handle: BinaryIO, encoding: str = "utf-8", is_record: IsRecord 
     try:
         first = text.peek()
         if not first or first not in "[{":
-            yield "whole file", None, "must hold a list of records"
+            yield "whole file", None, Rest("must hold a list of records")
             return
         number = 0
         while first := text.peek():
@@ -128,17 +132,17 @@ def json_records(handle: BinaryIO, encoding: str = "utf-8", is_record: IsRecord 
             elif first == "{":
                 yield from _members(text, "", None, is_record)
             else:
-                yield text.place, None, f"cannot be read: not JSON: {first!r} after the end of a value"
+                yield text.place, None, Rest(f"cannot be read: not JSON: {first!r} after the end of a value")
                 return
             number += 1
             if text.peek() == ",":  # records with commas between them and no list around them
                 text.at += 1
     except UnicodeDecodeError as error:
-        yield text.place, None, f"cannot be read: not {encoding} ({error.reason}); save the file as UTF-8"
+        yield text.place, None, Rest(f"cannot be read: not {encoding} ({error.reason}); save the file as UTF-8")
     except json.JSONDecodeError as error:
-        yield text.place, None, f"cannot be read: not JSON: {error.msg}"
+        yield text.place, None, Rest(f"cannot be read: not JSON: {error.msg}")
     except (ValueError, RecursionError) as error:
-        yield text.place, None, f"cannot be read: {error}"
+        yield text.place, None, Rest(f"cannot be read: {error}")
 
 
 def _items(text: _Text, name: str, split: str | None, is_record: IsRecord | None) -> Iterator[Found]:
