@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from medray.config import DataConfig, InstructionFreeTrainConfig, ModelConfig
+from medray.data.encoding_check import check_alike, check_family, own_inputs
 from medray.data.images import ImageError, decode, pad_to_square
 from medray.data.shuffling import shuffled
 from medray.data.spans import (
@@ -26,9 +27,11 @@ from medray.data.spans import (
     EncodeError,
     TokenInfo,
 )
+from medray.errors import ConfigError
 from medray.records import check_turns
 
 IGNORE = -100
+ROWS_CHECKED = 4  # by each encoder, against the model's own processor
 
 _PIXELS = [("pixels", pa.binary()), ("pixel_shape", pa.list_(pa.int32())), ("image_grid_thw", pa.list_(pa.int32()))]
 ENCODED_SFT = pa.schema([("sample_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), *_PIXELS, ("error", pa.string())])
@@ -44,17 +47,21 @@ ENCODED = {"sft": ENCODED_SFT, "dpo": ENCODED_DPO, "description": ENCODED_DESCRI
 class Encoder:
     """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.CONVERSATION ("sft"), PREFERENCE ("dpo")
     or DESCRIPTION ("description") to encoded rows, one for one. A row that cannot be encoded carries its reason in `error`.
+    The first rows are held against the model's own processor.
 
     Args:
         model_path: the model, whose processor is used.
         model_config, data_config: as dicts, so that the constructor arguments travel as plain data.
         train_config: of "description" only, the stage's InstructionFreeTrainConfig as a dict (default: its defaults). Its
             instruction counts for a row's length; the encoded rows are the same for every instruction and shuffling.
+
+    Raises ConfigError, also later for one of the first rows, where the model's own processor gives the model something else.
     """
 
     def __init__(
         self, model_path: str, model_config: dict[str, Any], data_config: dict[str, Any], kind: str, train_config: dict[str, Any] | None = None,
     ):
+        from medray.models.support import family_and_stops
         from medray.models.vlm import load_processor
 
         self.config = ModelConfig.model_validate(model_config)
@@ -66,15 +73,40 @@ class Encoder:
         if kind == "description":
             self.train = InstructionFreeTrainConfig.model_validate(train_config or {})
             self.descriptions = Descriptions(self.dialogues, self.train.instruction, self.train.proxy.count)
+        self.family, stops = family_and_stops(model_path, self.processor, self.config.trust_remote_code)
+        check_family(self.family, self.dialogues, self._pixels, stops, rounds=kind == "sft")
+        self._rows_to_check = ROWS_CHECKED
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []
         for row in table.to_pylist():
             try:
-                rows.append({"sample_id": row["sample_id"], **self.encode(row)})
+                rows.append({"sample_id": row["sample_id"], **self._checked(row, self.encode(row))})
             except (EncodeError, ImageError) as error:
                 rows.append({"sample_id": row["sample_id"], "error": str(error)})
+            except ConfigError:
+                raise
+            except Exception as error:  # the row boundary: a processor may raise anything for one odd image or text
+                rows.append({"sample_id": row["sample_id"], "error": f"{type(error).__name__}: {error}"})
         return pa.Table.from_pylist(rows, schema=self.schema)
+
+    def _checked(self, row: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Any]:
+        """An encoded row as it is; one of the first is compared with what the processor makes of it."""
+        if self._rows_to_check:
+            self._rows_to_check -= 1
+            image = self._decoded(row["image"])
+            for turns, ids, whole in self._texts(row, encoded):
+                check_alike(self.family, self.dialogues, own_inputs(self.dialogues, turns, image), ids, encoded, whole)
+        return encoded
+
+    def _texts(self, row: dict[str, Any], encoded: dict[str, Any]) -> list[tuple[list[dict[str, str]], np.ndarray, bool]]:
+        """(turns, ids, whether they are the whole text's) of a row."""
+        if self.schema is ENCODED_SFT:
+            return [(row["turns"], encoded["input_ids"], True)]
+        if self.schema is ENCODED_DPO:
+            asked = {"role": "user", "text": row["prompt"]}
+            return [([asked, {"role": "assistant", "text": row[name]}], encoded[f"{name}_ids"], False) for name in ("chosen", "rejected")]
+        return [(self.descriptions.turns(encoded["description"]), self._described(encoded, encoded["description"])[0], True)]
 
     def _sft(self, row: dict[str, Any]) -> dict[str, Any]:
         problem = check_turns(row["turns"])
@@ -143,9 +175,13 @@ class Encoder:
 
     def _image(self, data: bytes | None) -> tuple[dict[str, Any], int]:
         """The processor's uint8 pixels of one image, and how many tokens stand for it."""
+        return self._pixels(self._decoded(data))
+
+    def _decoded(self, data: bytes | None) -> Any:
         image = decode(data, self.limits)
-        if self.config.pad_to_square:
-            image = pad_to_square(image)
+        return pad_to_square(image) if self.config.pad_to_square else image
+
+    def _pixels(self, image: Any) -> tuple[dict[str, Any], int]:
         out = self.processor(text=[self.dialogues.image_token], images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
         values = np.asarray(out["pixel_values"])
         # LLaVA: [1, 3, H, W] -> [3, H, W]; Qwen-VL: [patches, 3 * time * side * side] as it is.

@@ -12,12 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from medray.config import ModelConfig
 from medray.errors import ConfigError, DataError
 
 ANSWER, QUESTION, QUESTION_PREFIX = 0, 1, 2
 _MARK = "QXQ"  # stands where a text will
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of all special tokens by spelling: those that transformers has a name for, and those that only the tokenizer's own file marks as
+    special (Gemma's <end_of_turn>, Idefics' <global-img>). Tokens of blanks alone are text."""
+    marked = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return {token: index for token, index in {**marked, **named}.items() if token.strip()}
+
+
+def image_token_of(processor: Any) -> str:
+    """The token that stands for an image's features in the model's ids.
+
+    Raises ConfigError where the processor names none.
+    """
+    token = getattr(processor, "image_token", None)
+    if not isinstance(token, str):
+        raise ConfigError(f"model.path: {type(processor).__name__} names no image token; this model family is not supported yet")
+    return token
 
 
 class EncodeError(DataError):
@@ -53,10 +73,13 @@ class Dialogues:
             self.template = processor.chat_template or self.tokenizer.chat_template
         if not self.template:
             raise ConfigError("model.chat_template: the model has none of its own; give a Jinja file")
-        self.image_token = processor.image_token
+        if not isinstance(self.template, str):
+            raise ConfigError("model.chat_template: the model has several templates; give one as a Jinja file")
+        self.image_token = image_token_of(processor)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        self.special_ids = set(self.tokenizer.all_special_ids)
-        self._specials = [token for token in {*self.tokenizer.all_special_tokens, self.image_token} if token]
+        special = special_tokens(self.tokenizer)
+        self.special_ids = set(special.values())
+        self._specials = sorted({*special, self.image_token})
 
     def info(self, questioner: bool = True) -> TokenInfo:
         """`questioner` False: without the questioner's prefix, which not every template can write."""
@@ -69,7 +92,11 @@ class Dialogues:
 
     def render(self, turns: list[dict[str, str]], opening: bool = False) -> str:
         """Text of the dialogue; the first user turn carries the image; `opening` adds the assistant's prefix."""
-        return self.processor.apply_chat_template(self._messages(turns), chat_template=self.template, add_generation_prompt=opening, tokenize=False)
+        try:
+            return self.processor.apply_chat_template(self.messages(turns), chat_template=self.template, add_generation_prompt=opening, tokenize=False)
+        except TemplateError as error:  # also what a template raises itself: an unknown role, an order of roles it does not know
+            roles = ", ".join(dict.fromkeys(message["role"] for message in self.messages(turns)))
+            raise EncodeError(f"the chat template refuses a dialogue with the roles {roles}: {error}; set model.chat_template") from error
 
     def encode(self, turns: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
         """Ids (one image token, not yet expanded) int32 [T] and spans int32 [S, 3] of (kind, start, end), half-open.
@@ -127,7 +154,8 @@ class Dialogues:
             return [{"role": "system", "text": self.config.system_prompt}, *turns]
         return turns
 
-    def _messages(self, turns: list[dict[str, str]]) -> list[dict[str, Any]]:
+    def messages(self, turns: list[dict[str, str]]) -> list[dict[str, Any]]:
+        """Turns as chat templates take them."""
         messages, image_given = [], False
         for turn in turns:
             role = self.config.questioner_role if turn["role"] == "questioner" else turn["role"]
@@ -171,7 +199,10 @@ class Dialogues:
 
     def _questioner_prefix(self) -> list[int]:
         turns = [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}, {"role": "questioner", "text": _MARK}]
-        before, through = self.render(turns[:2]), self.render(turns)
+        try:
+            before, through = self.render(turns[:2]), self.render(turns)
+        except EncodeError as error:
+            raise ConfigError(f"model.questioner_role: {error}, which writes the role {self.config.questioner_role!r} too") from error
         if not through.startswith(before) or _MARK not in through[len(before):]:
             raise ConfigError(f"model.questioner_role: the chat template writes nothing usable for the role {self.config.questioner_role!r}")
         opened = through[: through.rindex(_MARK)].rstrip(" ")
@@ -224,8 +255,12 @@ class Descriptions:
         text = self._before + description + self._after
         return self.dialogues.tokenise(text, [(ANSWER, self._opened, len(text.rstrip()))])
 
+    def turns(self, description: str) -> list[dict[str, str]]:
+        """The dialogue of a description."""
+        return [*self._asked, {"role": "assistant", "text": description}]
+
     def _render(self, description: str) -> str:
-        return self.dialogues.render([*self._asked, {"role": "assistant", "text": description}])
+        return self.dialogues.render(self.turns(description))
 
     def _special_in(self, text: str) -> str | None:
         return self._placeholder if self._placeholder in text else self.dialogues.special_in(text)

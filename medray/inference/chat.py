@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medray.config import ModelConfig
-from medray.data.spans import Dialogues, EncodeError
+from medray.data.spans import Dialogues, EncodeError, image_token_of, special_tokens
 
 Turn = dict[str, str]  # {"role": system | user | assistant | questioner, "text": ...}
 _MARK = "QXQ"
@@ -13,7 +13,7 @@ _MARK = "QXQ"
 
 def special_texts(processor: Any) -> tuple[str, ...]:
     """The spellings of a model's special tokens, its image token among them."""
-    return tuple(token for token in {*processor.tokenizer.all_special_tokens, processor.image_token} if token)
+    return tuple(token for token in {*special_tokens(processor.tokenizer), image_token_of(processor)} if token)
 
 
 def spells_special(text: str, specials: tuple[str, ...]) -> bool:
@@ -32,10 +32,10 @@ class Chat:
     """
 
     def __init__(self, model_dir: str, config: ModelConfig):
-        from transformers import AutoProcessor
+        from medray.models.vlm import load_processor
 
         self.config = config
-        processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=config.trust_remote_code)
+        processor = load_processor(model_dir, config.trust_remote_code)
         self.dialogues = Dialogues(processor, config)
         self.tokenizer: Any = processor.tokenizer
         self.specials = special_texts(processor)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from medray.config import EngineConfig, ModelConfig, SamplingConfig
 from medray.errors import MedrayError, StageError
+from medray.data.spans import special_tokens
 from medray.inference.chat import Chat, Turn
 from medray.inference.engine_guard import OWNER_ENV
 
@@ -81,7 +82,7 @@ class VLMEngine:
         self._engine = _start(model_dir, model_config, engine_config, max_lora_rank)
         self._ids = itertools.count()
         self._loras: dict[str, int] = {}
-        self._special = frozenset(self.chat.tokenizer.all_special_ids)
+        self._special = frozenset(special_tokens(self.chat.tokenizer).values())
         self.start_seconds = time.monotonic() - started
 
     async def generate(
@@ -244,6 +245,7 @@ def vllm_arguments(model_dir: str, precision: str, trust_remote_code: bool, conf
     return {
         "dtype": "float32" if precision == "fp32" else "bfloat16",
         "trust_remote_code": trust_remote_code,
+        "load_format": "safetensors",  # "auto" falls back on pickles
         "max_model_len": config.max_model_len,
         "gpu_memory_utilization": config.memory_utilization,
         "enforce_eager": config.enforce_eager,

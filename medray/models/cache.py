@@ -12,6 +12,8 @@ from typing import Any
 
 from medray.errors import StageError
 
+_SMALL = 2**28  # the largest tokenizers take some tens of MB
+
 
 def localize(uri: str | os.PathLike) -> str:
     """A local path for a model: remote folders (s3://, gs://, ...) are copied to a cache first.
@@ -43,6 +45,24 @@ def localize(uri: str | os.PathLike) -> str:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return str(target)
+
+
+def small_files(uri: str | os.PathLike, scratch: str | os.PathLike) -> str:
+    """A local path for everything of a model but its weights: the files of a remote folder are copied to `scratch`, other references come
+    back as they are.
+
+    Raises StageError where there is nothing at the address.
+    """
+    uri = os.fspath(uri)
+    fs, root = _store(uri)
+    if fs is None:
+        return root
+    for path, (size, _) in _files(fs, root, uri).items():
+        if size <= _SMALL and not path.endswith((".safetensors", ".bin", ".pt", ".pth")):
+            local = Path(scratch, path[len(root):].lstrip("/"))
+            local.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(path, str(local))
+    return os.fspath(scratch)
 
 
 def marks(uri: str | os.PathLike) -> dict[str, tuple[int, str]] | None:

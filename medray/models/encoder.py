@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 
 from medray.errors import ConfigError
-from medray.models.cache import localize
+from medray.models.vlm import load_processor, load_whole
 
 OPEN_CLIP = "open_clip:"
 
@@ -24,15 +24,14 @@ class Encoder:
     """
 
     def __init__(self, path: str, precision: str, device: str):
-        from transformers import AutoModel, AutoProcessor
+        from transformers import AutoModel
 
-        folder = localize(path)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+        self.model = load_whole(AutoModel, path, "demonstrations.encoder", dtype=dtype).to(device).eval()
         kind = self.model.config.model_type
         if not callable(getattr(self.model, "get_image_features", None)) or not callable(getattr(self.model, "get_text_features", None)):
             raise ConfigError(f"demonstrations.encoder: {path} is a {kind} model without text and image features; give a CLIP or SigLIP class model")
-        self.processor: Any = AutoProcessor.from_pretrained(folder)
+        self.processor: Any = load_processor(path, field="demonstrations.encoder")
         # SigLIP was trained on texts padded to the full length, and reads others differently.
         self.padding = "max_length" if kind.startswith("siglip") else "longest"
         self.max_length = self.model.config.text_config.max_position_embeddings

@@ -30,7 +30,7 @@ from medray.data.rater_inputs import RaterInputs
 from medray.errors import ConfigError
 from medray.models.cache import localize
 from medray.models.export import whole_folder
-from medray.models.vlm import load_processor, resolve_model
+from medray.models.vlm import load_processor, load_whole, resolve_model
 
 FACTS = "rater.json"
 _UNUSED = {"logit_scale", "logit_bias"}  # of the contrastive loss alone
@@ -111,7 +111,7 @@ class Rater(nn.Module):
         folder = localize(resolve_model(path))
         encoder = _load_encoder(folder)
         torch.manual_seed(seed)
-        return cls(encoder, load_processor(folder), hidden, max_length, pad_to_square)
+        return cls(encoder, load_processor(folder, field="rater.encoder"), hidden, max_length, pad_to_square)
 
     @classmethod
     def from_pretrained(cls, path: str) -> Rater:
@@ -124,7 +124,7 @@ class Rater(nn.Module):
         folder = Path(localize(resolve_model(path)))
         if not (folder / FACTS).is_file():
             raise ConfigError(f"{path} holds no rating model (it has no {FACTS}); medray.train.rater_training makes one of an encoder")
-        model = cls(_load_encoder(str(folder)), load_processor(str(folder)), **json.loads((folder / FACTS).read_text()))
+        model = cls(_load_encoder(str(folder)), load_processor(str(folder), field="rater.encoder"), **json.loads((folder / FACTS).read_text()))
         model.mlp.load_state_dict(load_file(folder / "head.safetensors"))
         return model.eval()
 
@@ -145,7 +145,7 @@ def load_inputs(path: str, max_length: int, pad_to_square: bool, limits: DataCon
     from transformers import AutoConfig
 
     folder = localize(resolve_model(path))
-    return _inputs(load_processor(folder), AutoConfig.from_pretrained(folder), max_length, pad_to_square, limits)
+    return _inputs(load_processor(folder, field="rater.encoder"), AutoConfig.from_pretrained(folder), max_length, pad_to_square, limits)
 
 
 def _inputs(processor: Any, config: Any, max_length: int, pad_to_square: bool, limits: DataConfig) -> RaterInputs:
@@ -162,10 +162,7 @@ def _pads(config: Any) -> bool:
 def _load_encoder(folder: str) -> Any:
     from transformers import AutoModel
 
-    try:
-        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:  # what transformers raises for a wrong id or path, and for an unknown kind of model
-        raise ConfigError(f"rater.encoder: cannot load {folder}: {error}") from error
+    encoder = load_whole(AutoModel, folder, "rater.encoder", dtype=torch.float32)
     if not callable(getattr(encoder, "get_text_features", None)):
         raise ConfigError(f"rater.encoder: {folder} is a {type(encoder).__name__}, no encoder of images and texts; take a CLIP or SigLIP")
     return encoder

@@ -1,42 +1,88 @@
 """Loading, freezing, adapting and merging of vision-language models: any LLaVA or Qwen-VL class model of transformers.
 
-A model has three parts: `vision` (the tower), `projector` (what maps its features into the language model), `llm`.
+A model has three parts: `vision` (the tower), `projector` (what maps its features into the language model), `llm`; every
+parameter belongs to one of them (`check_parts`).
 Nothing here knows Ray or vLLM.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import logging
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from medray.config import LoraConfig, TrainConfig
 from medray.errors import ConfigError
-from medray.models.cache import localize, marks
+from medray.models.cache import localize
+from medray.models.fingerprint import check_model, model_hash
+
+__all__ = ["check_model", "model_hash"]
+logger = logging.getLogger("medray")
 
 Part = Literal["vision", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("vision", "projector", "llm")
 
-# Qwen-VL keeps its projector (the patch merger) inside the tower, so the projector is looked for first.
-_PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|visual\.merger|visual\.deepstack_merger_list|mm_projector)\.")
-_VISION = re.compile(r"(^|\.)(vision_tower|visual|vision_model)\.")
-_LLM = re.compile(r"(^|\.)(language_model|lm_head)(\.|$)")
+# Names at the top of a model, under PEFT's wrapper too. Anchored: a name deep in the language model decides nothing. Qwen-VL keeps its
+# projector (the patch merger) inside the tower, so the projector is looked for first.
+_TOP = r"^(?:base_model\.model\.)?(?:model\.)?"
+_PROJECTOR = re.compile(
+    _TOP + r"(multi_modal_projector|mm_projector|projector|vision_projection|connector|aligner|merger|embed_vision|image_newline|"
+    r"visual\.merger|visual\.deepstack_merger_list)(\.|$)")
+_VISION = re.compile(_TOP + r"(vision_tower|visual|vision_model|vision_encoder)(\.|$)")
+_LLM = re.compile(_TOP + r"(language_model|text_model|lm_head)(\.|$)")
 
 
 def part_of(name: str) -> Part | None:
-    """The part a parameter or module belongs to, by its name in transformers; None for neither (say, a newline vector)."""
-    if _PROJECTOR.search(name + "."):
+    """The part a parameter or module belongs to, by its name in transformers; None for none of them (an audio tower, say)."""
+    if _PROJECTOR.match(name):
         return "projector"
-    if _VISION.search(name + "."):
+    if _VISION.match(name):
         return "vision"
-    if _LLM.search(name):
+    if _LLM.match(name):
         return "llm"
     return None
+
+
+def family_of(model: Any) -> str:
+    """The model family's name in transformers, for messages: gemma3, internvl, ..."""
+    return model.config.model_type
+
+
+def check_parts(model: Any, field: str = "model.path") -> None:
+    """Every parameter has a part, and the parts are where transformers itself sees decoder and tower.
+
+    Raises ConfigError naming the family and the parameters: one without a part would be frozen without a word.
+    """
+    family = family_of(model)
+    if model.config.is_encoder_decoder or model.config.get_text_config(decoder=True).is_encoder_decoder:
+        raise ConfigError(f"{field}: {family} is an encoder-decoder model; medray tunes decoder-only vision-language models (LLaVA, Qwen-VL)")
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    lost = [name for name in sizes if part_of(name) is None]
+    if lost:
+        share = sum(sizes[name] for name in lost) / sum(sizes.values())
+        tops = sorted({".".join(_path(name)[:1]) for name in lost})
+        raise ConfigError(
+            f"{field}: {family}: {len(lost)} parameters ({share:.0%} of the model) belong to no part (vision, projector, llm) that medray knows, "
+            f"and would stay frozen: {', '.join(tops[:6])}, first {lost[0]}; this family is not supported yet")
+    missing = [part for part in PARTS if part not in {part_of(name) for name in sizes}]
+    if missing:
+        raise ConfigError(f"{field}: {family} has no parameters in its {' and '.join(missing)} part; medray tunes vision-language models (LLaVA, Qwen-VL)")
+    for module, allowed in ((model.get_decoder(), ("llm",)), (model.get_encoder(modality="image"), ("vision", "projector"))):
+        own = {id(parameter) for parameter in module.parameters()}
+        wrong = [name for name, parameter in model.named_parameters() if id(parameter) in own and part_of(name) not in allowed]
+        if wrong and module is not model:
+            raise ConfigError(f"{field}: {family}: {wrong[0]} has the name of the {part_of(wrong[0])} part but lies in {type(module).__name__}; this family is not supported yet")
+
+
+def _path(name: str) -> list[str]:
+    parts = name.split(".")
+    return parts[1:] if parts[0] == "model" and len(parts) > 1 else parts
 
 
 def resolve_model(path: str) -> str:
@@ -56,45 +102,78 @@ def resolve_model(path: str) -> str:
     return str(folder.resolve())
 
 
-def model_hash(path: str | os.PathLike) -> str:
-    """Stable hash of a model: of its weight files where it is a local folder, of their names, sizes and change marks (ETags) where it is a remote
-    one (which is not copied for it: 7B are 14 GB, and a job's own node may be small), of its name where it is a hub id."""
-    remote = marks(path)
-    if remote is not None:
-        own = {name: mark for name, mark in remote.items() if "/" not in name and (name.endswith(".safetensors") or name == "config.json")}
-        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(localize(path))
-    if not folder.is_dir():
-        return hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            while block := handle.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
 def load_vlm(path: str, precision: str = "bf16", trust_remote_code: bool = False, device: Any = "cpu") -> Any:
-    """The model (local folder, hub id or remote address) in bf16 or fp32 on `device`, in eval mode.
+    """The model (local folder, hub id or remote address) in bf16 or fp32 on `device`, in eval mode. Weights are read from safetensors alone.
 
-    Raises ConfigError where there is no such model, or it is no image-text model.
+    Raises ConfigError where there is no such model, it is no image-text model, its weights lack tensors that the model has, or a parameter
+    belongs to no part.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(localize(path), dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:  # what transformers raises for a wrong id or path, and for another kind of model
-        raise ConfigError(f"model.path: cannot load {path}: {error}") from error
+    model = load_whole(AutoModelForImageTextToText, path, "model.path", dtype=dtype, trust_remote_code=trust_remote_code)
+    check_parts(model)
     return model.to(device).eval()
 
 
-def load_processor(path: str, trust_remote_code: bool = False) -> Any:
+def load_whole(auto_class: Any, path: str, field: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained` from safetensors alone, with every tensor of the model found in the files.
+
+    Raises ConfigError, which names `field`, for a folder without safetensors, a wrong id or path, another kind of model, and for missing
+    tensors, which transformers would draw at random and only warn of.
+    """
+    folder = localize(path)
+    refuse_pickles(folder, path, field)
+    try:
+        model, info = auto_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+        # What transformers raises for a wrong id or path, another kind of model, damaged files and tensors of other shapes.
+        raise ConfigError(f"{field}: cannot load {path}: {error}") from error
+    missing = sorted({*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])})
+    if missing:
+        raise ConfigError(
+            f"{field}: {path} ({family_of(model)}) lacks {len(missing)} of the model's tensors, which would be random: {', '.join(missing[:3])}; "
+            "give a complete folder in the names that transformers reads")
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        logger.warning("%s: %s holds %d tensors that the model does not use: %s", field, path, len(unused), ", ".join(unused[:3]))
+    return model
+
+
+def refuse_pickles(folder: str | os.PathLike, path: str | os.PathLike, field: str) -> None:
+    """Raises ConfigError for a local folder whose weights are not in safetensors: other formats are pickles, which can run code."""
+    problem = pickles_problem(folder)
+    if problem:
+        raise ConfigError(f"{field}: {path} {problem}")
+
+
+def pickles_problem(folder: str | os.PathLike) -> str | None:
+    """What is wrong with a local folder's weight files; None for nothing, and for what is no local folder."""
+    folder = Path(folder)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return None
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack") for file in folder.glob(pattern))
+    kept = f"its weights are {', '.join(pickled[:3])}, which are not read (a pickle can run code)" if pickled else "it holds no weights"
+    return f"has no *.safetensors file: {kept}; save the model with save_pretrained of a current transformers"
+
+
+def load_processor(path: str, trust_remote_code: bool = False, field: str = "model.path") -> Any:
+    """The model's processor.
+
+    Raises ConfigError where the model has none, or none for images and text.
+    """
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(localize(path), trust_remote_code=trust_remote_code)
+    try:
+        processor = AutoProcessor.from_pretrained(localize(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        # What transformers raises for a wrong id or path, missing files or packages, and for a kind of model that it knows no processor of.
+        raise ConfigError(f"{field}: cannot load the processor of {path}: {error}") from error
+    lacks = [name for name in ("tokenizer", "image_processor") if getattr(processor, name, None) is None]
+    if lacks:
+        raise ConfigError(f"{field}: {path} has no {' and no '.join(lacks)} ({type(processor).__name__}); it is no vision-language model: give a LLaVA or Qwen-VL class model")
+    return processor
 
 
 def prepare_trainable(model: Any, config: TrainConfig) -> Any:
@@ -124,10 +203,16 @@ def prepare_trainable(model: Any, config: TrainConfig) -> Any:
             wrapped.add_adapter(part, adapter, autocast_adapter_dtype=False)
     if adapters:
         wrapped.base_model.set_adapter(list(adapters))
+    opened: set[Part | None] = set()
     for name, parameter in wrapped.named_parameters():
         part = part_of(name)
         is_adapter = ".lora_" in name
         parameter.requires_grad_(part is not None and rates[part] is not None and (is_adapter or part not in adapters))
+        if parameter.requires_grad:
+            opened.add(part)
+    for part, rate in rates.items():
+        if rate is not None and part not in opened:
+            raise ConfigError(f"lr_{part}: a {family_of(model)} model has no parameter to train in its {part} part; set lr_{part} to null")
     return wrapped
 
 
@@ -138,7 +223,11 @@ def _peft_config(model: Any, part: Part, lora: LoraConfig) -> Any:
     # All linear layers of the part but the output head, as LLaVA's training does.
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part_of(name) == part and "lm_head" not in name]
     if not names:
-        raise ConfigError(f"lora_{part}: the model has no linear layers in its {part} part")
+        raise ConfigError(f"lora_{part}: a {family_of(model)} model has no linear layers in its {part} part; set lora_{part} to null to train the part in full")
+    adapted = {f"{name}.weight" for name in names}
+    bare = [name for name, parameter in model.named_parameters() if parameter.dim() > 2 and part_of(name) == part and name not in adapted]
+    if part == "llm" and bare:  # experts of a mixture that are one tensor per layer
+        logger.warning("lora_%s: %d tensors of the part are no linear layers, get no adapter and stay as they are: %s", part, len(bare), ", ".join(bare[:2]))
     return peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="|".join(re.escape(n) for n in names))
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medray.models.vlm import plain_model, shared_image_features
 from medray.train.packing import IGNORE, pack_pairs
+from medray.train.pair_pass import PairPass, pass_by_reading, separate_images
 
 NOT_INPUTS = ("labels", "ref_chosen_logps", "ref_rejected_logps")
 BEST_BY = "rating"  # what an epoch's end measures, from 0 to 1, where the best epoch is chosen by it
@@ -126,29 +127,34 @@ def dpo_loss(
     }
 
 
-def answer_logps(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_logps(model: Any, batch: dict[str, Any], pair_pass: PairPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed log-probabilities and token counts of a collated batch of pairs: [2B] (chosen, then rejected), nats.
 
-    Each of the B images is encoded once, and each prompt passed once (`medray.train.packing`), where the attention
-    kernel takes a mask; else chosen and rejected pass separately and share the image's features. The reference stage
-    and the policy both come through here.
+    Where the model allows it, each of the B images is encoded once, and each prompt passed once (`medray.train.packing`); else chosen and
+    rejected pass in rows of their own. The reference stage and the policy both come through here.
+
+    Args:
+        pair_pass: as choose_pair_pass measured; None: as the model's config and modules say.
     """
-    plain = plain_model(model)
-    if plain.config._attn_implementation in ("sdpa", "eager"):
-        packed = pack_pairs(plain, batch)
+    pair_pass = pass_by_reading(model) if pair_pass is None else pair_pass
+    if pair_pass == "packed":
+        packed = pack_pairs(plain_model(model), batch)
         with _head_only_at(model, *packed.predicted_at):
             logits = model(**packed.inputs, use_cache=False).logits
         labels, rows = packed.labels, packed.sequences
-    else:
+    elif pair_pass == "shared":
         with shared_image_features(model, copies=2):
             logits, labels, rows = supervised_logits(model, batch)
+    else:
+        logits, labels, rows = supervised_logits(model, separate_images(batch, copies=2))
     return sum_rows(token_logps(logits, labels), rows, len(batch["labels"]))
 
 
 def dpo_objective(
     model: Any, batch: dict[str, Any], beta: float = 0.1, label_smoothing: float = 0.0, length_normalised: bool = False, sft_weight: float = 0.0,
+    pair_pass: PairPass | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """DPO over a batch of 2B sequences (B chosen, then B rejected) on B images, each encoded once.
+    """DPO over a batch of 2B sequences (B chosen, then B rejected) on B images.
 
     The reference's log-probabilities come with the batch: training holds one model.
 
@@ -156,10 +162,11 @@ def dpo_objective(
         beta, label_smoothing: see dpo_loss.
         length_normalised: divide every log-probability by its answer's tokens (not in the paper).
         sft_weight: weight of an added cross-entropy per token of the chosen answer (not in the paper).
+        pair_pass: see answer_logps.
 
     Returns (loss sum over pairs, number of pairs, sums over pairs for metrics).
     """
-    logps, lengths = answer_logps(model, batch)
+    logps, lengths = answer_logps(model, batch, pair_pass)
     (chosen, rejected), (chosen_length, rejected_length) = logps.chunk(2), lengths.chunk(2)
     ref_chosen, ref_rejected = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
     if length_normalised:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from medray.config import DataConfig, ModelConfig
 from medray.data.begun import Begun
 from medray.data.collate import Encoder, collate_dpo, normalise_pixels
+from medray.data.images import filler_picture
 from medray.records import PREFERENCE_WITH_REFERENCE, conform
 
 
@@ -24,15 +25,20 @@ class Reference:
         import torch
 
         from medray.models.vlm import load_vlm
+        from medray.train.pair_pass import choose_pair_pass, probe_rows
 
         torch.set_num_threads(threads)
         self.config = ModelConfig.model_validate(model_config)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.encoder = Encoder(model_dir, model_config, DataConfig.model_validate(data_config).model_dump(), "dpo")
-        self.info = self.encoder.dialogues.info()
+        self.info = self.encoder.dialogues.info(questioner=False)
         self.model = load_vlm(model_dir, self.config.precision, self.config.trust_remote_code, self.device)
         self.model_hash = model_hash
         self.begun = Begun()
+        probe = self.encoder(pa.Table.from_pylist(probe_rows(filler_picture()))).to_pylist()
+        with torch.no_grad():
+            # The rule that training follows, on the same rows.
+            self.pair_pass = None if any(row["error"] for row in probe) else choose_pair_pass(self.model, self._batch(probe))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         self.begun(table.num_rows)
@@ -51,9 +57,11 @@ class Reference:
 
         from medray.train.objectives import answer_logps
 
-        batch = {name: value.to(self.device) for name, value in collate_dpo([{**row, "ref_chosen_logp": None} for row in rows], self.info).items()}
-        batch["pixel_values"] = normalise_pixels(batch["pixel_values"], self.encoder.processor.image_processor, self.model.dtype)
         with torch.no_grad():
-            logps, _ = answer_logps(self.model, batch)
+            logps, _ = answer_logps(self.model, self._batch(rows), self.pair_pass)
         chosen, rejected = logps.double().cpu().chunk(2)
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {name: value.to(self.device) for name, value in collate_dpo([{**row, "ref_chosen_logp": None} for row in rows], self.info).items()}
+        return batch | {"pixel_values": normalise_pixels(batch["pixel_values"], self.encoder.processor.image_processor, self.model.dtype)}

@@ -19,6 +19,7 @@ from medray.models.proxy_instruction import add_placeholder
 from medray.models.vlm import load_processor, load_vlm, prepare_trainable
 from medray.train.engine import full_state, load_full_state, make_engine, zero_stage
 from medray.train.objectives import DPO_METRICS, IGNORE, dpo_objective, sft_objective
+from medray.train.pair_pass import PairPass, choose_pair_pass
 from medray.train.proxy import ProxyStep
 
 Objective = Literal["sft", "dpo", "instruction_free"]
@@ -68,6 +69,7 @@ class TrainStep:
         self.proxy: ProxyStep | None = None
         if objective == "instruction_free" and config.instruction is None:
             self.proxy = ProxyStep(config, self.model, placeholder_id, self.device, proxy)
+        self.pair_pass: PairPass | None = None  # until it is measured, as the model's modules say
         self.steps = 0
         self._grad_norm: float | None = None
         self.engine.train()
@@ -98,7 +100,14 @@ class TrainStep:
         if self.kind != "dpo":
             return sft_objective(self.engine, batch)
         config: DpoConfig = self.config
-        return dpo_objective(self.engine, batch, config.beta, config.label_smoothing, config.length_normalised, config.sft_weight)
+        return dpo_objective(self.engine, batch, config.beta, config.label_smoothing, config.length_normalised, config.sft_weight, self.pair_pass)
+
+    @torch.no_grad()
+    def measure_pair_pass(self, batch: dict[str, Any]) -> None:
+        """Choose how pairs pass the model by a batch of probe rows (medray.train.pair_pass). Collective."""
+        self.engine.train(False)
+        self.pair_pass = choose_pair_pass(self.engine, self.place(batch))
+        self.engine.train(True)
 
     def samples_of(self, batch: dict[str, Any]) -> int:
         return len(batch["labels"]) // (2 if self.kind == "dpo" else 1)

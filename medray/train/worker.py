@@ -46,6 +46,7 @@ from medray.set_aside import check_set_aside, check_something, counted
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 from medray.train.done import BEFORE, Ids, count_done, done_rows, keep_done, write_done
 from medray.train.objectives import BEST_BY
+from medray.train.pair_pass import probe_rows
 from medray.train.starts import Start, redone
 
 logger = logging.getLogger("medray")
@@ -90,6 +91,8 @@ def train_worker(config: dict[str, Any]) -> None:
         config["model_dir"], model_config, train_config, config["objective"], config["rows"] * train_config.epochs, ray.train.torch.get_device(),
         proxy=config["proxy"])
     batches = make_batches(config["model_dir"], model_config, train_config, config["objective"])
+    if batches.probe is not None:
+        step.measure_pair_pass(batches.probe)
     progress, done = restore(step)
     shards = {name: ray.train.get_dataset_shard(name) for name in config["datasets"]}
     goes_on = progress.epoch < train_config.epochs  # else all is done, and this is no start
@@ -128,6 +131,9 @@ class Batches:
         if filler["error"] is not None:
             raise ConfigError(f"model: not even an answer of one word can be encoded: {filler['error']}")
         self.filler = self.collate([filler], 0)
+        # What a DPO training measures with how pairs may pass the model; None for other objectives, or limits too tight for it.
+        probe = self.encoder(pa.Table.from_pylist(probe_rows(filler_picture()))).to_pylist() if objective == "dpo" else []
+        self.probe = self.collate(probe, 0) if probe and not any(row["error"] for row in probe) else None
 
     def in_order(self, rows: Iterable[Row], epoch: int | None) -> Iterator[Row]:
         """Encoded rows with what this epoch draws before they are batched: the order of a description's parts (None: as it is)."""

@@ -1,0 +1,83 @@
+"""Whether medray can tune a model, told from its small files: config, tokenizer, template and processor, without its weights."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from medray.config import DataConfig, ModelConfig
+from medray.errors import ConfigError
+from medray.models.cache import localize, small_files
+from medray.models.vlm import check_parts, load_processor, refuse_pickles
+
+
+def check_support(path: str, model_config: ModelConfig, questioner: bool, kind: str = "sft") -> None:
+    """Refuse a model that would be tuned wrongly, before anything starts.
+
+    Reads a local folder, the small files of a remote address, or a hub id's (from the cache or the hub; one that cannot be reached is left
+    to the stage that loads it).
+
+    Args:
+        questioner: the template must write model.questioner_role.
+        kind: of rows that are trained on (medray.data.collate.Encoder).
+
+    Raises ConfigError naming the family and the reason.
+    """
+    with tempfile.TemporaryDirectory(prefix="medray-model-") as scratch:
+        folder = small_files(path, scratch)
+        if folder != scratch:
+            refuse_pickles(folder, path, "model.path")
+        _check(folder, path, model_config, questioner, kind)
+
+
+def _check(folder: str, path: str, model_config: ModelConfig, questioner: bool, kind: str) -> None:
+    from medray.data.collate import Encoder
+
+    config = _config(folder, path, model_config.trust_remote_code)
+    if config is None:
+        return
+    _check_modules(config, path, model_config.trust_remote_code)
+    encoder = Encoder(folder, model_config.model_dump(), DataConfig().model_dump(), kind)
+    encoder.dialogues.info(questioner=questioner)
+
+
+def _config(folder: str, path: str, trust_remote_code: bool) -> Any:
+    """The model's config; None where a hub id cannot be reached from here."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except OSError:
+        if Path(folder).is_dir():
+            raise
+        return None
+    except (ValueError, KeyError) as error:  # a model_type that this transformers does not know; code that may not run
+        raise ConfigError(f"model.path: cannot read the config of {path}: {error}") from error
+
+
+def _check_modules(config: Any, path: str, trust_remote_code: bool) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    ships_code = trust_remote_code and hasattr(config, "auto_map")
+    if not ships_code and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ConfigError(f"model.path: {path} is a {config.model_type} model, which takes no images and texts to text; give a LLaVA or Qwen-VL class model")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    check_parts(model)
+
+
+def family_and_stops(path: str, processor: Any, trust_remote_code: bool = False) -> tuple[str, set[int]]:
+    """(the family's name in transformers, ids at which the model stops generating)."""
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = localize(path)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        named = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # a folder without generation_config.json
+        named = config.get_text_config().eos_token_id
+    stops = {processor.tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])}
+    return config.model_type, stops - {None}
