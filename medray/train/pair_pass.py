@@ -59,7 +59,7 @@ def packing_problem(model: Any) -> str | None:
 
 
 def _layer_problem(layer: nn.Module) -> str | None:
-    children = dict(layer.named_children())
+    children = {name: child for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
     unknown = [name for name in children if name not in _LAYER]
     if unknown or "self_attn" not in children:
         return f"{type(layer).__name__} with {', '.join(unknown) or 'no self_attn'}"
