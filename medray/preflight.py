@@ -1,4 +1,7 @@
-"""Checks of a whole configuration before anything starts: cheap, without torch or Ray, each error naming its field."""
+"""Checks of a whole configuration before anything starts: cheap, without Ray, each error naming its field.
+
+A local model that is to be tuned is looked at too, with torch and transformers, but without its weights.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from medray.config import (
     SelfTrainingConfig,
 )
 from medray.errors import ConfigError
+from medray.models.fingerprint import pickles_problem
 from medray.paths import address_problems, model_folder_problems, output_problems
 from medray.plan.demand import FILTER_CPUS, LISTING_CPUS, demands
 from medray.testbed import ENCODERS, MODELS
@@ -44,6 +48,7 @@ def check_self_training(config: SelfTrainingConfig) -> None:
     problems = [
         *model_problems("model.path", config.model.path),
         *template_problems(config.model),
+        *support_problems(config.model, questioner=True),
         *source_problems(config.data),
         *prepared_problems(config.data),
         *cpu_problems(config, {"sft": config.sft, "dpo": config.dpo}),
@@ -62,6 +67,7 @@ def check_instruction_free(config: InstructionFreeConfig) -> None:
     problems = [
         *model_problems("model.path", config.model.path),
         *template_problems(config.model),
+        *support_problems(config.model, questioner=False, kind="description"),
         *source_problems(config.data),
         *prepared_problems(config.data),
         *cpu_problems(config, stages),
@@ -85,6 +91,7 @@ def check_clinician_preference(config: ClinicianPreferenceConfig) -> None:
     problems = [
         *model_problems("model.path", config.model.path),
         *template_problems(config.model),
+        *support_problems(config.model, questioner=True),
         *source_problems(config.data),
         *prepared_problems(config.data, bool(config.evaluate.arms)),
         *([] if config.demonstrations.encoder.startswith("open_clip:") else encoder_problems("demonstrations.encoder", config.demonstrations.encoder)),
@@ -138,10 +145,31 @@ def model_problems(field: str, path: str) -> list[str]:
         return address_problems(field, path)
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return model_folder_problems(field, path) if (folder / "config.json").is_file() else [f"{field}: {path} has no config.json; give a folder in Hugging Face format"]
+        if not (folder / "config.json").is_file():
+            return [f"{field}: {path} has no config.json; give a folder in Hugging Face format"]
+        problem = pickles_problem(folder)
+        return [f"{field}: {path} {problem}"] if problem else model_folder_problems(field, path)
     if _HUB_ID.fullmatch(path) and not path.startswith((".", "/", "~")):
         return []
     return [f"{field}: {path} does not exist; give a folder in Hugging Face format, a hub id (org/name), or one of {BUNDLED}"]
+
+
+def support_problems(model: ModelConfig, questioner: bool, kind: str = "sft") -> list[str]:
+    """Why a local model cannot be tuned, by its family, template and processor; others are looked at where they are first used.
+
+    Args:
+        questioner, kind: see medray.models.support.check_support.
+    """
+    folder = Path(model.path).expanduser()
+    if not folder.is_dir() or model_problems("model.path", model.path) or template_problems(model):
+        return []  # what is wrong is said there
+    from medray.models.support import check_support
+
+    try:
+        check_support(str(folder.resolve()), model, questioner, kind)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def encoder_problems(field: str, path: str) -> list[str]:

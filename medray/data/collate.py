@@ -99,6 +99,15 @@ class Encoder:
                 check_alike(self.family, self.dialogues, own_inputs(self.dialogues, turns, image), ids, encoded, whole)
         return encoded
 
+    def check_row(self, turns: list[dict[str, str]], image: Any) -> None:
+        """Compare one dialogue about a decoded (and padded, where the model wants it) image with what the processor makes of it.
+
+        Raises ConfigError naming the family and the first difference, EncodeError for a dialogue that cannot be encoded.
+        """
+        pixels, image_tokens = self._pixels(image)
+        ids, _ = self.dialogues.expand(*self.dialogues.encode(turns), image_tokens)
+        check_alike(self.family, self.dialogues, own_inputs(self.dialogues, turns, image), ids, pixels)
+
     def _texts(self, row: dict[str, Any], encoded: dict[str, Any]) -> list[tuple[list[dict[str, str]], np.ndarray, bool]]:
         """(turns, ids, whether they are the whole text's) of a row."""
         if self.schema is ENCODED_SFT:

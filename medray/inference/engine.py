@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from medray.config import EngineConfig, ModelConfig, SamplingConfig
-from medray.errors import MedrayError, StageError
 from medray.data.spans import special_tokens
+from medray.errors import MedrayError, StageError
 from medray.inference.chat import Chat, Turn
 from medray.inference.engine_guard import OWNER_ENV
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig, VerifyConfig
-from medray.errors import DataError, StageError
+from medray.errors import DataError, MedrayError, StageError
 from medray.inference.chat import Chat
 from medray.inference.worker import EngineWorker
 from medray.models.cache import localize
@@ -20,8 +20,8 @@ def verify_export(
 ) -> dict[str, Any]:
     """Compare greedy decoding of vLLM and of transformers on questions about images.
 
-    First the prompt ids (transformers renders and tokenises on its own path), then the tokens. A differing token is
-    allowed only where transformers' own log-probability of vLLM's choice is within config.logprob_tolerance nats of
+    First training's encoding of the rows against the model's own processor. Then the prompt ids (transformers renders and
+    tokenises on its own path), then the tokens. A differing token is allowed only where transformers' own log-probability of vLLM's choice is within config.logprob_tolerance nats of
     its best token; the row is not compared further, as the texts part there.
 
     Args:
@@ -92,6 +92,7 @@ def _against_transformers(
     device = "cuda" if on_gpu else "cpu"
     model = load_vlm(model_dir, model_config.precision, model_config.trust_remote_code, device)
     chat = Chat(model_dir, model_config)
+    _check_encoder(model_dir, model_config, taken)
     # Not the model's own settings: a repetition penalty there would change even greedy decoding.
     eos = model.generation_config.eos_token_id or chat.tokenizer.eos_token_id
     settings = GenerationConfig(do_sample=False, max_new_tokens=config.max_tokens, eos_token_id=eos, pad_token_id=chat.tokenizer.pad_token_id)
@@ -120,6 +121,19 @@ def _against_transformers(
         report["near_ties"] += 1
         report["largest_tie"] = max(report["largest_tie"], nats)
     return report
+
+
+def _check_encoder(model_dir: str, model_config: ModelConfig, taken: list[dict[str, Any]]) -> None:
+    """Hold training's encoding of the questions, each with a plain answer, against the model's own processor."""
+    from medray.data.collate import Encoder
+
+    encoder = Encoder(model_dir, model_config.model_dump(), {}, "dpo")
+    for row in taken:
+        turns = [{"role": "user", "text": row["question"]}, {"role": "assistant", "text": "yes"}]
+        try:
+            encoder.check_row(turns, row["image"])
+        except MedrayError as error:
+            raise StageError(f"verify: row {row['sample_id']}: {error}") from error
 
 
 def _first_gap(ours: list[int], wanted: list[int], logits: Any, report: dict[str, Any]) -> tuple[int, float] | None:

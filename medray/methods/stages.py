@@ -97,6 +97,15 @@ def shared_stage(run: Run, shared: Run, name: str, inputs: dict[str, Any], work:
 
 
 def resolve_base(config: AnyMethodConfig) -> Model:
+    """The model to tune.
+
+    Raises ConfigError where it cannot be tuned; of a local folder preflight has said so before.
+    """
+    from medray.models.support import check_support
+
+    if not config.model.path.startswith("testbed:"):
+        instruction_free = isinstance(config, InstructionFreeConfig)
+        check_support(config.model.path, config.model, not instruction_free, "description" if instruction_free else "sft")
     return local_model(config.model.path)
 
 

@@ -28,6 +28,16 @@ def belongs(name: str) -> bool:
     return not hidden and path.suffix.lower() in _PARTS and not path.name.lower().startswith(_TEXTS)
 
 
+def pickles_problem(folder: str | os.PathLike) -> str | None:
+    """What is wrong with a local folder's weight files; None for nothing, and for what is no local folder."""
+    folder = Path(folder)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return None
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack") for file in folder.glob(pattern))
+    kept = f"its weights are {', '.join(pickled[:3])}, which are not read (a pickle can run code)" if pickled else "it holds no weights"
+    return f"has no *.safetensors file: {kept}; save the model with save_pretrained of a current transformers"
+
+
 def model_hash(path: str | os.PathLike) -> str:
     """Stable hash of a model: of the content of its files where it is a local folder, of their names, sizes and change marks (ETags) where it is
     a remote one (which is not copied for it: 7B are 14 GB, and a job's own node may be small), of its name where it is a hub id."""

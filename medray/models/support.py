@@ -9,7 +9,7 @@ from typing import Any
 from medray.config import DataConfig, ModelConfig
 from medray.errors import ConfigError
 from medray.models.cache import localize, small_files
-from medray.models.vlm import check_parts, load_processor, refuse_pickles
+from medray.models.vlm import check_parts, refuse_pickles, resolve_model
 
 
 def check_support(path: str, model_config: ModelConfig, questioner: bool, kind: str = "sft") -> None:
@@ -24,6 +24,7 @@ def check_support(path: str, model_config: ModelConfig, questioner: bool, kind: 
 
     Raises ConfigError naming the family and the reason.
     """
+    path = resolve_model(path)
     with tempfile.TemporaryDirectory(prefix="medray-model-") as scratch:
         folder = small_files(path, scratch)
         if folder != scratch:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from medray.config import LoraConfig, TrainConfig
 from medray.errors import ConfigError
 from medray.models.cache import localize
-from medray.models.fingerprint import check_model, model_hash
+from medray.models.fingerprint import check_model, model_hash, pickles_problem
 
 __all__ = ["check_model", "model_hash"]
 logger = logging.getLogger("medray")
@@ -146,16 +146,6 @@ def refuse_pickles(folder: str | os.PathLike, path: str | os.PathLike, field: st
     problem = pickles_problem(folder)
     if problem:
         raise ConfigError(f"{field}: {path} {problem}")
-
-
-def pickles_problem(folder: str | os.PathLike) -> str | None:
-    """What is wrong with a local folder's weight files; None for nothing, and for what is no local folder."""
-    folder = Path(folder)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return None
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack") for file in folder.glob(pattern))
-    kept = f"its weights are {', '.join(pickled[:3])}, which are not read (a pickle can run code)" if pickled else "it holds no weights"
-    return f"has no *.safetensors file: {kept}; save the model with save_pretrained of a current transformers"
 
 
 def load_processor(path: str, trust_remote_code: bool = False, field: str = "model.path") -> Any:
