@@ -91,7 +91,7 @@ def train_worker(config: dict[str, Any]) -> None:
         config["model_dir"], model_config, train_config, config["objective"], config["rows"] * train_config.epochs, ray.train.torch.get_device(),
         proxy=config["proxy"])
     batches = make_batches(config["model_dir"], model_config, train_config, config["objective"])
-    if batches.probe is not None:
+    if config["objective"] == "dpo" and batches.probe is not None:
         step.measure_pair_pass(batches.probe)
     progress, done = restore(step)
     shards = {name: ray.train.get_dataset_shard(name) for name in config["datasets"]}
