@@ -12,7 +12,7 @@ _LINE = 500  # characters of a library's own message
 
 
 def error_of_ours(error: BaseException) -> MedrayError | None:
-    """The error of medray's inside one of Ray's: raised in a task, in an actor's constructor, or in a training worker."""
+    """The MedrayError inside one of Ray's: raised in a task, an actor's constructor, or a training worker."""
     for inner in _inside(error, set()):
         if isinstance(inner, MedrayError) and not _is_rays(inner):
             return inner
@@ -29,7 +29,8 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MedrayError):
         return str(error)
     if _is_rays(error):
-        return f"Ray: {type(error).__name__}: {_first_line(error)}; a process or a machine of the cluster was lost, or Ray could not start one"
+        said = f"Ray: {type(error).__name__}: {_first_line(error)}"
+        return f"{said}; a process or a machine of the cluster was lost, or Ray could not start one"
     if isinstance(error, json.JSONDecodeError):
         return f"a file of JSON is damaged: {_first_line(error)}"
     if isinstance(error, MemoryError):
@@ -55,19 +56,31 @@ def _inside(error: BaseException | None, seen: set[int]) -> Iterator[BaseExcepti
         return
     seen.add(id(error))
     yield error
-    # RayTaskError keeps `cause`, ActorDiedError the constructor's RayTaskError in its arguments, Ray Train what its workers or controller raised.
-    wrapped = [getattr(error, "cause", None), *error.args, getattr(error, "controller_failure", None), error.__cause__]
+    # RayTaskError keeps `cause`, ActorDiedError has the constructor's RayTaskError in its arguments, Ray Train
+    # keeps what its workers or its controller raised.
+    wrapped = [
+        getattr(error, "cause", None),
+        *error.args,
+        getattr(error, "controller_failure", None),
+        error.__cause__,
+    ]
     wrapped += list(getattr(error, "worker_failures", {}).values()) + list(getattr(error, "exceptions", ()))
     for inner in wrapped:
         yield from _inside(inner, seen)
 
 
 def _is_rays(error: BaseException) -> bool:
-    return type(error).__module__.split(".")[0] == "ray" or any(kind.__module__ == "ray.exceptions" for kind in type(error).__mro__)
+    return type(error).__module__.split(".")[0] == "ray" or any(
+        kind.__module__ == "ray.exceptions" for kind in type(error).__mro__
+    )
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A remote traceback ends in what was raised.
-    said = next((line for line in reversed(lines) if not line.startswith(("File ", "^"))), "") if "Traceback" in str(error) else (lines or [""])[0]
+    said = (
+        next((line for line in reversed(lines) if not line.startswith(("File ", "^"))), "")
+        if "Traceback" in str(error)
+        else (lines or [""])[0]
+    )
     return said[:_LINE] or "no message"

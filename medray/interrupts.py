@@ -1,9 +1,9 @@
-"""The signals of a job's process, owned in one place: Ctrl-C and SIGTERM end the job within ten seconds, whatever it is doing.
+"""Signals of a job's process, owned in one place: Ctrl-C and SIGTERM end it within ten seconds.
 
-Libraries put handlers of their own in (ray.init for SIGTERM, Ray Train's fit for SIGINT), the main thread may be in C++ where
-no Python handler runs, and a KeyboardInterrupt that is raised in a callback is dropped. So each signal is also heard by a
-thread, through signal.set_wakeup_fd: it ends the process by force when the main thread has not ended it in time, or when the
-user presses Ctrl-C again.
+Libraries install handlers of their own (ray.init for SIGTERM, Ray Train's fit for SIGINT), the main thread
+may be in C++ where no Python handler runs, and Python drops a KeyboardInterrupt that is raised in a callback.
+So a thread hears each signal too, through signal.set_wakeup_fd: it ends the process by force if the main
+thread has not ended it in time, or if the user presses Ctrl-C again.
 """
 
 from __future__ import annotations
@@ -28,16 +28,22 @@ _owner: JobSignals | None = None
 class JobSignals:
     """For the time of the block SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, once.
 
-    SIGINT is taken also where the parent ignores it: a shell without job control does so for its background jobs.
+    SIGINT is handled even if the parent ignores it: a shell without job control ignores it for background
+    jobs.
 
     Args:
         leave: ends the process at once, by the thread that heard the signal.
         notice: called by that thread at the first signal.
-        lost: ends the process at once, because another job has taken its run over; called by any thread, with the reason.
+        lost: ends the process at once, because another job has taken its run over; called by any thread, with
+            the reason.
     """
 
     def __init__(
-        self, leave: Callable[[], NoReturn], notice: Callable[[], None], lost: Callable[[str], NoReturn], grace: float | None = None,
+        self,
+        leave: Callable[[], NoReturn],
+        notice: Callable[[], None],
+        lost: Callable[[str], NoReturn],
+        grace: float | None = None,
     ):
         self.received = False
         self.lost = lost
@@ -108,7 +114,7 @@ class JobSignals:
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    """The handlers of the signals that end a job, as they were before the block, after a library's call in it."""
+    """Restore the handlers of the signals that end a job, after a library's call in the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,10 +128,12 @@ def handlers_kept() -> Iterator[None]:
 
 
 def end_lost(reason: str) -> None:
-    """End this process's work on a run that another job has taken over: a job at once, a library's caller by KeyboardInterrupt."""
+    """End the work on a run that another job has taken over: a job at once, a caller by KeyboardInterrupt."""
     if _owner is not None:
         _owner.lost(reason)
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # a real one wakes a sleeping thread too
+    signal.pthread_kill(
+        threading.main_thread().ident, signal.SIGINT
+    )  # a real one wakes a sleeping thread too
 
 
 def descendants() -> set[psutil.Process]:

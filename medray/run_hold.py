@@ -1,4 +1,4 @@
-"""What a job does around its work in a run: it holds it, logs into it, and leaves files for their owner alone."""
+"""What a job does around its work in a run: hold it, log into it, keep its files for their owner alone."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ announce: Callable[[str], None] | None = None  # a job's way to tell its watcher
 
 @contextlib.contextmanager
 def held(*runs: Run, keep: bool = True) -> Iterator[None]:
-    """Hold runs for the time of the block: no other job writes them, what is logged goes into the first one's logs/.
+    """Hold runs for the time of the block: no other job writes them; log lines go into the first one's logs/.
 
-    New files are for their owner alone (a Ray that is started in the block inherits that). What a killed job left half written
-    is removed.
+    New files are for their owner alone (a Ray that is started in the block inherits that). What a killed job
+    left half written is removed.
 
     Args:
         keep: leave a note of who held them.
@@ -41,7 +41,9 @@ def held(*runs: Run, keep: bool = True) -> Iterator[None]:
         locks: dict[str, RunLock] = {}
         for run in runs:
             if run.uri not in locks:
-                lock = RunLock(run.fs, run._root, run.uri, run.is_local, on_lost=interrupts.end_lost, keep=keep)
+                lock = RunLock(
+                    run.fs, run._root, run.uri, run.is_local, on_lost=interrupts.end_lost, keep=keep
+                )
                 lock.acquire()
                 stack.callback(lock.release)
                 locks[run.uri] = lock
@@ -63,12 +65,14 @@ def held(*runs: Run, keep: bool = True) -> Iterator[None]:
 
 
 def remove_leftovers(run: Run) -> None:
-    """Remove what a killed job was writing beside its place, to rename it when whole. The run must be held."""
+    """Remove files that a killed job was writing and had not renamed yet. The run must be held."""
     if not run.is_local:
         return
     root = Path(run.uri)
     for depth in range(1, _LEFTOVER_DEPTH + 1):
-        for path in [path for name in _LEFTOVERS for path in root.glob("/".join(["*"] * (depth - 1) + [name]))]:
+        for path in [
+            path for name in _LEFTOVERS for path in root.glob("/".join(["*"] * (depth - 1) + [name]))
+        ]:
             logger.info("removing %s, which a killed job left", path)
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,18 +1,21 @@
-"""One job at a time writes a run: a lock with its owner and a heartbeat, on local disks, NFS and object stores.
+"""Let one job at a time write a run, by a lock with a heartbeat on local disks, NFS and object stores.
 
     lock/000007.json    who holds the run, or held it last
 
-The file with the highest number counts. A job takes a free run by creating the next number, which only one of several
-can do: by a hard link on a file system, by a conditional put on S3 and Google Cloud Storage. Elsewhere the last put wins,
-and everybody looks again after a moment. The owner touches its file every BEAT_SECONDS.
+The file with the highest number counts. A job takes a free run by creating the next number, which only one
+of several can do: by a hard link on a file system, by a conditional put on S3 and Google Cloud Storage.
+On other stores the last put wins, and every job looks again after a moment. The owner touches its file every
+BEAT_SECONDS.
 
 A run is free when its owner released it, or is dead:
 
-- On the same machine (one boot, one namespace of process ids) its process is looked up, so a dead owner is noticed at once.
-- On another machine its heartbeat is watched. One that does not change for LOST_SECONDS is dead. Clocks are never compared.
+- On the same machine (one boot, one namespace of process ids) its process is looked up, so a dead owner is
+  noticed at once.
+- On another machine its heartbeat is watched. An owner whose heartbeat does not change for LOST_SECONDS is
+  dead. Clocks are never compared.
 
-An owner that was taken over (a laptop that slept, a network that was cut) finds a higher number at its next heartbeat, or
-before its next write, whichever comes first, and stops.
+An owner that was taken over (a laptop that slept, a network that was cut) finds a higher number at its next
+heartbeat, or before its next write, whichever comes first, and stops.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ def machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When the process began, as the system counts; None where there is none, or it is dead and not yet reaped."""
+    """Start of the process in the system's own count; None if there is none, or it is dead and not reaped."""
     if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -83,7 +86,9 @@ def _clocks() -> tuple[float, float]:
 
 
 def _command() -> str:
-    return " ".join(without_passwords(argument) for argument in [os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return " ".join(
+        without_passwords(argument) for argument in [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    )
 
 
 class _Folder:
@@ -103,7 +108,10 @@ class _Folder:
         return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
 
     def read(self, number: int) -> tuple[bytes, Any]:
-        """Its content and a mark that each heartbeat changes. Opened, since NFS asks the server for a file's time only then."""
+        """Content, and a mark that each heartbeat changes.
+
+        The file is opened since NFS asks the server for a file's time only then.
+        """
         with open(self._file(number), "rb") as handle:
             return handle.read(), os.fstat(handle.fileno()).st_mtime_ns
 
@@ -126,7 +134,7 @@ class _Folder:
         os.replace(self._scratch(data), self._file(number))
 
     def beat(self, number: int, data: bytes) -> None:
-        """A new time for the file: that takes no space on a full disk, and the time is the server's on NFS."""
+        """Set a new time: that needs no space on a full disk, and on NFS the time is the server's."""
         os.utime(self._file(number))
 
     def remove(self, number: int) -> None:
@@ -219,8 +227,15 @@ class RunLock:
     """
 
     def __init__(
-        self, fs: Any, root: str, uri: str, local: bool, on_lost: Callable[[str], None] | None = None, keep: bool = True,
-        beat: float | None = None, lost: float | None = None,
+        self,
+        fs: Any,
+        root: str,
+        uri: str,
+        local: bool,
+        on_lost: Callable[[str], None] | None = None,
+        keep: bool = True,
+        beat: float | None = None,
+        lost: float | None = None,
     ):
         self.uri, self.keep = uri, keep
         self.number: int | None = None
@@ -233,14 +248,22 @@ class RunLock:
         self._stop = threading.Event()
         self._confirmed = _clocks()
         self._record: dict[str, Any] = {
-            "token": secrets.token_hex(8), "host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "process_started": process_start(os.getpid()),
-            "command": _command(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "beat": 0, "released": False,
+            "token": secrets.token_hex(8),
+            "host": socket.gethostname(),
+            "machine": machine(),
+            "pid": os.getpid(),
+            "process_started": process_start(os.getpid()),
+            "command": _command(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "beat": 0,
+            "released": False,
         }
 
     def acquire(self) -> None:
         """Take the run, after a while of watching where its owner is on another machine.
 
-        Raises RunHeld where another job holds it, ConfigError where nothing can be written, StageError where there is no space.
+        Raises RunHeld if another job holds it, ConfigError if nothing can be written, StageError if there is
+        no space.
         """
         try:
             self._place.prepare()
@@ -256,8 +279,15 @@ class RunLock:
         threading.Thread(target=self._keep_alive, name="run-lock", daemon=True).start()
 
     def check(self) -> None:
-        """Raise RunLost where another job has taken the run over. Looks again if the last heartbeat is so long ago that it may have."""
-        if self.lost_to is None and max(now - then for now, then in zip(_clocks(), self._confirmed, strict=True)) > self._lost_after / 2:
+        """Raise RunLost if another job has taken the run over.
+
+        Looks again if the last heartbeat is so long ago that another job may have.
+        """
+        if (
+            self.lost_to is None
+            and max(now - then for now, then in zip(_clocks(), self._confirmed, strict=True))
+            > self._lost_after / 2
+        ):
             self._confirm()
         if self.lost_to is not None:
             raise RunLost(self.lost_to)
@@ -278,7 +308,9 @@ class RunLock:
                     if self.lost_to is None:
                         self._place.drop()
             except OSError as error:  # a full disk; the owner's end is noticed without it
-                logger.warning("the lock of %s could not be released (%s); it ends with this process", self.uri, error)
+                logger.warning(
+                    "the lock of %s could not be released (%s); it ends with this process", self.uri, error
+                )
             self.number = None
 
     def _try(self) -> None:
@@ -310,7 +342,9 @@ class RunLock:
             logger.info("run %s: its last job (process %s) is dead; taking over", self.uri, owner["pid"])
             return
         who = f"host {owner['host']}, process {owner['pid']}" if owner else "an unknown host"
-        logger.info("run %s is held by %s; waiting up to %.0f s for a sign of life", self.uri, who, self._lost_after)
+        logger.info(
+            "run %s is held by %s; waiting up to %.0f s for a sign of life", self.uri, who, self._lost_after
+        )
         until = time.monotonic() + self._lost_after
         while time.monotonic() < until:
             time.sleep(min(WATCH_SECONDS, self._lost_after / 10))
@@ -360,7 +394,9 @@ class RunLock:
                 self.lost_to = f"run {self.uri} was taken over by {self._describe(numbers)}; this job stops"
                 return
             if self._owner(self.number).get("token") != self._record["token"]:
-                self.lost_to = f"run {self.uri} was taken over by {self._describe([self.number])}; this job stops"
+                self.lost_to = (
+                    f"run {self.uri} was taken over by {self._describe([self.number])}; this job stops"
+                )
                 return
             self._record["beat"] += 1
             self._place.beat(self.number, self._data())
@@ -368,7 +404,11 @@ class RunLock:
 
     def _describe(self, numbers: list[int]) -> str:
         owner = self._owner(numbers[-1]) if numbers else {}
-        return f"host {owner['host']}, process {owner['pid']}, since {owner['started']}" if owner else f"nobody, but the file of its lock is gone from {FOLDER}/"
+        return (
+            f"host {owner['host']}, process {owner['pid']}, since {owner['started']}"
+            if owner
+            else f"nobody, but the file of its lock is gone from {FOLDER}/"
+        )
 
     def _data(self) -> bytes:
         return (json.dumps(self._record, indent=1) + "\n").encode()
@@ -378,7 +418,8 @@ _held_here: set[RunLock] = set()
 
 
 def release_all(seconds: float) -> None:
-    """Release what this process holds, before it ends by force; a store that does not answer in time is left."""
+    """Release what this process holds before it ends by force; skip a store that does not answer in time."""
+
     def release() -> None:
         for lock in list(_held_here):
             lock.release()
@@ -390,8 +431,15 @@ def release_all(seconds: float) -> None:
 
 def _held(uri: str, owner: dict[str, Any], seconds: float | None) -> RunHeld:
     last = "" if seconds is None else f" (last sign of life {max(0.0, seconds):.0f} s ago)"
-    who = f"host {owner['host']}, process {owner['pid']} ({owner['command']}), since {owner['started']}" if owner else "another job"
-    return RunHeld(f"run {uri} is held by {who}{last}; wait until that job has ended, or stop it, or give another run directory")
+    who = (
+        f"host {owner['host']}, process {owner['pid']} ({owner['command']}), since {owner['started']}"
+        if owner
+        else "another job"
+    )
+    return RunHeld(
+        f"run {uri} is held by {who}{last}; "
+        "wait until that job has ended, or stop it, or give another run directory"
+    )
 
 
 def unwritable(uri: str, error: OSError) -> ConfigError | StageError:
@@ -399,4 +447,7 @@ def unwritable(uri: str, error: OSError) -> ConfigError | StageError:
     if error.errno in _NO_SPACE:
         return StageError(f"run {uri}: no space left on the disk that holds it; free some space")
     reason = error.strerror or str(error)
-    return ConfigError(f"--run {uri}: cannot be written ({reason}); give a directory that you may write, or change its permissions")
+    return ConfigError(
+        f"--run {uri}: cannot be written ({reason}); "
+        "give a directory that you may write, or change its permissions"
+    )

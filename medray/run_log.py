@@ -1,4 +1,7 @@
-"""The log of a job in its run: logs/job-0003.log has the lines of the third attempt, and the traceback of its failure."""
+"""The log of a job in its run.
+
+logs/job-0003.log has the lines of the third attempt, and the traceback of its failure.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ def location() -> str | None:
 
 
 class _QuietHandler(logging.FileHandler):
-    """A file of log lines that says nothing of its own: on a full disk each line would bring a traceback to the terminal, where it stands already."""
+    """A log file without errors of its own: on a full disk each line would print a traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         return
 
 
 class RunLog:
-    """For the time of the block what is logged goes into the run too; an exception that leaves it, with its traceback.
+    """Write log lines into the run during the block, and the traceback of an exception that leaves it.
 
     In an object store the file is put anew every UPLOAD_SECONDS, and at the end.
 
@@ -97,7 +100,7 @@ def written(error: BaseException) -> str:
 
 
 def kept_aside(error: BaseException) -> str:
-    """Write the traceback of an error that happened before a run was opened into a temporary file; returns its path."""
+    """Write an error's traceback into a temporary file, if no run was open; returns its path."""
     handle, path = tempfile.mkstemp(prefix="medray-", suffix=".log")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(written(error))

@@ -1,7 +1,8 @@
-"""A small process that outlives a job, to say what the job cannot: Ray's C++ ends a driver whose raylet or GCS died without
-a word of ours, and a job that is killed (out of memory, kill -9) has no time for one.
+"""A small process that outlives a job, to print the last line when the job cannot.
 
-Run by path, without the package, so that it starts in a few milliseconds. It reads lines from the job until the job ends:
+Ray's C++ ends a driver whose raylet or GCS died without any message of ours, and a job that is killed (out of
+memory, kill -9) has no time for one. Run by path, without the package, so that it starts in a few
+milliseconds. It reads lines from the job until the job ends:
 
     log PATH    where the job's log is
     end         the job has said everything itself
@@ -23,7 +24,11 @@ class Watcher:
     def __init__(self, again: str):
         # In a session of its own: neither Ctrl-C nor `kill -9` of the job's process group reaches it.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, again], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+            [sys.executable, "-I", "-S", __file__, again],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self.pid = self._process.pid
 
     def tell(self, line: str) -> None:
@@ -53,8 +58,10 @@ def main(again: str) -> None:
             log = rest
     where = f"log: {log}\n" if log else ""
     sys.stderr.write(
-        "failed: the job's process ended before its work (killed, out of memory, or ended by Ray, whose processes died; "
-        f"what Ray said is above)\n{where}fix the cause, then rerun the same command with {again} to resume\n")
+        "failed: the job's process ended before its work was done "
+        "(killed, out of memory, or ended by Ray, whose processes died; "
+        f"what Ray said is above)\n{where}fix the cause, then rerun the same command with {again} to resume\n"
+    )
 
 
 if __name__ == "__main__":

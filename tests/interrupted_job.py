@@ -1,4 +1,4 @@
-"""A job of one run whose stages do what the first argument says, for tests of how jobs end. Prints "now" when it is there.
+"""A job whose second stage does what the first argument says. Prints "now" when it is there.
 
     python tests/interrupted_job.py CASE RUN GRACE
 
@@ -54,6 +54,7 @@ def in_c_code():
 
 def interrupt_dropped():
     """As in a callback or a destructor, whose exceptions Python only prints."""
+
     class Dropping:
         def __del__(self):
             now()
@@ -120,7 +121,11 @@ def trained(seconds):
 
     if seconds:
         threading.Thread(target=wait, daemon=True).start()
-    Trainer(loop, scaling_config=ray.train.ScalingConfig(num_workers=1), run_config=ray.train.RunConfig(name="t", storage_path=f"{RUN}/t")).fit()
+    Trainer(
+        loop,
+        scaling_config=ray.train.ScalingConfig(num_workers=1),
+        run_config=ray.train.RunConfig(name="t", storage_path=f"{RUN}/t"),
+    ).fit()
 
 
 def training():

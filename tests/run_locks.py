@@ -30,7 +30,10 @@ def race(fs, roots, local=True, processes=4):
     """For each run: the number of processes that got it, and what the others were told."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
-    racers = [context.Process(target=try_all, args=(fs, roots, local, number, barrier, results)) for number in range(processes)]
+    racers = [
+        context.Process(target=try_all, args=(fs, roots, local, number, barrier, results))
+        for number in range(processes)
+    ]
     for racer in racers:
         racer.start()
     found = {turn: [] for turn in range(len(roots))}
@@ -40,7 +43,13 @@ def race(fs, roots, local=True, processes=4):
     for racer in racers:
         racer.join()
         assert racer.exitcode == 0
-    return [([said for said in found[turn] if isinstance(said, int)], [said for said in found[turn] if isinstance(said, str)]) for turn in found]
+    return [
+        (
+            [said for said in found[turn] if isinstance(said, int)],
+            [said for said in found[turn] if isinstance(said, str)],
+        )
+        for turn in found
+    ]
 
 
 def beating(lock_file, fs=None):

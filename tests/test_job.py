@@ -1,4 +1,4 @@
-"""How jobs end: interrupted, failed, killed, held by another one. Each in a process of its own, as a user starts it."""
+"""How jobs end: interrupted, failed, killed, held by another one."""
 
 import errno
 import json
@@ -35,8 +35,14 @@ class Started:
         environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONPATH": str(ROOT)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, ROOT / "tests" / "interrupted_job.py", case, run, str(grace)], cwd=ROOT, env=environment,
-                stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+                [sys.executable, ROOT / "tests" / "interrupted_job.py", case, run, str(grace)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
 
     def wait_until_there(self):
         assert self.process.stdout.readline() == "now\n", self.said()
@@ -50,7 +56,9 @@ class Started:
 
 
 def alive(processes):
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    return [
+        process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 def wait_until_gone(processes, seconds=60):
@@ -153,7 +161,10 @@ def check_line_of_the_watcher(job, run):
     until = time.monotonic() + 60
     while "to resume" not in job.said() and time.monotonic() < until:
         time.sleep(0.1)
-    assert f"log: {run}/logs/job-0001.log\nfix the cause, then rerun the same command with --run {run} to resume" in job.said()
+    assert (
+        f"log: {run}/logs/job-0001.log\nfix the cause, then rerun the same command with --run {run} to resume"
+        in job.said()
+    )
 
 
 def test_a_second_start_is_refused_with_a_status_of_its_own(tmp_path):
@@ -162,19 +173,37 @@ def test_a_second_start_is_refused_with_a_status_of_its_own(tmp_path):
     first.wait_until_there()
     second = Started("sleeping", run, grace=7)
     assert second.process.wait(120) == 4
-    assert f"failed: run {run} is held by host" in second.said() and f"process {first.process.pid} " in second.said()
+    assert (
+        f"failed: run {run} is held by host" in second.said()
+        and f"process {first.process.pid} " in second.said()
+    )
     first.process.send_signal(signal.SIGTERM)
     check_interrupted(first, run, [])
 
 
 FAULTS = {
-    "full disk": (lambda: OSError(errno.ENOSPC, "No space left on device", "/r/x"), "No space left on device (/r/x); free some space"),
-    "read-only disk": (lambda: OSError(errno.EROFS, "Read-only file system", "/r/x"), "Read-only file system (/r/x); that disk is read-only"),
-    "damaged JSON": (lambda: json.JSONDecodeError("Expecting value", "", 0), "a file of JSON is damaged: Expecting value"),
-    "damaged Parquet": (lambda: pa.ArrowInvalid("Parquet magic bytes not found"), "ArrowInvalid: Parquet magic bytes not found"),
+    "full disk": (
+        lambda: OSError(errno.ENOSPC, "No space left on device", "/r/x"),
+        "No space left on device (/r/x); free some space",
+    ),
+    "read-only disk": (
+        lambda: OSError(errno.EROFS, "Read-only file system", "/r/x"),
+        "Read-only file system (/r/x); that disk is read-only",
+    ),
+    "damaged JSON": (
+        lambda: json.JSONDecodeError("Expecting value", "", 0),
+        "a file of JSON is damaged: Expecting value",
+    ),
+    "damaged Parquet": (
+        lambda: pa.ArrowInvalid("Parquet magic bytes not found"),
+        "ArrowInvalid: Parquet magic bytes not found",
+    ),
     "no memory": (MemoryError, "out of memory"),
     "a fault of ours": (lambda: KeyError("rows"), "KeyError: 'rows'"),
-    "an error of ours": (lambda: StageError("no pair is left; lower judge.min_margin"), "no pair is left; lower judge.min_margin"),
+    "an error of ours": (
+        lambda: StageError("no pair is left; lower judge.min_margin"),
+        "no pair is left; lower judge.min_margin",
+    ),
     "a library's exit": (lambda: SystemExit(3), "SystemExit: 3"),
 }
 
@@ -197,7 +226,9 @@ def test_whatever_leaves_a_stage_ends_in_a_line_and_its_traceback_in_the_log(tmp
     assert "Traceback" not in last
     assert f"failed: stage 02-second: {said}" in last
     log = tmp_path / "run" / "logs" / "job-0001.log"
-    assert last.endswith(f"log: {log}\nfix the cause, then rerun the same command with --run {tmp_path}/run to resume\n")
+    assert last.endswith(
+        f"log: {log}\nfix the cause, then rerun the same command with --run {tmp_path}/run to resume\n"
+    )
     assert "Traceback" in log.read_text() and "in fails" in log.read_text()
     assert run_job(lambda: work() and {}, "") == 1 and (tmp_path / "run" / "logs" / "job-0002.log").exists()
 
@@ -217,7 +248,9 @@ def test_an_error_before_a_run_is_open_has_its_traceback_in_a_file(capsys, monke
     log.unlink()
 
 
-@pytest.mark.parametrize(("error", "status"), [(Waiting("judge more"), 3), (ConfigError("--run x: cannot be written"), 1)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(Waiting("judge more"), 3), (ConfigError("--run x: cannot be written"), 1)]
+)
 def test_statuses_of_known_endings(capsys, error, status):
     def work():
         raise error
@@ -238,7 +271,12 @@ def test_errors_of_ours_are_found_inside_rays():
 
     ours = StageError("the model is gone")
     task = ray.exceptions.RayTaskError("f", "Traceback\n...", ours)
-    for error in (task, task.as_instanceof_cause(), ray.exceptions.ActorDiedError(task), ExceptionGroup("some", [KeyError("x"), ours])):
+    for error in (
+        task,
+        task.as_instanceof_cause(),
+        ray.exceptions.ActorDiedError(task),
+        ExceptionGroup("some", [KeyError("x"), ours]),
+    ):
         assert str(error_of_ours(error)) == "the model is gone"
     assert error_of_ours(ray.exceptions.ActorDiedError()) is None
     assert describe(ray.exceptions.ActorDiedError(task)) == "the model is gone"
@@ -252,16 +290,28 @@ def test_a_systems_error_inside_rays_is_said_with_its_fix(number):
     import ray
 
     error = OSError(number, os.strerror(number), "/r/x")
-    assert describe(ray.exceptions.RayTaskError("f", "Traceback\n...", error)) == f"{os.strerror(number)} (/r/x); {failures._FIXES[number]}"
+    assert (
+        describe(ray.exceptions.RayTaskError("f", "Traceback\n...", error))
+        == f"{os.strerror(number)} (/r/x); {failures._FIXES[number]}"
+    )
 
 
 def test_what_a_run_holds_is_for_its_owner_alone(tmp_path):
     with held(run := Run(tmp_path / "runs" / "run")):
-        run.stage("01-first", {}, lambda stage: stage.publish("model", lambda folder: Path(folder, "weights").write_text("x")) and {})
+        run.stage(
+            "01-first",
+            {},
+            lambda stage: (
+                stage.publish("model", lambda folder: Path(folder, "weights").write_text("x")) and {}
+            ),
+        )
         run.write_bytes(b"x", "leaks", "pairs.png")
         Path(run.path("report.html")).write_text("x")  # as writers do that know nothing of modes
         Path(run.path("folder")).mkdir()
-    modes = {path.relative_to(tmp_path): stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "runs").rglob("*")}
+    modes = {
+        path.relative_to(tmp_path): stat.S_IMODE(path.stat().st_mode)
+        for path in (tmp_path / "runs").rglob("*")
+    }
     assert len(modes) > 10
     assert {path: mode for path, mode in modes.items() if mode & 0o077} == {}
     assert stat.S_IMODE((tmp_path / "runs").stat().st_mode) == 0o755, "the folder it lies in is not the run's"
@@ -273,13 +323,19 @@ def test_what_a_run_holds_is_for_its_owner_alone(tmp_path):
 
 def test_what_a_killed_job_left_half_written_is_removed(tmp_path):
     run = Run(tmp_path / "run")
-    for left in (".part-abc", "stages/15-dpo/.part-model-x/weights", "stages/15-dpo/rows/a.parquet.0a1b2c3d.part"):
+    for left in (
+        ".part-abc",
+        "stages/15-dpo/.part-model-x/weights",
+        "stages/15-dpo/rows/a.parquet.0a1b2c3d.part",
+    ):
         path = tmp_path / "run" / left
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     (tmp_path / "run" / "stages/15-dpo/rows/a.parquet").write_text("x")
     with held(run):
-        assert [path.name for path in (tmp_path / "run" / "stages").rglob("*") if path.is_file()] == ["a.parquet"]
+        assert [path.name for path in (tmp_path / "run" / "stages").rglob("*") if path.is_file()] == [
+            "a.parquet"
+        ]
     assert not (tmp_path / "run" / ".part-abc").exists()
 
 
@@ -295,15 +351,22 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.parametrize("script", ["self_train", "instruction_free", "clinician_preference", "evaluate", "prepare_data"])
+@pytest.mark.parametrize(
+    "script", ["self_train", "instruction_free", "clinician_preference", "evaluate", "prepare_data"]
+)
 def test_ctrl_c_before_a_job_is_started(tmp_path, script):
     """While its configuration is read, here from a pipe that nobody writes."""
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
     arguments = {"evaluate": ["--model", "testbed:base"], "prepare_data": ["testbed:cells"]}.get(script, [])
     process = subprocess.Popen(
-        [sys.executable, f"jobs/{script}.py", *arguments, "--config", pipe], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [sys.executable, f"jobs/{script}.py", *arguments, "--config", pipe],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     with pipe.open("w"):  # opened when the job has opened it
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)

@@ -35,8 +35,16 @@ def owner_file(root):
 def written_by(root, **changed):
     """Leave the lock of another owner in a run."""
     record = {
-        "token": "another", "host": "elsewhere", "machine": "another boot/1", "pid": os.getpid(), "process_started": "1", "command": "self_train.py",
-        "started": "2026-01-01 00:00:00 +0000", "beat": 0, "released": False, **changed,
+        "token": "another",
+        "host": "elsewhere",
+        "machine": "another boot/1",
+        "pid": os.getpid(),
+        "process_started": "1",
+        "command": "self_train.py",
+        "started": "2026-01-01 00:00:00 +0000",
+        "beat": 0,
+        "released": False,
+        **changed,
     }
     folder = Path(root, "lock")
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +53,12 @@ def written_by(root, **changed):
 
 
 def run_python(code, *arguments, **options):
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], stdout=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 HOLDER = """
@@ -73,15 +86,23 @@ def test_of_several_starts_in_one_moment_exactly_one_gets_the_run(tmp_path):
 
 def test_a_store_without_conditional_puts_has_one_owner_too(tmp_path):
     """fsspec's own put looks and then writes: the last one wins."""
-    for won, refused in race(fsspec.filesystem("file", auto_mkdir=True), [str(tmp_path / f"r{number}") for number in range(3)], local=False):
+    for won, refused in race(
+        fsspec.filesystem("file", auto_mkdir=True),
+        [str(tmp_path / f"r{number}") for number in range(3)],
+        local=False,
+    ):
         assert (len(won), len(refused)) == (1, 3)
 
 
 def test_second_job_is_told_who_holds_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["jobs/self_train.py", "--set", "clinicians.source=postgresql://me:s3cret@host/name"])
+    monkeypatch.setattr(
+        sys, "argv", ["jobs/self_train.py", "--set", "clinicians.source=postgresql://me:s3cret@host/name"]
+    )
     lock = lock_of(tmp_path)
     lock.acquire()
-    with pytest.raises(RunHeld, match=rf"process {os.getpid()} \(self_train.py .*since .*last sign of life 0 s ago") as refused:
+    with pytest.raises(
+        RunHeld, match=rf"process {os.getpid()} \(self_train.py .*since .*last sign of life 0 s ago"
+    ) as refused:
         lock_of(tmp_path).acquire()
     assert "s3cret" not in str(refused.value) + owner_file(tmp_path).read_text()
     lock.release()
@@ -109,7 +130,9 @@ def test_a_process_that_got_the_dead_owners_id_is_not_its_owner(tmp_path):
     lock_of(tmp_path, lost=3600).acquire()
 
 
-@pytest.mark.parametrize("clock", [0, -10**9, 10**9], ids=["equal clocks", "its clock is behind", "its clock is ahead"])
+@pytest.mark.parametrize(
+    "clock", [0, -(10**9), 10**9], ids=["equal clocks", "its clock is behind", "its clock is ahead"]
+)
 @pytest.mark.parametrize("alive", [True, False])
 def test_an_owner_on_another_machine_is_watched(tmp_path, alive, clock):
     file = written_by(tmp_path)
@@ -139,7 +162,9 @@ def test_an_owner_on_another_machine_is_watched(tmp_path, alive, clock):
 
 def test_an_owner_on_another_machine_that_releases_is_waited_for(tmp_path):
     file = written_by(tmp_path)
-    threading.Timer(0.5, lambda: file.write_text(json.dumps({**json.loads(file.read_text()), "released": True}))).start()
+    threading.Timer(
+        0.5, lambda: file.write_text(json.dumps({**json.loads(file.read_text()), "released": True}))
+    ).start()
     lock_of(tmp_path, lost=3600).acquire()
 
 
@@ -163,7 +188,11 @@ def test_an_owner_that_was_taken_over_hears_of_it_and_writes_nothing(tmp_path):
     while not reasons and time.monotonic() < until:
         time.sleep(0.02)
     assert len(reasons) == 1 and "taken over by host elsewhere" in reasons[0]
-    for write in (lambda: run.write_text("x", "after"), lambda: run.remove("before"), lambda: run.stage("a", {}, lambda _: pytest.fail("worked"))):
+    for write in (
+        lambda: run.write_text("x", "after"),
+        lambda: run.remove("before"),
+        lambda: run.stage("a", {}, lambda _: pytest.fail("worked")),
+    ):
         with pytest.raises(RunLost, match="taken over by host elsewhere"):
             write()
     lock.release()
@@ -247,7 +276,10 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="file: cannot be written: it is a file"):
         Run(tmp_path / "file")
-    with pytest.raises(ConfigError, match="/proc/sys: cannot be written"), held(Run("/proc/sys")):  # there, and read-only for root too
+    with (
+        pytest.raises(ConfigError, match="/proc/sys: cannot be written"),
+        held(Run("/proc/sys")),
+    ):  # there, and read-only for root too
         pass
 
 
@@ -273,7 +305,9 @@ def test_a_refused_job_leaves_the_run_as_it_is(tmp_path):
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "lock"}
         with pytest.raises(RunHeld), held(Run(tmp_path)):
             pass
-        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "lock"} == before
+        assert {
+            path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "lock"
+        } == before
 
 
 def test_a_callers_block_ends_when_the_run_is_taken_over(tmp_path, monkeypatch):

@@ -40,7 +40,10 @@ def test_of_several_starts_in_one_moment_exactly_one_gets_the_run(environment):
 def test_a_block_holds_a_remote_run_and_leaves_its_log(environment):
     uri = f"s3://{BUCKET}/held"
     with pytest.raises(ValueError, match="broken"), held(Run(uri)):
-        with pytest.raises(RunHeld, match=f"run {uri} is held by host .*, process {os.getpid()} "), held(Run(uri)):
+        with (
+            pytest.raises(RunHeld, match=f"run {uri} is held by host .*, process {os.getpid()} "),
+            held(Run(uri)),
+        ):
             pass
         raise ValueError("broken")
     with held(Run(uri)):
