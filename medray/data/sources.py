@@ -51,7 +51,7 @@ from medray.data.readers import (
 from medray.data.readers.common import IMAGE_TOKEN, BadRecord, Place, Row, as_unicode, error_row, inside
 from medray.data.readers.files import Member, Rest, readable
 from medray.data.readers.layout import HEAD_BYTES, layout_of, records
-from medray.data.readers.splits import UnknownSplit, record_split, split_of
+from medray.data.readers.splits import UnknownSplit, record_split, split_of, split_of_folders
 from medray.data.readers.suffixes import compression_of, opened, suffix_of
 from medray.data.readers.tracked import FieldUse
 from medray.data.reading import failure, open_file
@@ -315,11 +315,18 @@ def _record_rows(
                 named = _with_image(row, place, inline, patients, key)
                 if place.prefix and kind != "captions":
                     named["image_id"] = posixpath.join(place.prefix, named["image_id"])
-                yield {**named, "split": own or row["split"] or place.split, "where": where, "error": None}
+                split = own or row["split"] or place.split or _split_of_image(row, place)
+                yield {**named, "split": split, "where": where, "error": None}
             return
     known = record if isinstance(record, dict) else {}
     own = next((known[name] for name in ("qid", "img_name", "sample_id", "id", "question_id", "pair_id") if known.get(name) is not None), None)
     yield error_row(where if own is None else shortened(str(own)), where, error)
+
+
+def _split_of_image(row: Row, place: Place) -> str | None:
+    """The split that a folder of the image's path is named after."""
+    file = row["image_file"]
+    return split_of_folders(file.removeprefix(place.images).lstrip("/")) if file is not None else None
 
 
 def _with_image(row: Row, place: Place, inline: dict[str, bytes], patients: list[str], key: bytes | None) -> Row:

@@ -191,3 +191,9 @@ def test_a_broken_parquet_file_beside_a_json_set_is_named(tmp_path):
     write(tmp_path / "train.json", [dialogue("0.png")])
     found = survey(DataConfig(source=str(tmp_path)))
     assert (found.kind, len(found.files), list(found.passed)) == ("llava", 1, ["x.parquet"])
+
+
+@pytest.mark.parametrize("field", ["correct_answer", "answer_idx", "label", "answer_label"])
+def test_the_right_option_in_other_fields(tmp_path, field):
+    shard(tmp_path, [{"image": image(0), "question": "Which?", "options": OPTIONS, field: "C"}])
+    assert payloads(index(tmp_path)[1])[0]["qa"]["reference"] == "C"

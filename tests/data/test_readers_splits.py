@@ -88,3 +88,10 @@ def test_the_configurations_words_for_splits():
     assert DataConfig(eval_split="fold2").eval_split == "fold2"
     with pytest.raises(ValidationError):
         DataConfig(eval_split="")
+
+
+def test_images_in_folders_that_are_named_after_splits(tmp_path):
+    write(tmp_path / "metadata.csv", "file_name,text\ntrain/a.png,x\ntest/b.png,y\nother/c.png,z\n")
+    write(tmp_path / "deeper/data.json", [dialogue("images/Test/b.png"), dialogue("images/Test/b.png", split="train")])
+    assert [row["split"] for row in index(tmp_path)[1]] == ["train", "test", None]
+    assert [row["split"] for row in index(tmp_path / "deeper")[1]] == ["test", "train"]

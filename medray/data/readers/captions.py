@@ -17,6 +17,7 @@ from medray.data.readers.common import (
     need_text,
     qa,
     row,
+    text_of,
 )
 from medray.data.readers.markers import asked, check_no_marker
 
@@ -106,6 +107,16 @@ def column(names: Iterable[str], wanted: tuple[str, ...]) -> str | None:
     return next((there[name] for name in wanted if name in there), None)
 
 
+def file_in(record: Mapping[str, Any], field: str) -> str:
+    """The file's name in a field, also as a list of one. Raises BadRecord for none or several."""
+    value = record.get(field)
+    if isinstance(value, list) and value:
+        if len(value) > 1:
+            raise BadRecord(f"field {field!r} holds {len(value)} images; a row must have one")
+        return text_of(value[0], field)
+    return need_text(record, field)
+
+
 def captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
     """A table of images and texts: Hugging Face's imagefolder metadata.csv or .jsonl (file_name relative to that file) or
     any table with one of IMAGE_COLUMNS and one of TEXT_COLUMNS."""
@@ -113,7 +124,7 @@ def captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
     for field, wanted in zip(fields, (IMAGE_COLUMNS, TEXT_COLUMNS)):
         if field is None:
             raise BadRecord(f"none of the fields {', '.join(wanted)} is there")
-    image, text = need_text(record, fields[0]), caption_of(record, fields[1])
+    image, text = file_in(record, fields[0]), caption_of(record, fields[1])
     # train/metadata.csv and test/metadata.csv may name different images alike.
     identity = posixpath.join(place.prefix or place.split_folder, image)
     yield row(f"{identity}:{digest(text)[:8]}", identity, inside(place.images, image), {"caption": text, "context": None})

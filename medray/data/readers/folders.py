@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from medray.data.images import TIFF_SUFFIXES, pages_of
 from medray.data.pseudonyms import shown_path
 from medray.data.readers.common import IMAGE_SUFFIXES, BadRecord, Row, error_row, row
-from medray.data.readers.splits import split_of_folder
+from medray.data.readers.splits import split_of_folders
 from medray.data.reading import DICOM_HEAD, failure, is_dicom, open_file
 from medray.data.walk import walk_files
 
@@ -43,7 +43,7 @@ def image_rows(folder: str, root: str, depth: int | None = None, patient_key: by
             continue
         if not path.lower().endswith(IMAGE_SUFFIXES) or posixpath.basename(path).startswith(_APPLE_DOUBLE):
             continue
-        split = _split_of_path(relative)
+        split = split_of_folders(relative)
         try:
             for page in _pages(path):
                 name, file = (relative, path) if page is None else (f"{relative}/p{page:04d}", f"{path}#page={page}")
@@ -64,11 +64,6 @@ def _pages(path: str) -> list[int | None]:
     except Exception:  # a damaged file: loading it quarantines its row
         return [None]
     return [*pages] if len(pages) > 1 else [None]
-
-
-def _split_of_path(relative: str) -> str | None:
-    folders = posixpath.dirname(relative).split("/")
-    return next((split for name in reversed(folders) if (split := split_of_folder(name))), None)
 
 
 def dicom_rows(folder: str, root: str, depth: int | None = None, patient_key: bytes | None = None) -> Iterator[Row]:
@@ -96,5 +91,5 @@ def dicom_rows(folder: str, root: str, depth: int | None = None, patient_key: by
         except Exception as error:  # one file; the words of the error may hold its name
             yield error_row(identity, identity, f"the file {failure(error)}")
             continue
-        split = _split_of_path(relative)
+        split = split_of_folders(relative)
         yield from (made | {"split": made["split"] or split} for made in rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 _WORDS = {
@@ -47,6 +48,17 @@ def split_of_folder(name: str) -> str | None:
     return _SPLITS.get(word) or _SPLITS.get(_BESIDE.sub("", word))
 
 
+def split_of_folders(relative: str) -> str | None:
+    """The split of the nearest folder of a relative path whose name says one."""
+    return _split_of_parts(posixpath.dirname(relative))
+
+
+@lru_cache(4096)
+def _split_of_parts(folder: str) -> str | None:
+    return next((split for name in reversed(folder.split("/")) if (split := split_of_folder(name))), None)
+
+
+@lru_cache(4096)
 def split_of(path: str, root: str | None = None) -> str | None:
     """train, val or test where the file's name says one of them, or else its folder, or else a folder between that and
     `root`, the nearest first (test/metadata.csv, test/labels/metadata.csv)."""
@@ -91,10 +103,15 @@ def known_split(value: Any, more: Collection[str] = ()) -> str | None:
     return found
 
 
+@lru_cache(1024)
+def _plain_names(names: tuple[Any, ...]) -> dict[str, Any]:
+    return {re.sub(r"[^a-z]+", "", str(name).lower()): name for name in names}
+
+
 def record_split(record: Mapping[str, Any], more: Collection[str] = ()) -> str | None:
     """The split that a record names in a field `split`, in whatever case, or in a field such as `subset` if that holds
     a known word. Raises UnknownSplit."""
-    names = {re.sub(r"[^a-z]+", "", str(name).lower()): name for name in record}
+    names = _plain_names(tuple(record))
     if "split" in names:
         return known_split(record[names["split"]], more)
     for field in _OTHER_FIELDS:
