@@ -148,7 +148,7 @@ def model_problems(field: str, path: str) -> list[str]:
         if not (folder / "config.json").is_file():
             return [f"{field}: {path} has no config.json; give a folder in Hugging Face format"]
         problem = pickles_problem(folder)
-        return [f"{field}: {path} {problem}"] if problem else model_folder_problems(field, path)
+        return [*([f"{field}: {path} {problem}"] if problem else []), *model_folder_problems(field, path)]
     if _HUB_ID.fullmatch(path) and not path.startswith((".", "/", "~")):
         return []
     return [f"{field}: {path} does not exist; give a folder in Hugging Face format, a hub id (org/name), or one of {BUNDLED}"]

@@ -33,7 +33,7 @@ def test_patterns_where_something_is_removed_or_models_are_loaded(tmp_path):
     folder = tmp_path / "model [a]"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    assert "rename it" in model_problems("model.path", str(folder))[0]
+    assert "rename it" in model_problems("model.path", str(folder))[-1]
 
 
 def test_a_folder_of_images_that_is_not_there(tmp_path):

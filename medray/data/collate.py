@@ -31,7 +31,7 @@ from medray.errors import ConfigError
 from medray.records import check_turns
 
 IGNORE = -100
-ROWS_CHECKED = 4  # by each encoder, against the model's own processor
+ROWS_CHECKED = 6  # by each encoder, against the model's own processor
 
 _PIXELS = [("pixels", pa.binary()), ("pixel_shape", pa.list_(pa.int32())), ("image_grid_thw", pa.list_(pa.int32()))]
 ENCODED_SFT = pa.schema([("sample_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), *_PIXELS, ("error", pa.string())])

@@ -23,7 +23,7 @@ from medray.config import (
     StrongModelConfig,
     TrainConfig,
 )
-from medray.errors import DataError
+from medray.errors import DataError, StageError
 from medray.run import Run, Stage, digest
 from medray.set_aside import SetAside, check_set_aside, check_something, set_aside_in
 
@@ -33,6 +33,7 @@ PAIR_RULES = {"min_margin", "min_chosen_score"}  # the fields of JudgeConfig tha
 OWN = ("model_settings", "engine")  # the fields of StrongModelConfig that only a local model has: see own_inputs
 LOCAL_JUDGES = ("vllm", "rater")  # the kinds of judge whose model is a folder of ours, not a name at an endpoint
 AnyMethodConfig = SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig
+CHECKED_HERE = 2**30  # bytes of a model that the job's own process reads
 BLOCKS_PER_ENCODER = 12  # of rows under way between files and training workers: read ahead, in work, encoded
 
 
@@ -121,6 +122,28 @@ def exported(manifest: dict[str, Any]) -> Model:
     return Model(manifest["outputs"]["model"], manifest["outputs"]["model_hash"])
 
 
+def check_weights(model: Model) -> None:
+    """Hold a model that a stage is about to load against its recorded hash, once per stage; large ones in a task of the cluster.
+
+    Raises StageError naming the damaged file.
+    """
+    import os
+
+    import ray
+
+    from medray.models.fingerprint import bytes_of, check_model
+
+    if not ray.is_initialized() or (os.path.isdir(model.path) and bytes_of(model.path) < CHECKED_HERE):
+        check_model(model.path, model.hash)
+        return
+    try:
+        ray.get(ray.remote(check_model).options(num_cpus=0.5).remote(model.path, model.hash))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, StageError):
+            raise StageError(str(error.cause)) from None
+        raise
+
+
 def prepare_data(stage: Stage, config: SelfTrainingConfig) -> dict[str, Any]:
     """Source -> conversations, unlabelled images, held-out questions, quarantine (Parquet shards)."""
     from medray.data.prepare import prepare
@@ -167,6 +190,7 @@ def tune(
     from medray.data.shards import count_rows
     from medray.train.worker import check_trained, run_training
 
+    check_weights(model)
     held_out = held_out or stage.run.path("stages", "00-data", "eval_conversations")
     has_eval = objective == "sft" and train.eval_rows > 0 and count_rows(held_out) > 0
     result = run_training(
@@ -256,6 +280,7 @@ def self_play(stage: Stage, config: SelfTrainingConfig, model: Model, data: dict
     from medray.inference.self_play import SelfPlay
     from medray.inference.worker import map_options
 
+    check_weights(model)
     arguments = {**engine_arguments(config, model), "config": config.self_play.model_dump(), "round": number}
     images = data["outputs"]["images"]
 
@@ -384,6 +409,7 @@ def reference_logps(stage: Stage, config: SelfTrainingConfig, model: Model, pair
     from medray.data.shards import write_resumable
     from medray.train.reference import Reference
 
+    check_weights(model)
     arguments = {
         "model_dir": model.path, "model_hash": model.hash, "model_config": config.model.model_dump(),
         "data_config": config.data.model_dump(), "threads": config.dpo.threads or max(1, int(config.dpo.cpus_per_worker)),
@@ -417,6 +443,7 @@ def evaluate(
     from medray.evaluation.scores import compare, not_scored, score
     from medray.inference.worker import map_options
 
+    check_weights(model)
     arguments = {**engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}
     rows, again = write_resumable(
         data["outputs"]["questions"], stage.path("rows"), stage.path("committed"),

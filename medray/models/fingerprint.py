@@ -18,6 +18,7 @@ from medray.models.cache import localize, marks
 
 # Of tokenizers (.txt, .model, .tiktoken, .bpe, .spm, .vocab), templates (.jinja), weights and code.
 _PARTS = {".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".tiktoken", ".bpe", ".spm", ".vocab", ".py"}
+_REMEDY = "restore it, or delete the folder of the stage that made it, then rerun the same command to make it again"
 _TEXTS = ("readme", "license", "licence", "notice", "changelog", "use_policy", "requirements")
 
 
@@ -64,9 +65,9 @@ def check_model(path: str | os.PathLike, expected_hash: str) -> None:
         return
     names = _own_files(Path(folder)) if os.path.isdir(folder) else []
     if not names:
-        raise StageError(f"model {path}: there is no model in this folder; delete the folder of the stage that made it, then rerun the same command")
+        raise StageError(f"model {path}: there is no model in this folder; {_REMEDY}")
     damaged = next((problem for name in names if (problem := _damage(Path(folder, name)))), "its files are not those that the run recorded")
-    raise StageError(f"model {path}: {damaged}; delete the folder of the stage that made it, then rerun the same command to make it again")
+    raise StageError(f"model {path}: {damaged}; {_REMEDY}")
 
 
 def _remote_hash(path: str | os.PathLike) -> str | None:
@@ -75,6 +76,11 @@ def _remote_hash(path: str | os.PathLike) -> str | None:
         return None
     own = {name: mark for name, mark in remote.items() if belongs(name)}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def bytes_of(folder: str | os.PathLike) -> int:
+    """Bytes of the files of a local model."""
+    return sum(Path(folder, name).stat().st_size for name in _own_files(Path(folder)))
 
 
 def _own_files(folder: Path) -> list[str]:

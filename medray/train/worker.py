@@ -441,7 +441,13 @@ def export_merged(checkpoint: Any, model_dir: str, out_dir: str | os.PathLike, m
 
     model = prepare_trainable(load_vlm(model_dir, "fp32", model_config.trust_remote_code), train_config)
     with checkpoint.as_directory() as folder, safe_open(Path(folder, "state.safetensors"), framework="pt") as state, torch.no_grad():
-        for name, parameter in trainable_parameters(model).items():
+        trained = trainable_parameters(model)
+        kept = {name.removeprefix("weight/") for name in state.keys() if name.startswith("weight/")}  # noqa: SIM118 (no mapping)
+        if kept != trained.keys():
+            raise StageError(
+                f"export: the checkpoint's trained weights are not those of the model, first {min(kept ^ trained.keys())}; "
+                "it is of another model or configuration: delete the stage's folder and rerun the same command")
+        for name, parameter in trained.items():
             parameter.copy_(state.get_tensor(f"weight/{name}"))
     processor = load_processor(model_dir, model_config.trust_remote_code)
     if model_config.chat_template:
