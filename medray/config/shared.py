@@ -31,7 +31,7 @@ _LABEL_SELECTOR = re.compile(rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
 
 
 class ModelConfig(Section):
-    """The vision-language model to tune (any LLaVA, Qwen2.5-VL or Qwen3-VL class model)."""
+    """The vision-language model to tune (any LLaVA-1.5, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 class model)."""
 
     path: str = Field("testbed:base", description="Folder in Hugging Face format, hub id, or testbed:base / testbed:expert / testbed:generalist (bundled tiny models).")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Precision of training and generation.")
