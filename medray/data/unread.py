@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from medray.config import DataConfig
 from medray.data.notes import UNREAD, UNUSED, read_notes
@@ -40,6 +41,8 @@ def unread_files(source: str, tables: Iterable[str], images: Callable[[], Iterat
     fs, root = url_to_fs(source)
     if not fs.isdir(root):
         return {}
+    # As rows name their files: from the root of the file system.
+    source = root if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(root)
     counts: Counter[str] = Counter()
     walks = rows // READ_AT_ONCE + 1
     own = {_file_hash(path) for path in tables}
@@ -55,7 +58,7 @@ def unread_files(source: str, tables: Iterable[str], images: Callable[[], Iterat
 def _file_hash(path: str) -> int:
     """Hash of a file's path, however its file system writes it: an image's place inside the file does not count."""
     if "://" in path:
-        path = path.split("://", 1)[1]
+        path = path.split("://", 1)[1].lstrip("/")
     return xxhash.xxh64_intdigest(posixpath.normpath(_PLACE.sub("", path)).encode("utf-8", "surrogatepass"))
 
 

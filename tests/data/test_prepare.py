@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from medray.config import DataConfig
-from medray.data.prepare import prepare
+from medray.data.prepare import prepare, read_account
 from medray.data.shards import count_rows, footer_readers, read_rows, write_resumable
 from medray.data.sources import read_index
 from tests.data.test_images import bomb, noise, saved
@@ -48,8 +48,9 @@ def dirty(tmp_path_factory, ray_cluster):
     }
     bad = [cell(number) for number in range(100, 107)]  # c106.png is missing
     bad += [b'{"img_name": "c107.png", \n', {"img_name": "c108.png"}, b'{"img_name": "\xff"}\n', cell(1), cell(109, image="../c1.png")]
+    images |= {"c107.heic": b"", "unnamed.PNG": saved(noise()), ".DS_Store": b"", "c110.gif": saved(noise(), "GIF", save_all=True, append_images=[noise(seed=1)])}
     root = tmp_path_factory.mktemp("dirty")
-    source = wbcatt(root / "source", good + bad, images)
+    source = wbcatt(root / "source", [*good, cell(110, image="images/c110.gif"), *bad], images)
     counts = prepare(DataConfig(source=source, label_fraction=0.5, **SMALL), str(root / "out"), eval_conversations=4)
     return root / "out", counts
 
@@ -65,6 +66,14 @@ def test_each_bad_row_is_in_the_quarantine_with_its_reason(dirty):
         assert reason in quarantine.pop(sample)
     assert sorted("JSON" in reason or "UTF-8" in reason for reason in quarantine.values()) == [True, True]
     assert counts["quarantine"] == 10
+    assert read_account(str(out))["warnings"] == {"first-frame-of-animated-GIF": 1}
+    places = {row["sample_id"]: row["file"] for row in table(out, "quarantine")}
+    assert places["c106.png"].startswith("records.jsonl byte ") and places["c106.png"].endswith("): images/c106.png")
+
+
+def test_files_that_no_record_names_are_counted(dirty):
+    out, _ = dirty
+    assert read_account(str(out))["unread"] == {"(none)": 1, ".heic": 1, ".png": 1}
 
 
 def test_good_rows_all_arrive_once(dirty):
@@ -72,7 +81,7 @@ def test_good_rows_all_arrive_once(dirty):
     out, counts = dirty
     labelled = [row["sample_id"] for row in table(out, "conversations", ["sample_id"])]
     unlabelled = [row["sample_id"] for row in table(out, "images", ["sample_id"])]
-    train = [f"c{i}.png" for i in range(40) if i % 4] + ["c103.png", "c104.png"]
+    train = [f"c{i}.png" for i in range(40) if i % 4] + ["c103.png", "c104.png", "c110.png"]
     assert sorted(labelled + unlabelled) == sorted(train)
     assert labelled
     assert unlabelled

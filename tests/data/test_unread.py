@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 
+import fsspec
 import pytest
 
 from medray.config import DataConfig
@@ -47,6 +48,21 @@ def test_table_counts_images_that_no_record_names(tmp_path):
     (tmp_path / "in" / "metadata.tsv").write_text("x")
     found, _ = account(tmp_path / "in", tmp_path / "notes")
     assert found["unread"] == {".png": 2, ".tsv": 1}
+
+
+@pytest.mark.parametrize("written", ["in", "./in/", "{}/in/"])
+def test_a_source_is_the_same_however_its_path_is_written(tmp_path, monkeypatch, written):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "sub/b.png", "sub/c.txt"):
+        picture(tmp_path / "in" / name)
+    assert account(written.format(tmp_path), tmp_path / "notes")[0]["unread"] == {".txt": 1}
+
+
+def test_files_of_an_object_store():
+    fs = fsspec.filesystem("memory")
+    for name in ("a.png", "sub/b.png", "sub/c.txt"):
+        fs.pipe_file(f"/unread/{name}", saved(noise()))
+    assert account("memory://unread", "memory://notes")[0]["unread"] == {".txt": 1}
 
 
 def test_a_single_file_as_source_says_nothing_of_its_neighbours(tmp_path):

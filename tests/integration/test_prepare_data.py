@@ -16,6 +16,7 @@ from medray.data.sources import read_index
 from medray.errors import DataError
 from medray.methods.data_export import export_dataset
 from medray.methods.data_preparation import prepare_dataset
+from medray.methods.data_report import prepared_lines
 from tests.data.test_images import noise, saved
 from tests.integration.conftest import BUCKET
 from tests.jobs import ROOT
@@ -43,6 +44,8 @@ def write_source(folder):
     records += [dialogue("copied", "copy.png", "test"), dialogue("nearly", "near.jpg", "test"), dialogue("second", "0.png", "train", "And now?", "Still.")]
     bad = [dialogue("cut", "cut.jpg", "train"), dialogue("gone", "gone.png", "train"), dialogue("d1", "1.png", "train"), dialogue("empty", "2.png", "train", answer=" ")]
     lines = [json.dumps(record) for record in [*records, *bad]] + ["{broken"]
+    (folder / "README.md").write_text("not data")
+    (folder / "more.HEIC").write_bytes(b"an image that nothing reads")
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder)
 
@@ -66,6 +69,9 @@ def test_counts_and_quarantine(prepared):
     out, _, summary = prepared
     assert (summary["format"], summary["images"], summary["dialogues"], summary["duplicates"], summary["quarantined"]) == ("llava", 12, 13, 1, 4)
     assert summary["splits"] == {"test": 4, "train": 8}
+    assert summary["unread"] == json.loads((out / "manifest.json").read_text())["unread"] == {".heic": 1, ".md": 1}
+    assert "files not read: 1 .heic, 1 .md" in prepared_lines(summary)
+    assert ".heic" in (out / "report.html").read_text()
     reasons = {row["sample_id"]: row["reason"] for row in rows(out / "quarantine")}
     for identity, words in {"cut": "decoded", "gone": "does not exist", "d1": "duplicate", "empty": "empty"}.items():
         assert words in reasons[identity]
@@ -135,6 +141,7 @@ def test_from_a_bucket_to_a_bucket(tmp_path, s3):
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     assert (summary["run"], summary["images"], summary["quarantined"], summary["leaks"]["test also in train"]["leaked"]) == (f"s3://{BUCKET}/prepared", 12, 4, 2)
+    assert summary["unread"] == {".heic": 1, ".md": 1} and "files not read: 1 .heic, 1 .md" in done.stderr
     found = pyarrow.dataset.dataset(f"{BUCKET}/prepared/shards", format="parquet", filesystem=fs).to_table(columns=["sample_id"])
     assert len(set(found["sample_id"].to_pylist())) == found.num_rows == 16
 
