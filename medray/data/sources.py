@@ -51,6 +51,7 @@ from medray.data.readers import (
 from medray.data.readers.common import IMAGE_TOKEN, BadRecord, Place, Row, as_unicode, error_row, inside
 from medray.data.readers.files import Member, Rest, readable
 from medray.data.readers.layout import HEAD_BYTES, layout_of, records
+from medray.data.readers.skim import skim
 from medray.data.readers.splits import UnknownSplit, record_split, split_of, split_of_folders
 from medray.data.readers.suffixes import compression_of, opened, suffix_of
 from medray.data.readers.tracked import FieldUse
@@ -158,7 +159,7 @@ def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[st
 def _in_ranges(path: str) -> bool:
     try:
         with opened(path) as handle:
-            return layout_of(handle.read(HEAD_BYTES), path).ranges
+            return layout_of(skim(handle, HEAD_BYTES), path).ranges
     except OSError:  # its reading says why
         return False
 
@@ -202,7 +203,9 @@ def _first_images(kind: str, fs: Any, path: str, most: int = 3) -> list[str]:
             continue
         try:
             made = next(iter(READERS[kind](take_out(record)[0], place)), None)
-        except BadRecord:
+        except MemoryError:
+            raise
+        except Exception:  # its own row says what is wrong with it
             continue
         if made is not None and made["image_file"] and len(made["image_file"]) < 1000 and not made["image_file"].startswith(PREFIX):
             names.append(made["image_file"])
@@ -268,7 +271,7 @@ def index_rows(
     elif kind == "dicom":
         yield from folders.dicom_rows(path, images, end or None, patient_key)
     elif kind in PARQUET_KINDS and suffix_of(path) == ".parquet":
-        yield from _parquet_rows(kind, path, start, end, images, split_of(path, root), splits, use)
+        yield from _parquet_rows(kind, path, start, end, images, split_of(path, root), splits, use, patient_key)
     else:
         fs, _ = url_to_fs(images)
         place = Place(images, path, lru_cache(256)(partial(_names, fs)), partial(_head, fs), root, prefix)
@@ -286,7 +289,7 @@ def _names(fs: Any, folder: str) -> list[str]:
     """Names of what lies in a folder, in their order; [] where it is none."""
     try:
         return sorted(posixpath.basename(entry["name"]) for entry in entries_of(fs, fs._strip_protocol(folder)))
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):  # there is none, or its name is none that a folder can have
         return []
 
 
@@ -297,7 +300,7 @@ def _head(fs: Any, path: str) -> bytes:
 def _record_rows(
     kind: str, place: Place, where: str, record: Any, error: str | None, splits: Collection[str], use: FieldUse, key: bytes | None = None,
 ) -> Iterator[Row]:
-    where = f"{place.name} {where}"
+    where = f"{shown_path(_relative(place.path, place.root), key=key)} {where}"
     if error is None and not isinstance(record, dict):
         error = f"the record is a {type(record).__name__}, not an object"
     if error is None:
@@ -309,6 +312,10 @@ def _record_rows(
             made = list(READERS[kind](tracked, place))
         except (BadRecord, UnknownSplit) as bad:
             error = str(bad)
+        except MemoryError:
+            raise
+        except Exception as odd:  # one record in a shape that no reader thought of
+            error = f"the record cannot be read ({type(odd).__name__})"
         else:
             patients = patients_of(record)
             for row in made:
@@ -345,14 +352,16 @@ def _with_image(row: Row, place: Place, inline: dict[str, bytes], patients: list
 
 def _parquet_rows(
     kind: str, path: str, start: int, end: int, images: str, split: str | None, splits: Collection[str], use: FieldUse,
+    key: bytes | None = None,
 ) -> Iterator[Row]:
     try:
         for number, record in parquet.rows_of_groups(path, start, end):
             if kind == "shards":
                 yield from parquet.shards(record)
             else:
-                where = f"{posixpath.basename(path)} row {number}"
-                yield parquet.hugging_face(use.tracked(record), split, images, splits, where)
+                where = f"{shown_path(posixpath.basename(path), key=key)} row {number}"
+                made = parquet.hugging_face(use.tracked(record), split, images, splits, where)
+                yield _with_image(made, Place(images, path), {}, patients_of(record), key)
     except pa.ArrowException as error:
         where = f"{posixpath.basename(path)} row groups {start} to {end}"
         yield error_row(where, where, f"the file cannot be read on as Parquet: {str(error)[:200]}")

@@ -32,6 +32,7 @@ from medray.data.readers.detect import (
 )
 from medray.data.readers.layout import HEAD_BYTES, layout_of
 from medray.data.readers.parquet import unread_labels
+from medray.data.readers.skim import skim
 from medray.data.readers.splits import split_of_folder
 from medray.data.readers.suffixes import UNREAD_TABLES, opened, suffix_of
 from medray.data.reading import failure, open_file
@@ -275,17 +276,21 @@ def _table(fs: Any, path: str) -> Table:
         return Table(path, "webdataset", ())
     if suffix == ".parquet":
         try:
-            with fs.open(path, "rb") as handle:
+            with open_file(_address(fs, path)) as handle:
                 names = pq.read_schema(handle).names
         except (pa.ArrowException, OSError) as error:
             return Table(path, _BROKEN, (str(error)[:200],))
         return Table(path, parquet_format(names), tuple(names))
     try:
-        with opened(path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)) as handle:
-            names = layout_of(handle.read(HEAD_BYTES), path).names
+        with opened(_address(fs, path)) as handle:
+            names = layout_of(skim(handle, HEAD_BYTES), path).names
     except OSError as error:
         return Table(path, None, (f"(it {failure(error)})",))
     return Table(path, table_format(names, path), names)
+
+
+def _address(fs: Any, path: str) -> str:
+    return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
 
 
 def _folder_format(source: str) -> str | None:

@@ -195,3 +195,33 @@ def test_a_tar_of_odd_members(tmp_path):
     good, bad = good_and_set_aside(samples_of(tmp_path))
     assert [row["sample_id"] for row in good] == ["x/1"]
     assert sorted((row["sample_id"], row["file"]) for row in bad) == [("x/2", "x.tar 2"), ("x/3", "x.tar 3"), ("x/4", "x.tar 4")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tar", "a.parquet"])
+def test_a_pipe_beside_a_table_is_never_opened(tmp_path, name):
+    (tmp_path / "film.png").write_bytes(PNG)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "film.png", "text": "A text."}))
+    os.mkfifo(tmp_path / name)
+    good, _ = good_and_set_aside(samples_of(tmp_path))
+    assert [row["image"] for row in good] == [PNG]
+
+
+def test_folders_of_a_table_that_no_file_system_can_name(tmp_path):
+    """CBIS-DDSM's series are looked for in folders: a name that is too long is a series that is not there."""
+    columns = ["patient_id", "abnormality type", "pathology", "image file path", "cropped image file path", "ROI mask file path", "abnormality id"]
+    values = ["P_1", "mass", "BENIGN", "x" * 300 + "/b/c/1.dcm", "y" * 300 + "/b/c/1.dcm", "", "1"]
+    (tmp_path / "mass_case_description_train_set.csv").write_text(f"{','.join(columns)}\n{','.join(values)}\n")
+    good, bad = good_and_set_aside(samples_of(tmp_path))
+    assert not good and "neither its crop nor its mammogram is there" in bad[0]["reason"]
+
+
+def test_a_record_that_no_reader_thought_of_is_set_aside(tmp_path, monkeypatch):
+    from medray.data import sources
+
+    def odd(record, place):
+        raise AttributeError("'float' object has no attribute 'strip'")
+
+    monkeypatch.setitem(sources.READERS, "captions", odd)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "film.png", "text": "A text."}))
+    _, bad = good_and_set_aside(samples_of(tmp_path))
+    assert [row["reason"] for row in bad] == ["the record cannot be read (AttributeError)"]

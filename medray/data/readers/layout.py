@@ -13,6 +13,7 @@ from typing import Literal
 
 from medray.data.readers.detect import alike, table_format
 from medray.data.readers.files import Found, csv_records, json_lines, json_records, top_keys
+from medray.data.readers.skim import skim
 from medray.data.readers.suffixes import compression_of, opened, suffix_of
 
 HEAD_BYTES = 2**16  # of a file that are looked at
@@ -141,7 +142,7 @@ def records(path: str, start: int, end: int, kind: str | None = None) -> Iterato
         kind: the format the records are in. An object whose keys are none of the format's is no record but holds some.
     """
     with opened(path) as handle:
-        head = handle.read(HEAD_BYTES)
+        head = skim(handle, HEAD_BYTES)
         layout = layout_of(head, path)
         handle.seek(0)
         if layout.ranges:

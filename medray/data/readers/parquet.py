@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from medray.data.inline_images import inline_image, named_file
 from medray.data.readers.canonical import members_of, payloads
@@ -27,6 +27,7 @@ from medray.data.readers.conversations import one_image, preference_id, preferen
 from medray.data.readers.messages import DIALOGUES, dialogue_turns
 from medray.data.readers.questions import Named, question_of
 from medray.data.readers.splits import UnknownSplit, as_split, record_split
+from medray.data.reading import open_file
 
 
 def shards(record: dict[str, Any]) -> Iterator[Row]:
@@ -61,7 +62,7 @@ ROWS_AT_ONCE = 32
 def row_group_ranges(fs: Any, path: str) -> list[tuple[int, int]]:
     """[start, end) of the row groups of a file for each task; of a file that cannot be read one range, whose reading says so."""
     try:
-        with fs.open(path, "rb") as handle:
+        with open_file(path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)) as handle:
             metadata = pq.read_metadata(handle)
     except (pa.ArrowException, OSError):
         return [(0, 1)]
@@ -79,8 +80,7 @@ def rows_of_groups(path: str, start: int, end: int) -> Iterator[tuple[int, dict[
 
     Each file is read by its own schema: shards of one set differ in the types of columns, and in the columns that they have.
     """
-    fs, inner = url_to_fs(path)
-    with fs.open(inner, "rb") as handle:
+    with open_file(path) as handle:
         file = pq.ParquetFile(handle, buffer_size=2**20)
         groups = list(range(start, min(end, file.num_row_groups)))
         number = sum(file.metadata.row_group(group).num_rows for group in range(start))
@@ -111,6 +111,10 @@ def hugging_face(record: Mapping[str, Any], split: str | None, images: str, more
         made = row(sample, image_id, file, payload, split=record_split(record, more) or split, image=data)
     except (BadRecord, UnknownSplit) as bad:
         return error_row(f"image-{image_id}", where, str(bad))
+    except MemoryError:
+        raise
+    except Exception as odd:  # one row in a shape that no reader thought of
+        return error_row(f"image-{image_id}", where, f"the row cannot be read ({type(odd).__name__})")
     return {**made, "where": where, "error": None}
 
 

@@ -103,6 +103,11 @@ def _sample_rows(
     except (BadRecord, UnknownSplit) as bad:
         yield error_row(identity, where, str(bad))
         return
+    except MemoryError:
+        raise
+    except Exception as odd:  # one sample in a shape that nobody thought of
+        yield error_row(identity, where, f"the sample cannot be read ({type(odd).__name__})")
+        return
     yield from ({**one, "where": where, "error": None} for one in made)
 
 
