@@ -1,7 +1,7 @@
 """Rows that a stage set aside: counted by reason, and too many of them fail the stage.
 
-A row that cannot be used never stops a stage by itself. A stage that loses more than `max_quarantined` of its rows, or has
-nothing left to work with, is not done: what comes after it would be made of the rest, without a word.
+A row that cannot be used never stops a stage by itself. A stage that loses more than `max_quarantined` of its rows, or
+has nothing left to work with, is not done: what comes after it would be made of the rest, without a word.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ _OTHER = "other reasons"
 _LONGEST = 240  # characters of an example
 
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
-_PATH = re.compile(r"\S*[/\\]\S*|\S+\.(?:a?png|jpe?g|jfif|jpe|jp2|j2k|bmp|gif|tiff?|webp|avif|p[bgpn]m|dcm|dicom|npy|jsonl?|[ct]sv|parquet)\b", re.IGNORECASE)
+_PATH = re.compile(
+    r"\S*[/\\]\S*|\S+\.(?:a?png|jpe?g|jfif|jpe|jp2|j2k|bmp|gif|tiff?|webp|avif|p[bgpn]m|dcm|dicom|npy)\b"
+    r"|\S+\.(?:jsonl?|[ct]sv|parquet)\b",
+    re.IGNORECASE,
+)
 _NUMBER = re.compile(r"\d[\d.,]*")
 
 
 def kind_of(reason: str, sample_id: str | None = None) -> str:
-    """A reason without what differs from row to row (its id, paths, numbers, what stands in quotation marks), to count by."""
+    """A reason without what differs from row to row (its id, paths, numbers, quoted text), to count by."""
     text = reason.replace(sample_id, "...") if sample_id and len(sample_id) > 2 else reason
     text = _NUMBER.sub("#", _PATH.sub("...", _QUOTED.sub("'...'", text)))
     return " ".join(text.split())[:160]
@@ -67,12 +71,18 @@ class SetAside:
     @property
     def counts(self) -> dict[str, int]:
         """Rows by kind of reason, the most frequent first."""
-        return {kind: held.number for kind, held in sorted(self.reasons.items(), key=lambda item: -item[1].number)}
+        return {
+            kind: held.number for kind, held in sorted(self.reasons.items(), key=lambda item: -item[1].number)
+        }
 
     def lines(self, most: int = SHOWN) -> str:
-        """A line for each of the most frequent reasons: rows, and the row with the largest number in its reason."""
+        """A line for each of the most frequent reasons, with the row that has the largest number in it."""
         ranked = sorted(self.reasons.values(), key=lambda held: -held.number)
-        lines = [f"  {held.number:,} x {held.example[:_LONGEST]}{f' (row {held.sample_id[:80]})' if held.sample_id else ''}" for held in ranked[:most]]
+        lines = [
+            f"  {held.number:,} x {held.example[:_LONGEST]}"
+            + (f" (row {held.sample_id[:80]})" if held.sample_id else "")
+            for held in ranked[:most]
+        ]
         if rest := sum(held.number for held in ranked[most:]):
             lines.append(f"  {rest:,} x other reasons")
         return "\n".join(lines)
@@ -88,7 +98,10 @@ def counted(reasons: Iterable[tuple[str, str | None]]) -> SetAside:
 
 
 def set_aside_in(
-    uri: str, reasons: Callable[[Mapping[str, Any]], Iterable[str | None]] = lambda row: (row["error"],), columns: tuple[str, ...] = ("error",), id_column: str = "sample_id",
+    uri: str,
+    reasons: Callable[[Mapping[str, Any]], Iterable[str | None]] = lambda row: (row["error"],),
+    columns: tuple[str, ...] = ("error",),
+    id_column: str = "sample_id",
 ) -> SetAside:
     """SetAside of a folder of shards, read a few rows at a time.
 
@@ -98,18 +111,26 @@ def set_aside_in(
     """
     from medray.data.shards import stored_rows
 
-    return counted((row[id_column], reason) for row in stored_rows(uri, [id_column, *columns]) for reason in reasons(row))
+    return counted(
+        (row[id_column], reason) for row in stored_rows(uri, [id_column, *columns]) for reason in reasons(row)
+    )
 
 
 def check_set_aside(
-    what: str, rows: int, found: SetAside, limit: float, where: str | None = None, few: int = 0, number: int | None = None,
+    what: str,
+    rows: int,
+    found: SetAside,
+    limit: float,
+    where: str | None = None,
+    few: int = 0,
+    number: int | None = None,
 ) -> None:
     """Raise StageError if more than the share `limit` of `rows` was set aside.
 
     Args:
         what: the rows, in the plural: "images".
         rows: all of them, those set aside included.
-        limit: the job's max_quarantined. One of ten rows is a share of 0.1: strictly more than the limit fails, however few they are.
+        limit: the job's max_quarantined. Strictly more fails, however few they are: one of ten rows is 0.1.
         where: the folder or file that names every row.
         few: up to so many rows set aside are no failure.
         number: of the rows set aside, if `found` holds others too.
@@ -119,9 +140,11 @@ def check_set_aside(
         return
     share = lost / rows if rows else 1.0
     raise StageError(
-        f"{lost:,} of {rows:,} {what} were set aside ({_percent(share)}), max_quarantined allows {_percent(limit)}. Why (with the largest):\n{found.lines()}\n"
-        f"{f'{where} names all of them; ' if where else ''}fix the rows, or what the reasons name; to go on without these rows: "
-        f"--set max_quarantined={min(1.0, math.ceil(share * 100) / 100):g}")
+        f"{lost:,} of {rows:,} {what} were set aside ({_percent(share)}), max_quarantined allows {_percent(limit)}. "
+        f"Why (with the largest):\n{found.lines()}\n{f'{where} names all of them; ' if where else ''}"
+        "fix the rows, or what the reasons name; to go on without these rows: "
+        f"--set max_quarantined={min(1.0, math.ceil(share * 100) / 100):g}"
+    )
 
 
 def check_something(what: str, number: int, found: SetAside | None = None, hint: str = "") -> None:
