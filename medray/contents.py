@@ -218,4 +218,4 @@ def remove(fs: Any, root: str, problems: list[Problem]) -> None:
     for path, _ in problems:
         target = posixpath.join(root, path)
         if posixpath.basename(path) != FILES and fs.exists(target):
-            fs.rm(target)
+            fs.rm_file(target)

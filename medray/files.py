@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from glob import has_magic
 from typing import Any
 
 import xxhash
@@ -26,6 +27,15 @@ def files_in(fs: Any, folder: str, suffix: str = "") -> list[str]:
         return []
     files = (entry["name"] for entry in entries if entry["type"] == "file")
     return sorted(path for path in files if path.endswith(suffix) and path.rstrip("/") != folder.rstrip("/"))
+
+
+def remove_folder(fs: Any, path: str) -> None:
+    """Remove a folder with all that is in it. Unlike `fs.rm` of object stores it takes the name literally."""
+    if isinstance(fs, LocalFileSystem) or not has_magic(path):
+        fs.rm(path, recursive=True)
+        return
+    for file in fs.find(path):
+        fs.rm_file(file)
 
 
 def write_whole(fs: Any, path: str, data: bytes) -> None:

@@ -36,7 +36,7 @@ from medray import contents
 from medray.config import Section
 from medray.config.section import without_passwords
 from medray.errors import ConfigError, StageError
-from medray.files import seal, unseal
+from medray.files import remove_folder, seal, unseal
 from medray.run_lock import SCRATCH, RunLock, unwritable
 
 logger = logging.getLogger("medray")
@@ -235,7 +235,7 @@ class Run:
         self.check_held()
         target = posixpath.join(self._root, *parts)
         if self.fs.exists(target):
-            self.fs.rm(target, recursive=True)
+            remove_folder(self.fs, target)
 
 
 def _make_private(folder: Path) -> None:

@@ -100,4 +100,4 @@ def _first_of_each(names: Iterable[str], ids: Any) -> tuple[np.ndarray, list[str
 
 def _remove(fs: Any, paths: list[str]) -> None:
     for path in paths:
-        fs.rm(path)
+        fs.rm_file(path)

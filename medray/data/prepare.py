@@ -30,6 +30,7 @@ from medray.data.shards import empty_folder
 from medray.data.unread import account_of, unread_line
 from medray.data.uses import Needs, Uses, uses_of
 from medray.errors import DataError
+from medray.files import remove_folder
 
 logger = logging.getLogger("medray")
 
@@ -92,7 +93,7 @@ def write_parts(
     fs, root = url_to_fs(out_dir)
     for part in schemas:
         if fs.exists(f"{root}/{part}"):
-            fs.rm(f"{root}/{part}", recursive=True)
+            remove_folder(fs, f"{root}/{part}")
         fs.makedirs(f"{root}/{part}", exist_ok=True)
     notes = f"{out_dir.rstrip('/')}/notes"
     empty_folder(notes)

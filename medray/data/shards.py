@@ -20,7 +20,7 @@ from medray.data.begun import begun_rows, counted
 from medray.data.ids import contains, digests
 from medray.data.pieces import reconcile
 from medray.errors import DataError, StageError
-from medray.files import files_in
+from medray.files import files_in, remove_folder
 
 # Ray Data's own 128 MiB lets every reading task, every encoder and the queues between them hold hundreds of MiB of
 # images: memory grew until gigabytes of rows were under way.
@@ -259,7 +259,7 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
         shards = ray.data.from_items(waiting, override_num_blocks=min(len(waiting), 1000))
         shards.map_batches(_write_converted, fn_kwargs=settings, batch_size=1, batch_format="pyarrow", num_cpus=num_cpus).materialize()
     for path in files_in(fs, root, ".part"):
-        fs.rm(path)
+        fs.rm_file(path)
     written = count_rows(out_uri)
     if written != wanted:
         raise DataError(f"{out_uri}: {written} rows in the shards, but {wanted} were read from {rows_uri}; remove the run's folder and start again")
@@ -321,7 +321,7 @@ def empty_folder(uri: str) -> None:
     """Make the folder, without whatever an earlier attempt left in it."""
     fs, root = url_to_fs(uri)
     if fs.exists(root):
-        fs.rm(root, recursive=True)
+        remove_folder(fs, root)
     fs.makedirs(root, exist_ok=True)
 
 

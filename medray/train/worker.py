@@ -8,6 +8,7 @@ metrics so far, so that a restart on other machines goes on with exactly the sam
     rows-00000.parquet    one per worker: sample_id, error (null: trained; text: quarantined) of this epoch, since the workers started
     rows-before.parquet   those of earlier starts
     metrics.jsonl         one line per optimiser step
+    checksums-00000.json  one per worker: size and hash of each of its files, written last (medray.train.checkpoints)
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from medray.errors import ConfigError, StageError
 from medray.failures import describe
 from medray.prometheus import TrainMetrics
 from medray.set_aside import check_set_aside, check_something, counted
+from medray.train.checkpoints import NAME, Scratch, check_local, settle, write_checksums
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 from medray.train.done import BEFORE, Ids, count_done, done_rows, keep_done, write_done
 from medray.train.objectives import BEST_BY
@@ -60,7 +62,7 @@ SECONDS_BETWEEN_PREEMPTION_CHECKS = 5.0
 @dataclass
 class Progress:
     """Where the training stands. `done` holds this worker's ids of this epoch (reason where quarantined) since it started; `before`, of
-    rank 0, is the file with those of all workers of earlier starts."""
+    rank 0, is the file with those of all workers of earlier starts. `scratch`: where its checkpoints are written before they are uploaded."""
 
     epoch: int = 0
     steps: int = 0
@@ -68,6 +70,7 @@ class Progress:
     done: dict[str, str | None] = field(default_factory=dict)
     before: Path | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    scratch: Scratch | None = None
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -86,6 +89,8 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(train_config.threads or max(1, int(train_config.cpus_per_worker)))
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
+    scratch, context = Scratch(config["stage_dir"]), ray.train.get_context()
+    scratch.clear(context.get_world_rank(), context.get_local_rank())
     make_step, make_batches = parts_of(config["objective"])
     step = make_step(
         config["model_dir"], model_config, train_config, config["objective"], config["rows"] * train_config.epochs, ray.train.torch.get_device(),
@@ -93,8 +98,9 @@ def train_worker(config: dict[str, Any]) -> None:
     batches = make_batches(config["model_dir"], model_config, train_config, config["objective"])
     if config["objective"] == "dpo" and batches.probe is not None:
         step.measure_pair_pass(batches.probe)
-    progress, done = restore(step)
+    progress, done = restore(step, scratch)
     shards = {name: ray.train.get_dataset_shard(name) for name in config["datasets"]}
+    before = progress.before
     goes_on = progress.epoch < train_config.epochs  # else all is done, and this is no start
     start = Start(config["stage_dir"], progress.steps, progress.samples, step.world_size) if goes_on and step.rank == 0 else None
     while progress.epoch < train_config.epochs:
@@ -103,6 +109,8 @@ def train_worker(config: dict[str, Any]) -> None:
         lost = int(step.gather(torch.tensor([set_aside])).sum())
         if not progress.samples or lost > config["max_quarantined"] * config["rows"]:
             break  # the stage fails, and so need not pay for the other epochs; with a higher limit it resumes at the next one
+    if before is not None:
+        shutil.rmtree(before.parent, ignore_errors=True)
 
 
 def parts_of(objective: str) -> tuple[type, type]:
@@ -190,7 +198,9 @@ def train_epoch(
             progress.samples += total
             progress.done |= dict.fromkeys((row["sample_id"] for row in taken), None)
             progress.metrics.append(clock.stamp({"step": progress.steps, "epoch": progress.epoch, **metrics}, step.world_size))
-            clock.log(progress, rows_per_epoch * config.epochs, start)
+            if start is not None:
+                start.step_done(progress.steps, progress.samples)
+            clock.log(progress, rows_per_epoch * config.epochs, step.rank)
         if more and (progress.steps % config.checkpoint_every == 0 or clock.preemption_coming(step)):
             save(step, progress, finished=False)
     if "eval" in shards:
@@ -238,11 +248,10 @@ class Clock:
             self.told.step(stamped, workers)
         return stamped
 
-    def log(self, progress: Progress, all_samples: int, start: Start | None) -> None:
-        """A line, and a mark of `start`, which rank 0 has."""
-        if start is not None and time.monotonic() - self.last_log >= SECONDS_BETWEEN_LOGS:
+    def log(self, progress: Progress, all_samples: int, rank: int) -> None:
+        """A line of rank 0, every ten seconds."""
+        if rank == 0 and time.monotonic() - self.last_log >= SECONDS_BETWEEN_LOGS:
             self.last_log = time.monotonic()
-            start.mark(progress.steps, progress.samples)
             last = progress.metrics[-1]
             logger.info("step %d, epoch %d, %d of %d samples, loss %.4f, %.1f samples/s",
                         progress.steps, progress.epoch, progress.samples, all_samples, last["loss"], last["samples_per_second"])
@@ -260,13 +269,14 @@ class Clock:
 
 def save(step: Any, progress: Progress, finished: bool) -> None:
     """Write and report a checkpoint; it is uploaded in the background. Collective."""
-    folder = Path(tempfile.mkdtemp(prefix="medray-checkpoint-"))
+    folder = progress.scratch.new("checkpoint")
     step.save(folder / "state.safetensors")
     write_done(folder, step.rank, progress.done, progress.before)
     if step.rank == 0:
         state = {"epoch": progress.epoch, "finished": finished, "steps": progress.steps, "samples": progress.samples, "world_size": step.world_size}
         (folder / "progress.json").write_text(json.dumps(state, indent=1) + "\n")
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in progress.metrics))
+    write_checksums(folder, step.rank, step.world_size)
     last = progress.metrics[-1] if progress.metrics else {}
     ray.train.report(
         {BEST_BY: -1.0, **last} if chooses_best(step.kind) else last, checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
@@ -279,21 +289,25 @@ def chooses_best(objective: str) -> bool:
     return objective == "rater"
 
 
-def restore(step: Any) -> tuple[Progress, Ids]:
-    """The last checkpoint's progress and the ids that are done in the current epoch, on any worker; fresh ones without it."""
+def restore(step: Any, scratch: Scratch) -> tuple[Progress, Ids]:
+    """The last checkpoint's progress and the ids that are done in the current epoch, on any worker; fresh ones without it.
+
+    Raises StageError for a damaged checkpoint.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return Progress(), Ids()
+        return Progress(scratch=scratch), Ids()
     with checkpoint.as_directory() as folder:
+        check_local(folder)
         state = json.loads(Path(folder, "progress.json").read_text())
         step.load(Path(folder, "state.safetensors"))
         metrics = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-        progress = Progress(state["epoch"], state["steps"], state["samples"], metrics=metrics)
+        progress = Progress(state["epoch"], state["steps"], state["samples"], metrics=metrics, scratch=scratch)
         if state["finished"]:
             progress.epoch += 1
             return progress, Ids()
         if step.rank == 0:
-            progress.before = keep_done(folder, Path(tempfile.mkdtemp(prefix="medray-done-"), BEFORE))
+            progress.before = keep_done(folder, scratch.new("done") / BEFORE)
         return progress, Ids(done_rows(folder))
 
 
@@ -372,7 +386,7 @@ def run_training(
         },
         scaling_config=scaling_of(train_config),
         run_config=ray.train.RunConfig(
-            name="training", storage_path=stage_dir,
+            name=NAME, storage_path=stage_dir,
             failure_config=ray.train.FailureConfig(max_failures=train_config.max_failures, max_preemption_failures=-1),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=train_config.keep_checkpoints, checkpoint_score_attribute=BEST_BY if chooses_best(objective) else None),
@@ -380,10 +394,13 @@ def run_training(
         datasets=datasets,
         dataset_config=UnequalSplits(),
     )
+    settle(stage_dir, BEST_BY if chooses_best(objective) else None)
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise StageError(f"training in {stage_dir} failed: {describe(error)}; the same command resumes from its last checkpoint") from error
+    finally:
+        Scratch(stage_dir).remove()  # of a remote stage it is on the workers' nodes, where the next start clears it
     with result.checkpoint.as_directory() as folder:
         state = json.loads(Path(folder, "progress.json").read_text())
         done, quarantine = count_done(folder)

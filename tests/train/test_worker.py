@@ -1,6 +1,7 @@
 """Whole trainings with the real Ray Train, Ray Data and DeepSpeed on the tiny model."""
 
 import json
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -121,6 +122,37 @@ def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava,
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert all(line["samples"] == 2 for line in lines if "loss" in line)
     assert [line["epoch"] for line in lines if "eval_loss" in line] == [0, 1]
+
+
+def test_a_training_resumes_after_a_full_disk(ray_cluster, tiny_llava, tmp_path, caplog):
+    """Ray Train's list is empty, the newest checkpoint is cut, an upload died and a killed worker left its scratch: the training
+    resumes from the checkpoint before, and every id of the epoch is trained once."""
+    rows = conversations(12)
+    config = SFT.model_copy(update={"num_workers": 1, "micro_batch": 1, "accumulation": 2, "epochs": 1, "checkpoint_every": 2, "keep_checkpoints": 2})
+
+    def train():
+        return run_training(str(tmp_path), dataset(tiny_llava, "sft", rows), None, len(rows), tiny_llava, MODEL, config)
+
+    first = train()
+    assert first.counts["steps"] == 6 and not (tmp_path / "scratch").exists()
+    before, last = sorted(Path(tmp_path, "training").glob("checkpoint_*"))
+    (tmp_path / "training/checkpoint_manager_snapshot.json").write_bytes(b"")
+    state = last / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    died = tmp_path / "training/checkpoint_2999-01-01_00-00-00.000000"
+    died.mkdir()
+    (died / "state.safetensors").write_bytes(b"half")
+    (tmp_path / "scratch/checkpoint-killed").mkdir(parents=True)
+    steps = json.loads((before / "progress.json").read_text())["steps"]
+    with caplog.at_level("WARNING"):
+        again = train()
+    assert f"{last.name}: state.safetensors has 1000 bytes" in caplog.text and f"resuming from step {steps}" in caplog.text
+    assert again.counts["trained"] == 12 and again.counts["steps"] == 6
+    assert again.counts["steps done again"] == 6 - steps
+    with again.checkpoint.as_directory() as folder:
+        assert sorted(done_ids(folder)) == sorted(row["sample_id"] for row in rows)
+    assert not died.exists() and not (tmp_path / "scratch").exists()
+    assert not list(Path(tempfile.gettempdir()).glob("medray-checkpoint-*"))
 
 
 def test_wrong_config_for_the_objective(tmp_path):
