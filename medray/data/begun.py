@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from fsspec.core import url_to_fs
 
-from medray.files import files_in, write_whole
+from medray.files import files_in, seal, unseal, write_whole
 
 logger = logging.getLogger("medray")
 
@@ -39,7 +39,7 @@ class Begun:
         with self._lock:
             self.rows += rows
             if self._file:
-                write_whole(self._fs, self._file, str(self.rows).encode())
+                write_whole(self._fs, self._file, seal({"rows": self.rows}))
 
 
 @contextlib.contextmanager
@@ -65,9 +65,8 @@ def begun_rows(folder: str) -> int:
     for path in files_in(fs, root):
         if path.endswith(".part"):  # of an actor killed while it wrote
             continue
-        text = fs.cat_file(path)
-        if text and not text.isdigit():
-            logger.warning("%s: not a number of rows; \"rows done again\" will be too small", path)
-            continue
-        total += int(text or 0)
+        try:
+            total += unseal(fs.cat_file(path))["rows"]
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: damaged; \"rows done again\" will be too small", path)
     return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import posixpath
 import uuid
@@ -20,7 +21,9 @@ from medray.data.begun import begun_rows, counted
 from medray.data.ids import contains, digests
 from medray.data.pieces import reconcile
 from medray.errors import DataError, StageError
-from medray.files import files_in, remove_folder
+from medray.files import files_in, remove_folder, seal, unseal, write_whole
+
+logger = logging.getLogger("medray")
 
 # Ray Data's own 128 MiB lets every reading task, every encoder and the queues between them hold hundreds of MiB of
 # images: memory grew until gigabytes of rows were under way.
@@ -233,7 +236,8 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
 
     For work that needs no actors: a task reads `rows_per_shard` rows piece by piece, converts and writes them, and holds no
     more than a row group; no row goes through the object store. Which rows a shard holds follows from the files read, so
-    a task that runs again writes the same files again. A shard is done when its record is under `done_uri`.
+    a task that runs again writes the same files again. A shard is done when its record is under `done_uri`, and its files are
+    there with the sizes that the record names; else it is written again.
 
     Args:
         convert: one output row for each input row; pickled to the tasks.
@@ -248,7 +252,7 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
     fs.makedirs(root, exist_ok=True)
     done_fs, done = url_to_fs(done_uri)
     done_fs.makedirs(done, exist_ok=True)
-    ready = {posixpath.basename(path) for path in files_in(done_fs, done)}
+    ready = _ready(done_fs, done, fs, root)
     wanted, waiting = 0, []
     for number, pieces in enumerate(_pieces(rows_uri, rows_per_shard)):
         wanted += sum(piece["rows"] for piece in pieces)
@@ -262,8 +266,29 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
         fs.rm_file(path)
     written = count_rows(out_uri)
     if written != wanted:
-        raise DataError(f"{out_uri}: {written} rows in the shards, but {wanted} were read from {rows_uri}; remove the run's folder and start again")
+        known = set().union(*_ready(done_fs, done, fs, root).values())
+        added = [path for path in files_in(fs, root, ".parquet") if posixpath.basename(path) not in known]
+        cause = f"remove {added[0]}, which is not of this stage" if added else "remove the run's folder"
+        raise DataError(f"{out_uri}: {written} rows in the shards, but {wanted} were read from {rows_uri}; {cause}, then rerun the same command")
     return written
+
+
+def _ready(done_fs: Any, done: str, fs: Any, root: str) -> dict[str, set[str]]:
+    """By the number of a shard that is written, and whose files are as they were written, their names."""
+    sizes = {posixpath.basename(entry["name"]): entry["size"] for entry in fs.ls(root, detail=True)}
+    ready = {}
+    for path in files_in(done_fs, done):
+        number = posixpath.basename(path)
+        try:
+            files = unseal(done_fs.cat_file(path))["files"]
+        except (ValueError, KeyError):
+            continue
+        changed = [name for name, size in files.items() if sizes.get(name) != size]
+        if changed:
+            logger.warning("%s/%s is missing or cut; writing it again", root, changed[0])
+        else:
+            ready[number] = set(files)
+    return ready
 
 
 def _pieces(uri: str, rows_per_shard: int) -> Iterator[list[dict[str, Any]]]:
@@ -289,9 +314,9 @@ def _pieces(uri: str, rows_per_shard: int) -> Iterator[list[dict[str, Any]]]:
 def _write_converted(table: pa.Table, out_uri: str, done_uri: str, convert: Callable[[pa.Table], pa.Table]) -> pa.Table:
     for shard in table.to_pylist():
         rows = (convert(part) for piece in shard["pieces"] for part in _part_of(**piece))
-        write_shard(rows, out_uri, f"part-{shard['number']:06d}")
+        written = write_shard(rows, out_uri, f"part-{shard['number']:06d}")
         fs, done = url_to_fs(done_uri)
-        fs.pipe_file(f"{done}/{shard['number']:06d}", b"done")
+        write_whole(fs, f"{done}/{shard['number']:06d}", seal({"files": written}))
     return table.select(["number"])
 
 
@@ -325,23 +350,27 @@ def empty_folder(uri: str) -> None:
     fs.makedirs(root, exist_ok=True)
 
 
-def write_shard(tables: Iterable[pa.Table], out_uri: str, stem: str) -> None:
-    """Write <stem>-00.parquet in row groups of about `GROUP_ROWS` rows or `GROUP_BYTES`; after `SHARD_BYTES` comes <stem>-01.parquet, ..."""
+def write_shard(tables: Iterable[pa.Table], out_uri: str, stem: str) -> dict[str, int]:
+    """Write <stem>-00.parquet in row groups of about `GROUP_ROWS` rows or `GROUP_BYTES`; after `SHARD_BYTES` comes <stem>-01.parquet, ...
+
+    Returns the size in bytes by name of what was written.
+    """
     fs, root = url_to_fs(out_uri)
+    written: dict[str, int] = {}
     groups = _row_groups(tables)
     group = next(groups, None)
-    for number in itertools.count():
-        if group is None:
-            return
-        size = 0
+    while group is not None:
+        name, size = f"{stem}-{len(written):02d}.parquet", 0
         texts = [leaf for leaf in _leaves(group.schema) if leaf != "image"]
         # Images are compressed already, all different, and in no order.
         options = {"write_page_checksum": True, "compression": dict.fromkeys(texts, "SNAPPY") | {"image": "NONE"}, "use_dictionary": texts, "write_statistics": texts}
-        with whole_file(fs, f"{root}/{stem}-{number:02d}.parquet") as handle, pq.ParquetWriter(handle, group.schema, **options) as writer:
+        with whole_file(fs, f"{root}/{name}") as handle, pq.ParquetWriter(handle, group.schema, **options) as writer:
             while group is not None and size < SHARD_BYTES:
                 writer.write_table(group)
                 size += group.nbytes
                 group = next(groups, None)
+        written[name] = fs.size(f"{root}/{name}")
+    return written
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

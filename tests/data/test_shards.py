@@ -73,12 +73,28 @@ def test_converted_shards_after_a_kill(ray_cluster, tmp_path):
 
 
 @pytest.mark.ray
-def test_rows_that_are_gone_are_noticed(ray_cluster, tmp_path):
-    stored(tmp_path / "in", 6)
+def test_shards_that_are_gone_or_cut_are_written_again(ray_cluster, tmp_path, caplog):
+    ids = stored(tmp_path / "in", 6)
     arguments = (str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "done"), lambda rows: rows, 4, 0.5)
     assert write_converted(*arguments) == 6
-    (tmp_path / "out" / "part-000001-00.parquet").unlink()
-    with pytest.raises(DataError, match="4 rows in the shards, but 6 were read"):
+    first, second = sorted((tmp_path / "out").iterdir())
+    for damage in (second.unlink, lambda: second.write_bytes(second.read_bytes()[:-1]), (tmp_path / "done" / "000001").unlink,
+                   lambda: (tmp_path / "done" / "000001").write_bytes(b"")):
+        before = first.stat().st_mtime_ns
+        damage()
+        assert write_converted(*arguments) == 6
+        assert [name for path in (first, second) for name in pq.read_table(path)["sample_id"].to_pylist()] == ids
+        assert first.stat().st_mtime_ns == before
+    assert "part-000001-00.parquet is missing or cut" in caplog.text
+
+
+@pytest.mark.ray
+def test_a_shard_of_another_hand_is_named(ray_cluster, tmp_path):
+    stored(tmp_path / "in", 6)
+    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "done"), lambda rows: rows, 4, 0.5)
+    write_converted(*arguments)
+    (tmp_path / "out" / "mine.parquet").write_bytes((tmp_path / "out" / "part-000001-00.parquet").read_bytes())
+    with pytest.raises(DataError, match=r"8 rows in the shards, but 6 were read.*remove .*mine.parquet"):
         write_converted(*arguments)
 
 
