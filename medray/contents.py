@@ -1,8 +1,8 @@
 """What a finished stage wrote, file by file, so that files that are gone, cut or changed are noticed before they are used.
 
 `files.jsonl` in the stage's folder has a line per file: path in the run, bytes, XXH3-128, and the file system's change mark
-(an ETag or the time of the last change). A later start lists the folder once and compares names, sizes and marks; only a file
-whose mark changed is read. Hashes are taken when a stage ends, by tasks of the cluster when there is much to read.
+(an ETag or the time of the last change). A later start lists the folder once and compares names, sizes and marks; only files
+whose mark changed are read, and a disk's weights, which are to be loaded anyway. Hashes are taken when a stage ends, by tasks of the cluster when there is much to read.
 
 The first line says what the record is of: the stage's inputs (`key`), the digest of all contents, and the `hash` that later
 stages depend on. That is the key, unless a finished stage had to be made again and came out otherwise.
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 
 from medray.files import CHECKSUM, hash_file, write_whole
 
@@ -27,6 +28,7 @@ FILES = "files.jsonl"
 # Parts of a stage that only the stage itself reads when it resumes; each has checks of its own.
 _OWN = {"inputs.json", "manifest.json", FILES, "train", "done", "cells"}
 _OWN_ENDS = ("committed", "committed-begun", ".part")
+_WEIGHTS = (".safetensors", ".bin", ".pt")
 _CARD = "README.md"  # of an exported model, written when the whole run is done
 _IN_TASKS, _PER_TASK = 2**30, 2**28  # bytes: from so many on, the cluster hashes, so many a task
 _THREADS = 8
@@ -191,6 +193,7 @@ def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str
         _write(fs, root, stage, Record(manifest["key"], manifest["hash"], manifest["content"], files))
         return []
     by_path = {file.path: file for file in there}
+    reads_weights = isinstance(fs, LocalFileSystem)  # object stores hold checksums of their own
     problems, unsure = [], []
     for file in made.files:
         now = by_path.pop(file.path, None)
@@ -198,7 +201,7 @@ def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str
             problems.append(Problem(file.path, "is missing"))
         elif now.bytes != file.bytes:
             problems.append(Problem(file.path, f"has {now.bytes} bytes instead of {file.bytes}"))
-        elif now.mark != file.mark:
+        elif now.mark != file.mark or (reads_weights and now.path.endswith(_WEIGHTS)):
             unsure.append((file, now))
     known = {posixpath.dirname(file.path) for file in made.files}
     problems += [
@@ -207,7 +210,7 @@ def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str
     for (file, _), now in zip(unsure, hashed(fs, root, [now for _, now in unsure]), strict=True):
         if now.hash != file.hash:
             problems.append(Problem(file.path, "is changed"))
-    if unsure and not problems:  # a run that was copied: the marks are new
+    if any(now.mark != file.mark for file, now in unsure) and not problems:  # a run that was copied: the marks are new
         marks = {now.path: now.mark for _, now in unsure}
         _write(fs, root, stage, made._replace(files=[file._replace(mark=marks.get(file.path, file.mark)) for file in made.files]))
     return problems

@@ -128,6 +128,17 @@ def test_added_rows_are_noticed(job, caplog):
     assert count_rows(f"{job.folder}/stages/a/rows") == b["outputs"]["counts"]["rows"] == 24
 
 
+def test_weights_that_rotted_on_the_disk_are_noticed(job, caplog):
+    """Other bits, though the file system knows of no change."""
+    path = Path(job.folder, "stages/a/model/model.safetensors")
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    job()
+    assert job.calls == ["a"] and "model.safetensors is changed" in caplog.text
+    assert set(path.read_bytes()) == {ord("x")}
+
+
 @pytest.mark.parametrize("manifest_too", [False, True])
 def test_other_rows_make_later_stages_again(job, manifest_too):
     """A judge gives other verdicts the second time: what was made of the former ones is made again, though the manifest is lost too."""
