@@ -133,14 +133,16 @@ def record(fs: Any, root: str, stage: str, folders: list[str], key: str) -> Reco
         made = before._replace(files=files)
     else:  # finished before, and other files now: what was made of the former ones is not made of these
         made = Record(key, xxhash.xxh3_64_hexdigest(f"{key} {content}".encode()), content, files)
-    _write(fs, root, stage, made)
+    write(fs, root, stage, made)
     return made
 
 
-def _write(fs: Any, root: str, stage: str, made: Record) -> None:
+def write(fs: Any, root: str, stage: str, made: Record) -> None:
+    """Write a stage's record, whole or not at all."""
     lines = "".join(json.dumps(file._asdict()) + "\n" for file in made.files)
     first = {"key": made.key, "hash": made.hash, "content": made.content}
     text = json.dumps(first | {CHECKSUM: _checksum(first, lines)}) + "\n" + lines
+    fs.makedirs(posixpath.join(root, stage), exist_ok=True)
     write_whole(fs, posixpath.join(root, stage, FILES), text.encode())
 
 
@@ -190,9 +192,12 @@ def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str
         if content_of(files) != manifest["content"]:
             return [Problem(f"{stage}/{FILES}", made if isinstance(made, str) else "is missing or of other files")]
         logger.warning("%s/%s was damaged and is written anew; the files are those that the stage wrote", stage, FILES)
-        _write(fs, root, stage, Record(manifest["key"], manifest["hash"], manifest["content"], files))
+        write(fs, root, stage, Record(manifest["key"], manifest["hash"], manifest["content"], files))
         return []
     by_path = {file.path: file for file in there}
+    elsewhere = {posixpath.dirname(file.path) for file in made.files if not any(file.path.startswith(folder) for folder in folders)}
+    if elsewhere:  # of a stage whose manifest is lost, which named them
+        by_path |= {file.path: file for file in listed(fs, root, sorted(elsewhere))}
     reads_weights = isinstance(fs, LocalFileSystem)  # object stores hold checksums of their own
     problems, unsure = [], []
     for file in made.files:
@@ -212,7 +217,7 @@ def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str
             problems.append(Problem(file.path, "is changed"))
     if any(now.mark != file.mark for file, now in unsure) and not problems:  # a run that was copied: the marks are new
         marks = {now.path: now.mark for _, now in unsure}
-        _write(fs, root, stage, made._replace(files=[file._replace(mark=marks.get(file.path, file.mark)) for file in made.files]))
+        write(fs, root, stage, made._replace(files=[file._replace(mark=marks.get(file.path, file.mark)) for file in made.files]))
     return problems
 
 

@@ -188,6 +188,8 @@ class Run:
         manifest, lost = self.read_sealed(folder, MANIFEST), []
         before = self.read_sealed(folder, INPUTS) or {"hash": None}
         same = before["hash"] == settings and (parts is not None or manifest is None)
+        written = contents.recorded(self.fs, self._root, folder)
+        kept = written if isinstance(written, contents.Record) and written.key == fingerprint else None
         if manifest is not None and manifest.get("key", manifest["hash"]) == fingerprint:
             lost = contents.check(self.fs, self._root, folder, self._written(folder, manifest["outputs"]), manifest)
             if not lost:
@@ -195,21 +197,26 @@ class Run:
                 self.timeline.append(manifest)
                 _in_progress = None
                 return manifest
+            same, before = True, {"attempts": manifest["attempts"]} | before
+        elif manifest is None and same and kept is not None:  # it had finished, and its manifest is lost
+            lost = contents.check(self.fs, self._root, folder, [folder], kept._asdict())
+        if lost:
             logger.warning(
                 "stage %s: %s%s; making what is lost again, and later stages if it comes out otherwise",
                 name, lost[0], f" (and {len(lost) - 1} more files)" if len(lost) > 1 else "")
             contents.remove(self.fs, self._root, lost)
             self.remove(folder, MANIFEST)
-            same, before = True, {"attempts": manifest["attempts"]} | before
         if same:
             attempts = before["attempts"] + 1
             logger.info("stage %s: resuming (attempt %d)", name, attempts)
         else:
             attempts = 1
             if self.exists(folder):
-                logger.info("stage %s: inputs changed, restarting", name)
+                logger.info("stage %s: %s, restarting", name, "inputs changed" if before["hash"] else f"no readable {INPUTS}")
                 self.remove(folder, INPUTS)  # first: a folder without them that a killed run was emptying is not gone on with
                 self.remove(folder)
+                if kept is not None:  # what inputs.json said is lost; later stages were made of these files
+                    contents.write(self.fs, self._root, folder, kept)
         started = time.time()
         self.write_sealed({"hash": settings, "inputs": without_passwords(inputs), "parts": parts, "attempts": attempts}, folder, INPUTS)
         logger.info("stage %s: started", name)

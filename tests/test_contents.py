@@ -152,6 +152,26 @@ def test_other_rows_make_later_stages_again(job, manifest_too):
     assert job() == (a, b) and job.calls == []
 
 
+def test_a_lost_manifest_and_damaged_rows(job, caplog):
+    """The record of the files is there still: what is flipped is made again, whether or not the stage looks at it."""
+    Path(job.folder, "stages/a/manifest.json").unlink()
+    flip(Path(job.folder, ROWS))
+    with caplog.at_level("WARNING"):
+        _, b = job()
+    assert job.calls == ["a"] and f"{ROWS} is changed" in caplog.text
+    assert b["outputs"] == {"counts": {"rows": 24}, "text": "x"}
+
+
+def test_lost_inputs_and_manifest_make_later_stages_again_if_the_outcome_differs(job):
+    """Nothing says what the folder was made of, so it is made anew; the record says that later stages were made of other rows."""
+    for name in ("manifest.json", "inputs.json"):
+        Path(job.folder, "stages/a", name).unlink()
+    job.text = "y"
+    assert job()[1]["outputs"]["text"] == "y" and job.calls == ["a", "b"]
+    job()
+    assert job.calls == []
+
+
 def test_a_kill_between_record_and_manifest_loses_no_change(job, monkeypatch):
     Path(job.folder, ROWS).unlink()
     job.text = "y"

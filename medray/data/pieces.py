@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from medray.data.ids import contains, digests
 from medray.files import files_in
@@ -27,12 +28,14 @@ _PENDING = ".pending.parquet"
 _READERS = 16  # files opened at once, against the latency of object stores
 
 
-def reconcile(out_uri: str, checkpoint_uri: str, id_column: str, known: np.ndarray | None = None) -> np.ndarray:
+def reconcile(out_uri: str, checkpoint_uri: str, id_column: str, known: np.ndarray | None = None, whole_rows: bool = False) -> np.ndarray:
     """Remove every piece whose committed ids are not exactly the ids of its rows, and those that repeat an id.
 
     Args:
         out_uri, checkpoint_uri: folders of rows and of committed ids.
         known: digests of the ids that may be there, sorted; None for any.
+        whole_rows: on a file system, read every column of the rows and compare the pages' checksums; object stores have checksums
+            of their own.
 
     Returns the digests of the ids whose rows are there, sorted. What is removed is named in the log; the caller makes it anew.
     """
@@ -48,7 +51,7 @@ def reconcile(out_uri: str, checkpoint_uri: str, id_column: str, known: np.ndarr
     def ids(name: str) -> np.ndarray | None:
         """The ids of one piece; None if they are not those of its rows, or a file cannot be read."""
         of_commit = _ids(commit_fs, [committed[name]], id_column)
-        of_rows = _ids(fs, rows.get(name, []), id_column)
+        of_rows = _ids(fs, rows.get(name, []), id_column, whole_rows and isinstance(fs, LocalFileSystem))
         return of_rows if of_commit is not None and of_rows is not None and np.array_equal(of_commit, of_rows) else None
 
     whole: list[np.ndarray] = []
@@ -76,12 +79,14 @@ def reconcile(out_uri: str, checkpoint_uri: str, id_column: str, known: np.ndarr
     return seen
 
 
-def _ids(fs: Any, paths: list[str], column: str) -> np.ndarray | None:
+def _ids(fs: Any, paths: list[str], column: str, whole_rows: bool = False) -> np.ndarray | None:
     try:
         parts = []
         for path in paths:
             with fs.open(path, "rb") as handle:
-                parts.append(pq.ParquetFile(handle, page_checksum_verification=True).read([column])[column].cast(pa.string()))
+                file = pq.ParquetFile(handle, page_checksum_verification=True)
+                for batch in file.iter_batches(columns=None if whole_rows else [column]):
+                    parts.append(batch[column].cast(pa.string()))
         return digests(identity for part in parts for identity in part.to_pylist())
     except (OSError, pa.ArrowException, KeyError, AttributeError):  # AttributeError: an id that is null
         return None

@@ -192,7 +192,7 @@ def write_resumable(
         )
     # A list of folders may change from call to call, and rows of a folder that is gone stay.
     known = everything if isinstance(rows_uri, str) else None
-    committed = reconcile(out_uri, checkpoint_uri, id_column, known)
+    committed = reconcile(out_uri, checkpoint_uri, id_column, known, whole_rows=True)
     unfinished = [uri for uri, ids in wanted.items() if not contains(committed, ids).all()]
     fs, root = url_to_fs(out_uri)
     fs.makedirs(root, exist_ok=True)
