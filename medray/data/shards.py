@@ -275,7 +275,7 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
 
 def _ready(done_fs: Any, done: str, fs: Any, root: str) -> dict[str, set[str]]:
     """By the number of a shard that is written, and whose files are as they were written, their names."""
-    sizes = {posixpath.basename(entry["name"]): entry["size"] for entry in fs.ls(root, detail=True)}
+    sizes = {posixpath.basename(path): fs.size(path) for path in files_in(fs, root, ".parquet")}
     ready = {}
     for path in files_in(done_fs, done):
         number = posixpath.basename(path)
