@@ -123,6 +123,8 @@ class PairEncoder:
                 rows.append(kept | self.encode(pair))
             except (InputError, ImageError) as error:
                 rows.append(kept | {"error": str(error)})
+            except Exception as error:  # the row boundary: a processor may raise anything for one odd image or text
+                rows.append(kept | {"error": f"{type(error).__name__}: {error}"})
         return pa.Table.from_pylist(rows, schema=ENCODED_PAIR)
 
     def encode(self, pair: dict[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,8 @@ class Score:
             return self.inputs.pixels(image)
         except ImageError as error:
             return str(error)
+        except Exception as error:  # the row boundary: a processor may raise anything for one odd image
+            return f"{type(error).__name__}: {error}"
 
     def _rate(self, texts: list[list[int]], images: list[Any]) -> list[float]:
         import torch

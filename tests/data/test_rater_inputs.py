@@ -145,3 +145,20 @@ def test_a_pairs_common_image_is_passed_once(tiny_clip):
     texts = [inputs.tokenizer.decode(ids, skip_special_tokens=True).split("\n")[1] for ids in batch["input_ids"].tolist()]
     assert texts == ["Answer: red", "Answer: blue", "Answer: blue", "Answer: blue", "Answer: blue", "Answer: red"]
     assert batch["weights"].tolist() == [1.0, 5.0, 1.0]
+
+
+def test_an_image_that_the_processor_cannot_take_sets_its_pair_aside(tiny_clip, monkeypatch):
+    encoder = PairEncoder(tiny_clip, 64, False, {})
+    plain = type(encoder.inputs).pixels
+    odd, _ = cell(1)
+
+    def fails_on_odd(inputs, image):
+        if image == odd:
+            raise TypeError("mean must have 3 elements if it is an iterable, got 4")
+        return plain(inputs, image)
+
+    monkeypatch.setattr(type(encoder.inputs), "pixels", fails_on_odd)
+    rows = [pair(0), pair(1)]
+    table = pa.Table.from_pylist(rows, schema=RATING_PAIR).append_column("weight", pa.array([1.0, 1.0], pa.float32()))
+    good, bad = encoder(table).to_pylist()
+    assert good["error"] is None and "mean must have 3 elements" in bad["error"]
