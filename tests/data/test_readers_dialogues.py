@@ -10,6 +10,7 @@ from medray.data.readers.conversations import preference_pair
 from medray.data.readers.markers import markers_in, without_marker
 from medray.data.readers.messages import dialogue_turns
 from medray.data.sources import INDEX
+from tests.data.test_readers_files import tar
 from tests.data.wild import dialogue, index, payloads, unused, write
 
 
@@ -196,3 +197,23 @@ def test_multiple_choice_in_a_table(tmp_path):
     asked, = payloads([row])
     assert (asked["qa"]["choices"], asked["qa"]["reference"]) == (["liver", "heart"], "B")
     assert "from 0 or from 1" in bad["error"]
+
+
+@pytest.mark.parametrize(("record", "payload"), [
+    ({"question": "Which?", "choices": ["liver", "lung"], "answer": "lung"}, ("B", "mcq")), ({"question": "Which?", "choices": ["liver", "lung"], "answer": "A"}, ("A", "mcq")),
+    ({"question": "<image>Is it?", "answer": "Yes"}, ("Yes", "closed")), ({"question": "How many?", "answer": 2.0}, ("2", "open")),
+])
+def test_questions_in_tars(tmp_path, record, payload):
+    """A model sees the options of a question, whoever made the tar; fields that are not used are named."""
+    tar(tmp_path / "test-000.tar", [("1.png", b"x"), ("1.json", json.dumps(record | {"organ": "lung"}).encode())])
+    _, rows, notes = index(tmp_path)
+    qa = payloads(rows)[0]["qa"]
+    assert ((qa["reference"], qa["answer_type"]), rows[0]["split"]) == (payload, "test")
+    assert not qa["choices"] or all(choice in qa["question"] for choice in qa["choices"])
+    assert unused(notes) == {"test-000.tar": {"organ"}}
+
+
+@pytest.mark.parametrize("record", [{"question": "Is it?", "answer": float("nan")}, {"question": "Is it?", "answer": "nan"}, {"split": "somewhere", "caption": "x"}, {"caption": "<image> x"}])
+def test_records_in_tars_that_are_set_aside(tmp_path, record):
+    tar(tmp_path / "a.tar", [("1.png", b"x"), ("1.json", json.dumps(record).encode())])
+    assert index(tmp_path)[1][0]["error"]
