@@ -9,14 +9,22 @@ from medray.paths import address_problems, model_folder_problems, output_problem
 from medray.preflight import check_run, model_problems, source_problems
 
 
-@pytest.mark.parametrize("path", ["a [1]/b", "c*d", "e?f", "g#h", "100%", "ü é", "s3://bucket/a b", "{x}", "a:b", "C:/x"])
+@pytest.mark.parametrize(
+    "path", ["a [1]/b", "c*d", "e?f", "g#h", "100%", "ü é", "s3://bucket/a b", "{x}", "a:b", "C:/x"]
+)
 def test_names_that_are_only_names(path):
     assert address_problems("data.source", path) == []
 
 
-@pytest.mark.parametrize(("path", "words"), [("/data/a::b/x", "'::'"), ("/data/x://b", "'://'"), ("s3://b/zip::x", "'::'")])
+@pytest.mark.parametrize(
+    ("path", "words"), [("/data/a::b/x", "'::'"), ("/data/x://b", "'://'"), ("s3://b/zip::x", "'::'")]
+)
 def test_names_that_are_other_addresses(tmp_path, path, words):
-    for problems in (address_problems("f", path), output_problems("f", path), model_folder_problems("f", path)):
+    for problems in (
+        address_problems("f", path),
+        output_problems("f", path),
+        model_folder_problems("f", path),
+    ):
         assert len(problems) == 1
         assert words in problems[0] and path in problems[0]
     assert any(words in problem for problem in source_problems(DataConfig(source=path)))
@@ -33,8 +41,11 @@ def test_patterns_where_something_is_removed_or_models_are_loaded(tmp_path):
     folder = tmp_path / "model [a]"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
     assert "rename it" in model_problems("model.path", str(folder))[-1]
 
 
 def test_a_folder_of_images_that_is_not_there(tmp_path):
-    assert "is no folder" in source_problems(DataConfig(source=str(tmp_path), images=str(tmp_path / "none")))[0]
+    assert (
+        "is no folder" in source_problems(DataConfig(source=str(tmp_path), images=str(tmp_path / "none")))[0]
+    )

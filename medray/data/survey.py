@@ -1,4 +1,5 @@
-"""Which files of a source are read, and in which format: told by what is in them. What is not read is named."""
+"""Which files of a source are read, and in which format: told by what is in them. What is not read is
+named."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ PARQUET_KINDS = ("shards", "hf-parquet", "preference")
 LEVELS, FOLDERS = 3, 1000
 _REQUESTS_AT_ONCE = 16
 _MOST_PASSED = 100
-_MOST_OTHERS = 200  # tables of other suffixes that are looked at, to say what they are; all are counted by suffix
+_MOST_OTHERS = (
+    200  # tables of other suffixes that are looked at, to say what they are; all are counted by suffix
+)
 
 logger = logging.getLogger("medray")
 _TEXT_SUFFIXES = (".txt", ".json", ".caption", ".xml")
@@ -53,7 +56,8 @@ _BROKEN = "broken"
 
 @dataclass(frozen=True)
 class Survey:
-    """The format, the files to read (a folder of images or DICOM files as the only one), and {file: why} of tables beside them
+    """The format, the files to read (a folder of images or DICOM files as the only one), and {file: why} of
+    tables beside them
     that are not read, relative to the source."""
 
     kind: str
@@ -63,7 +67,8 @@ class Survey:
 
 @dataclass(frozen=True)
 class Table:
-    """A file that may hold records: its format (None: unknown, _BROKEN: it cannot be read) and its columns or keys."""
+    """A file that may hold records: its format (None: unknown, _BROKEN: it cannot be read) and its columns
+    or keys."""
 
     path: str
     kind: str | None
@@ -73,10 +78,10 @@ class Table:
 def survey(config: DataConfig) -> Survey:
     """What is to be read of data.source.
 
-    The files nearest to the top decide; of one level, Parquet before JSON and CSV before tars, and of these the first by
-    name whose format is known. All files of that format are read, whatever their suffix (see also
-    `readers.detect.chosen_files`), and those in folders beside them that are named after other splits. A folder without any
-    table is one of DICOM, else of images. data.format names the format itself.
+    The files nearest to the top decide; of one level, Parquet before JSON and CSV before tars, and of these
+    the first by name whose format is known. All files of that format are read, whatever their suffix (see
+    also `readers.detect.chosen_files`), and those in folders beside them that are named after other splits. A
+    folder without any table is one of DICOM, else of images. data.format names the format itself.
 
     Raises DataError naming the files that were found, with their columns, and what was looked for.
     """
@@ -103,7 +108,17 @@ def survey(config: DataConfig) -> Survey:
                 unknown += tables
                 continue
             _check_columns(config, tables, first.kind)
-            return _chosen(fs, root, first.kind, tables, [*unknown, *_tables(fs, [path for path in level if suffix_of(path) not in suffixes][:_MOST_OTHERS])], unread)
+            return _chosen(
+                fs,
+                root,
+                first.kind,
+                tables,
+                [
+                    *unknown,
+                    *_tables(fs, [path for path in level if suffix_of(path) not in suffixes][:_MOST_OTHERS]),
+                ],
+                unread,
+            )
     for table in unknown:
         if table.kind == _BROKEN:
             raise DataError(f"data.source: {table.path} cannot be read as Parquet: {' '.join(table.names)}")
@@ -114,7 +129,8 @@ def survey(config: DataConfig) -> Survey:
 
 
 def manifest_of(source: str) -> dict[str, Any] | None:
-    """manifest.json of a directory of jobs/prepare_data.py; None where `source` is none (other sets have files of that name)."""
+    """manifest.json of a directory of jobs/prepare_data.py; None where `source` is none (other sets have
+    files of that name)."""
     fs, root = url_to_fs(source)
     path = f"{root}/{MANIFEST}"
     if not fs.isfile(path) or not fs.isdir(f"{root}/shards"):
@@ -122,7 +138,9 @@ def manifest_of(source: str) -> dict[str, Any] | None:
     try:
         manifest = json.loads(fs.cat_file(path))
     except ValueError as error:
-        raise DataError(f"data.source: {path} is damaged ({error}); run jobs/prepare_data.py --to {source} again") from None
+        raise DataError(
+            f"data.source: {path} is damaged ({error}); run jobs/prepare_data.py --to {source} again"
+        ) from None
     return manifest if isinstance(manifest, dict) and manifest.get("kind") == DATASET else None
 
 
@@ -136,16 +154,26 @@ def _named(fs: Any, root: str, config: DataConfig) -> Survey:
             return _chosen(fs, root, config.format, tables, [], [])
     found = next((level for level in levels if level), None)
     if found is None:
-        raise DataError(f"data.source: {config.source} has no {' or '.join(suffixes)} file, which data.format {config.format} needs")
+        raise DataError(
+            f"data.source: {config.source} has no {' or '.join(suffixes)} file, which data.format "
+            f"{config.format} needs"
+        )
     if suffix_of(found[0]) == ".parquet":
         for table in _tables(fs, found):
             if table.kind == _BROKEN:
-                raise DataError(f"data.source: {table.path} cannot be read as Parquet: {' '.join(table.names)}")
-            raise DataError(f"data.source: {table.path} is not in the format {config.format}: {missing_columns(table.names)}; looked for {LOOKED_FOR}")
+                raise DataError(
+                    f"data.source: {table.path} cannot be read as Parquet: {' '.join(table.names)}"
+                )
+            raise DataError(
+                f"data.source: {table.path} is not in the format {config.format}: "
+                f"{missing_columns(table.names)}; looked for {LOOKED_FOR}"
+            )
     return Survey(config.format, chosen_files(config.format, found))
 
 
-def _chosen(fs: Any, root: str, kind: str, tables: list[Table], others: list[Table], unread: list[str]) -> Survey:
+def _chosen(
+    fs: Any, root: str, kind: str, tables: list[Table], others: list[Table], unread: list[str]
+) -> Survey:
     files = [table.path for table in tables if table.kind == kind]
     chosen = chosen_files(kind, files)
     chosen += [path for path in _in_other_splits(fs, root, kind, chosen) if path not in chosen]
@@ -159,11 +187,18 @@ def _chosen(fs: Any, root: str, kind: str, tables: list[Table], others: list[Tab
         elif table.kind == _BROKEN:
             passed[_below(table.path, root)] = "not read: it cannot be read as Parquet"
         elif table.kind is None:
-            passed[_below(table.path, root)] = f"not read: in no known format ({missing_columns(table.names)})"
+            passed[_below(table.path, root)] = (
+                f"not read: in no known format ({missing_columns(table.names)})"
+            )
         elif table.kind == kind:
-            passed[_below(table.path, root)] = "not read: another version of the set; name the file itself to read it"
+            passed[_below(table.path, root)] = (
+                "not read: another version of the set; name the file itself to read it"
+            )
         else:
-            passed[_below(table.path, root)] = f"not read: it is in the format {table.kind}, and {kind} was found first; name the file itself or data.format to read it"
+            passed[_below(table.path, root)] = (
+                f"not read: it is in the format {table.kind}, and {kind} was found first; name the file "
+                "itself or data.format to read it"
+            )
     passed |= {_below(path, root): "not read: save it as CSV" for path in unread}
     more = len(passed) - _MOST_PASSED
     if more > 0:
@@ -176,7 +211,8 @@ def _below(path: str, root: str) -> str:
 
 
 def _in_other_splits(fs: Any, root: str, kind: str, chosen: Sequence[str]) -> Iterator[str]:
-    """Files of the format in folders named after splits that hold none of the chosen files: beside those of the chosen files,
+    """Files of the format in folders named after splits that hold none of the chosen files: beside those of
+    the chosen files,
     or in the source."""
     if not fs.isdir(root):
         return
@@ -195,7 +231,8 @@ def _in_other_splits(fs: Any, root: str, kind: str, chosen: Sequence[str]) -> It
 
 
 def _check_columns(config: DataConfig, tables: Iterable[Table], kind: str) -> None:
-    """Raise DataError for a table of the set that could be read only in part, without a word about the rest."""
+    """Raise DataError for a table of the set that could be read only in part, without a word about the
+    rest."""
     for table in tables:
         if table.kind != kind:
             continue
@@ -205,8 +242,10 @@ def _check_columns(config: DataConfig, tables: Iterable[Table], kind: str) -> No
         labels = unread_labels(table.names) if kind == "hf-parquet" else []
         if labels:
             raise DataError(
-                f"data.source: {table.path} has the columns {', '.join(labels[:20])} beside the image, and none that is read (question and answer, messages, "
-                f"conversations, prompt and completion, chosen and rejected, caption, text, report); rename them, or read the images alone with data.format hf-parquet"
+                f"data.source: {table.path} has the columns {', '.join(labels[:20])} beside the image, and "
+                "none that is read (question and answer, messages, "
+                "conversations, prompt and completion, chosen and rejected, caption, text, report); rename "
+                "them, or read the images alone with data.format hf-parquet"
             )
 
 
@@ -217,7 +256,10 @@ def _unknown_source(source: str, root: str, unknown: list[Table], unread: list[s
     said += [f"{more} more tables"] if more > 0 else []
     if not said:
         said = _other_files(source)
-    return f"data.source: {source} is in no known format{' (' + '; '.join(said) + ')' if said else ''}; looked for {LOOKED_FOR}; name it with data.format"
+    return (
+        f"data.source: {source} is in no known format{' (' + '; '.join(said) + ')' if said else ''}; looked "
+        f"for {LOOKED_FOR}; name it with data.format"
+    )
 
 
 def _other_files(source: str) -> list[str]:
@@ -227,7 +269,11 @@ def _other_files(source: str) -> list[str]:
         suffixes[posixpath.splitext(path)[1].lower() or "no suffix"] += 1
         if number == 1000:
             break
-    return [f"found files with {', '.join(f'{suffix} ({count})' for suffix, count in suffixes.most_common(8))}"] if suffixes else ["it holds no file"]
+    return (
+        [f"found files with {', '.join(f'{suffix} ({count})' for suffix, count in suffixes.most_common(8))}"]
+        if suffixes
+        else ["it holds no file"]
+    )
 
 
 def _levels(fs: Any, root: str, levels: int = LEVELS, wide: int = FOLDERS) -> Iterator[list[str]]:
@@ -237,8 +283,17 @@ def _levels(fs: Any, root: str, levels: int = LEVELS, wide: int = FOLDERS) -> It
         return
     level = [root]
     for _ in range(levels):
-        entries = [entry for folder in level for entry in _listed(fs, folder, root) if not posixpath.basename(entry["name"]).startswith((".", "__MACOSX"))]
-        yield sorted(e["name"] for e in entries if e["type"] != "directory" and suffix_of(e["name"]) in (*TABLES, *UNREAD_TABLES))
+        entries = [
+            entry
+            for folder in level
+            for entry in _listed(fs, folder, root)
+            if not posixpath.basename(entry["name"]).startswith((".", "__MACOSX"))
+        ]
+        yield sorted(
+            e["name"]
+            for e in entries
+            if e["type"] != "directory" and suffix_of(e["name"]) in (*TABLES, *UNREAD_TABLES)
+        )
         level = sorted(e["name"] for e in entries if e["type"] == "directory")[:wide]
 
 
@@ -254,11 +309,16 @@ def _listed(fs: Any, folder: str, root: str) -> list[dict[str, Any]]:
 
 def entries_of(fs: Any, folder: str) -> list[dict[str, Any]]:
     """What lies in a folder; some object stores list the folder itself too."""
-    return [entry | {"name": name} for entry in fs.ls(folder, detail=True) if (name := entry["name"].rstrip("/")) != folder.rstrip("/")]
+    return [
+        entry | {"name": name}
+        for entry in fs.ls(folder, detail=True)
+        if (name := entry["name"].rstrip("/")) != folder.rstrip("/")
+    ]
 
 
 def in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """`work` of each item, in order; an object store takes tens of milliseconds to answer, and many questions at once."""
+    """`work` of each item, in order; an object store takes tens of milliseconds to answer, and many
+    questions at once."""
     if len(items) < 2:
         yield from map(work, items)
         return
@@ -294,7 +354,8 @@ def _address(fs: Any, path: str) -> str:
 
 
 def _folder_format(source: str) -> str | None:
-    """dicom or images, by the first files of a folder. Raises DataError if texts beside the images look like their labels."""
+    """dicom or images, by the first files of a folder. Raises DataError if texts beside the images look
+    like their labels."""
     kind = None
     stems: set[str] = set()
     texts: dict[str, str] = {}
@@ -318,8 +379,10 @@ def _check_texts(source: str, stems: set[str], texts: dict[str, str]) -> None:
     both = sorted(stems & texts.keys())
     if both:
         raise DataError(
-            f"data.source: {source} has texts beside its images, such as {posixpath.basename(texts[both[0]])}, which are not read; write them into a table "
-            f"with the columns file_name and text (metadata.csv), or read the images alone with data.format images"
+            f"data.source: {source} has texts beside its images, such as "
+            f"{posixpath.basename(texts[both[0]])}, which are not read; write them into a table "
+            "with the columns file_name and text (metadata.csv), or read the images alone with data.format "
+            "images"
         )
     names = {posixpath.basename(stem) for stem in stems if len(posixpath.basename(stem)) > 2}
     for path in list(texts.values())[:20]:
@@ -331,6 +394,7 @@ def _check_texts(source: str, stems: set[str], texts: dict[str, str]) -> None:
         words = set(re.split(r"[\s,;|/\\]+|\.(?=[a-z]{2,5}\b)", text))
         if names & words:
             raise DataError(
-                f"data.source: {posixpath.basename(path)} names images of {source}, and is not read; save it as CSV with a header (file_name and text), or read "
+                f"data.source: {posixpath.basename(path)} names images of {source}, and is not read; save "
+                "it as CSV with a header (file_name and text), or read "
                 f"the images alone with data.format images"
             )

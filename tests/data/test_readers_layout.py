@@ -1,4 +1,5 @@
-"""Tables are read by what is in them: JSON Lines under any name, lists in objects, delimiters, encodings, compression."""
+"""Tables are read by what is in them: JSON Lines under any name, lists in objects, delimiters, encodings,
+compression."""
 
 import codecs
 import gzip
@@ -15,21 +16,44 @@ RECORDS = [dialogue(f"{n}.png", f"Answer {n}.") for n in range(5)]
 LINES = "\n".join(map(json.dumps, RECORDS))
 
 
-@pytest.mark.parametrize(("name", "text"), [
-    ("train.json", LINES + "\n"),
-    ("train.json", json.dumps(RECORDS[0]) + "\n" + LINES.partition("\n")[2].replace("\n", "\n\n")),
-    ("train.json", "\n".join(json.dumps(one, indent=2) for one in RECORDS)),
-    ("train.json", "".join(map(json.dumps, RECORDS))),
-    ("train.json", ",\n".join(map(json.dumps, RECORDS))),
-    ("train.json", json.dumps(RECORDS[:2]) + "\n" + json.dumps(RECORDS[2:])),
-    ("train.json", json.dumps({"info": {"year": 2024, "splits": ["a"]}, "version": "1.0", "data": RECORDS})),
-    ("train.json", json.dumps({"meta": {"n": 5}, "annotations": {"items": RECORDS}})),
-    ("train.json", json.dumps({str(n): record for n, record in enumerate(RECORDS)})),
-    ("train.jsonl", json.dumps(RECORDS)),
-    ("train.jsonl", json.dumps(RECORDS, indent=1)),
-    ("train.JSONL", LINES), ("train.JSON", json.dumps(RECORDS)), ("train.ndjson", LINES),
-], ids=["lines", "blank lines", "indented objects", "objects without breaks", "objects and commas", "two lists", "list in an object", "list in objects",
-        "objects by id", "list named jsonl", "indented list named jsonl", "JSONL", "JSON", "ndjson"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.json", LINES + "\n"),
+        ("train.json", json.dumps(RECORDS[0]) + "\n" + LINES.partition("\n")[2].replace("\n", "\n\n")),
+        ("train.json", "\n".join(json.dumps(one, indent=2) for one in RECORDS)),
+        ("train.json", "".join(map(json.dumps, RECORDS))),
+        ("train.json", ",\n".join(map(json.dumps, RECORDS))),
+        ("train.json", json.dumps(RECORDS[:2]) + "\n" + json.dumps(RECORDS[2:])),
+        (
+            "train.json",
+            json.dumps({"info": {"year": 2024, "splits": ["a"]}, "version": "1.0", "data": RECORDS}),
+        ),
+        ("train.json", json.dumps({"meta": {"n": 5}, "annotations": {"items": RECORDS}})),
+        ("train.json", json.dumps({str(n): record for n, record in enumerate(RECORDS)})),
+        ("train.jsonl", json.dumps(RECORDS)),
+        ("train.jsonl", json.dumps(RECORDS, indent=1)),
+        ("train.JSONL", LINES),
+        ("train.JSON", json.dumps(RECORDS)),
+        ("train.ndjson", LINES),
+    ],
+    ids=[
+        "lines",
+        "blank lines",
+        "indented objects",
+        "objects without breaks",
+        "objects and commas",
+        "two lists",
+        "list in an object",
+        "list in objects",
+        "objects by id",
+        "list named jsonl",
+        "indented list named jsonl",
+        "JSONL",
+        "JSON",
+        "ndjson",
+    ],
+)
 def test_json_in_every_layout(tmp_path, name, text):
     write(tmp_path / name, text)
     kind, rows, _ = index(tmp_path)
@@ -59,7 +83,10 @@ def test_compressed_tables(tmp_path):
     assert [len(payloads(index(tmp_path / name)[1])) for name in "abc"] == [5, 5, 1]
     write(tmp_path / "d/train.jsonl.gz", gzip.compress(LINES.encode())[:-20])
     rows = index(tmp_path / "d", format="llava")[1]
-    assert any("compression is damaged" in (row["error"] or "") or "cannot be read" in (row["error"] or "") for row in rows)
+    assert any(
+        "compression is damaged" in (row["error"] or "") or "cannot be read" in (row["error"] or "")
+        for row in rows
+    )
 
 
 def test_what_follows_a_list_is_named(tmp_path):
@@ -70,7 +97,10 @@ def test_what_follows_a_list_is_named(tmp_path):
 
 
 def test_parts_beside_the_records_are_named(tmp_path):
-    write(tmp_path / "train.json", {"info": {"year": 1}, "version": 2, "categories": [{"name": "x"}, {"name": "y"}], "data": RECORDS})
+    write(
+        tmp_path / "train.json",
+        {"info": {"year": 1}, "version": 2, "categories": [{"name": "x"}, {"name": "y"}], "data": RECORDS},
+    )
     _, rows, notes = index(tmp_path)
     assert len(payloads(rows)) == 5
     assert unused(notes) == {"train.json": {"member info", "member version", "member categories"}}
@@ -78,7 +108,14 @@ def test_parts_beside_the_records_are_named(tmp_path):
 
 def test_sections_named_after_splits(tmp_path):
     """{"train": [...], "test": [...]}: no record of the test section is trained on."""
-    write(tmp_path / "annotation.json", {"train": RECORDS[:2], "val": RECORDS[2:3], "test": {str(n): one for n, one in enumerate(RECORDS[3:])}})
+    write(
+        tmp_path / "annotation.json",
+        {
+            "train": RECORDS[:2],
+            "val": RECORDS[2:3],
+            "test": {str(n): one for n, one in enumerate(RECORDS[3:])},
+        },
+    )
     rows = index(tmp_path)[1]
     assert [row["split"] for row in rows] == ["train", "train", "val", "test", "test"]
 
@@ -90,7 +127,12 @@ TABLE = [("file_name", "text"), ("0.png", "Clear lungs."), ("1.png", "Ödem, lin
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV", "captions.tsv"])
 def test_tables_in_every_dialect(tmp_path, encoding, delimiter, name):
-    text = "\r\n".join(delimiter.join(f'"{cell}"' if delimiter in cell else cell for cell in row) for row in TABLE) + "\r\n"
+    text = (
+        "\r\n".join(
+            delimiter.join(f'"{cell}"' if delimiter in cell else cell for cell in row) for row in TABLE
+        )
+        + "\r\n"
+    )
     write(tmp_path / name, text.encode(encoding))
     kind, rows, _ = index(tmp_path)
     assert kind == "captions"
@@ -110,22 +152,33 @@ def test_windows_letters_spoil_their_own_row(tmp_path):
 
 
 def test_broken_quotes_cost_their_own_rows(tmp_path):
-    write(tmp_path / "metadata.csv", 'file_name,text\n0.png,"a "b" c"\n1.png,Clear.\n2.png,"never closed\n3.png,Clear.\n')
+    write(
+        tmp_path / "metadata.csv",
+        'file_name,text\n0.png,"a "b" c"\n1.png,Clear.\n2.png,"never closed\n3.png,Clear.\n',
+    )
     rows = index(tmp_path)[1]
     assert [row["error"] is None for row in rows] == [False, True, False]
     assert "lines 4 to 5" in rows[2]["error"] and "never closed" in rows[2]["error"]
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("labels.csv", "image;finding\n0.png;mass\n", ["labels.csv", "image, finding", "name the column of the texts caption"]),
-    ("labels.tsv", "picture\treport\n0.png\tmass\n", ["labels.tsv", "picture, report", "file_name"]),
-    ("labels.json", [{"img": "0.png", "impression": "mass"}], ["labels.json", "img, impression"]),
-    ("labels.xlsx", b"PK\x03\x04", ["labels.xlsx", "save it as CSV"]),
-    ("labels.pkl", b"\x80\x04", ["labels.pkl"]),
-    ("0.txt", "mass", ["0.txt", "file_name and text"]),
-    ("labels.txt", "0.png\tmass\nfilm7.png\tnone\n", ["labels.txt", "save it as CSV"]),
-    ("labels.parquet", [{"embedding": [0.1], "name": "0"}], ["labels.parquet", "embedding, name"]),
-], ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "labels.csv",
+            "image;finding\n0.png;mass\n",
+            ["labels.csv", "image, finding", "name the column of the texts caption"],
+        ),
+        ("labels.tsv", "picture\treport\n0.png\tmass\n", ["labels.tsv", "picture, report", "file_name"]),
+        ("labels.json", [{"img": "0.png", "impression": "mass"}], ["labels.json", "img, impression"]),
+        ("labels.xlsx", b"PK\x03\x04", ["labels.xlsx", "save it as CSV"]),
+        ("labels.pkl", b"\x80\x04", ["labels.pkl"]),
+        ("0.txt", "mass", ["0.txt", "file_name and text"]),
+        ("labels.txt", "0.png\tmass\nfilm7.png\tnone\n", ["labels.txt", "save it as CSV"]),
+        ("labels.parquet", [{"embedding": [0.1], "name": "0"}], ["labels.parquet", "embedding, name"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
+)
 def test_labels_that_nobody_can_read_are_no_bare_images(tmp_path, name, content, words):
     write(tmp_path / "0.png", b"x")
     write(tmp_path / "film7.png", b"x")
@@ -137,7 +190,12 @@ def test_labels_that_nobody_can_read_are_no_bare_images(tmp_path, name, content,
 
 
 def test_readmes_and_notes_beside_images_refuse_nothing(tmp_path):
-    for name, content in (("film7.png", b"x"), ("README.txt", "Films of a hospital."), ("LICENSE", "MIT"), ("notes.md", "x")):
+    for name, content in (
+        ("film7.png", b"x"),
+        ("README.txt", "Films of a hospital."),
+        ("LICENSE", "MIT"),
+        ("notes.md", "x"),
+    ):
         write(tmp_path / name, content)
     assert detect(DataConfig(source=str(tmp_path)))[0] == "images"
 

@@ -1,4 +1,5 @@
-"""Splits in file names, folders and records, in the spellings people use; what is held out is never trained on."""
+"""Splits in file names, folders and records, in the spellings people use; what is held out is never
+trained on."""
 
 import pytest
 from pydantic import ValidationError
@@ -8,11 +9,30 @@ from medray.data.readers.splits import UnknownSplit, known_split, record_split, 
 from tests.data.wild import dialogue, index, write
 
 
-@pytest.mark.parametrize(("word", "split"), [
-    ("train", "train"), ("Train", "train"), ("TRAINING", "train"), ("train_set", "train"), ("trainset", "train"), ("val", "val"), ("valid", "val"),
-    ("Validation", "val"), ("dev", "val"), ("TEST", "test"), ("testing", "test"), ("Test Set", "test"), ("eval", "test"), ("evaluation", "test"), (" test ", "test"),
-    (None, None), ("", None), (float("nan"), None), ("nan", None),
-])
+@pytest.mark.parametrize(
+    ("word", "split"),
+    [
+        ("train", "train"),
+        ("Train", "train"),
+        ("TRAINING", "train"),
+        ("train_set", "train"),
+        ("trainset", "train"),
+        ("val", "val"),
+        ("valid", "val"),
+        ("Validation", "val"),
+        ("dev", "val"),
+        ("TEST", "test"),
+        ("testing", "test"),
+        ("Test Set", "test"),
+        ("eval", "test"),
+        ("evaluation", "test"),
+        (" test ", "test"),
+        (None, None),
+        ("", None),
+        (float("nan"), None),
+        ("nan", None),
+    ],
+)
 def test_words_for_splits(word, split):
     assert known_split(word) == split
 
@@ -32,11 +52,25 @@ def test_other_fields_count_if_they_hold_a_split():
     assert record_split({"partition": "dev"}) == "val"
 
 
-@pytest.mark.parametrize(("path", "split"), [
-    ("d/train-00000-of-00003.parquet", "train"), ("d/VQATest.json", "test"), ("d/dataTest2.json", "test"), ("d/my_TRAIN.jsonl", "train"), ("d/dev.json", "val"),
-    ("d/test/a.json", "test"), ("d/test/labels/a.json", "test"), ("d/test_data/a.json", "test"), ("d/Test Images/x/a.json", "test"), ("d/latest/a.json", None),
-    ("d/greatest.json", None), ("d/train/test.json", "test"), ("d/training_set/a.json", "train"), ("d/test-project/a.json", None),
-])
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("d/train-00000-of-00003.parquet", "train"),
+        ("d/VQATest.json", "test"),
+        ("d/dataTest2.json", "test"),
+        ("d/my_TRAIN.jsonl", "train"),
+        ("d/dev.json", "val"),
+        ("d/test/a.json", "test"),
+        ("d/test/labels/a.json", "test"),
+        ("d/test_data/a.json", "test"),
+        ("d/Test Images/x/a.json", "test"),
+        ("d/latest/a.json", None),
+        ("d/greatest.json", None),
+        ("d/train/test.json", "test"),
+        ("d/training_set/a.json", "train"),
+        ("d/test-project/a.json", None),
+    ],
+)
 def test_splits_of_paths_below_a_source(path, split):
     assert split_of(path, "d") == split
 
@@ -45,17 +79,32 @@ def test_folders_above_the_source_do_not_count():
     assert split_of("/test/me/d/x/a.json", "/test/me/d") is None
 
 
-@pytest.mark.parametrize(("train", "test"), [
-    ("train.json", "test.json"), ("Train.json", "TEST.json"), ("training.jsonl", "testing.jsonl"), ("train/data.json", "test/data.json"),
-    ("train/labels/data.json", "test/labels/data.json"), ("a_train.json", "a_test.jsonl"), ("train_set/x.json", "test_set/x.json"),
-    ("data/train.json", "data/test.json"), ("train/x.json", "test/deeper/x.json"), ("train.json", "test/x.json"), ("train/deeper/x.json", "test/x.json"),
-])
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train.json", "test.json"),
+        ("Train.json", "TEST.json"),
+        ("training.jsonl", "testing.jsonl"),
+        ("train/data.json", "test/data.json"),
+        ("train/labels/data.json", "test/labels/data.json"),
+        ("a_train.json", "a_test.jsonl"),
+        ("train_set/x.json", "test_set/x.json"),
+        ("data/train.json", "data/test.json"),
+        ("train/x.json", "test/deeper/x.json"),
+        ("train.json", "test/x.json"),
+        ("train/deeper/x.json", "test/x.json"),
+    ],
+)
 def test_a_test_file_is_never_trained_on(tmp_path, train, test):
     write(tmp_path / train, [dialogue(f"tr{n}.png") for n in range(3)])
     write(tmp_path / test, [dialogue(f"te{n}.png") for n in range(2)])
     kind, rows, _ = index(tmp_path)
     assert kind == "llava"
-    assert sorted((row["image_id"], row["split"]) for row in rows) == [("te0.png", "test"), ("te1.png", "test"), *((f"tr{n}.png", "train") for n in range(3))]
+    assert sorted((row["image_id"], row["split"]) for row in rows) == [
+        ("te0.png", "test"),
+        ("te1.png", "test"),
+        *((f"tr{n}.png", "train") for n in range(3)),
+    ]
 
 
 def test_files_without_split_words_are_all_read(tmp_path):
@@ -78,7 +127,10 @@ def test_split_folders_of_images_at_any_depth(tmp_path):
     for name in ("images/train/a.png", "images/Test/b.png", "test_images/c.png", "x/d.png"):
         write(tmp_path / name, b"x")
     assert [(row["image_id"], row["split"]) for row in index(tmp_path)[1]] == [
-        ("images/Test/b.png", "test"), ("images/train/a.png", "train"), ("test_images/c.png", "test"), ("x/d.png", None),
+        ("images/Test/b.png", "test"),
+        ("images/train/a.png", "train"),
+        ("test_images/c.png", "test"),
+        ("x/d.png", None),
     ]
 
 
@@ -92,6 +144,9 @@ def test_the_configurations_words_for_splits():
 
 def test_images_in_folders_that_are_named_after_splits(tmp_path):
     write(tmp_path / "metadata.csv", "file_name,text\ntrain/a.png,x\ntest/b.png,y\nother/c.png,z\n")
-    write(tmp_path / "deeper/data.json", [dialogue("images/Test/b.png"), dialogue("images/Test/b.png", split="train")])
+    write(
+        tmp_path / "deeper/data.json",
+        [dialogue("images/Test/b.png"), dialogue("images/Test/b.png", split="train")],
+    )
     assert [row["split"] for row in index(tmp_path)[1]] == ["train", "test", None]
     assert [row["split"] for row in index(tmp_path / "deeper")[1]] == ["test", "train"]

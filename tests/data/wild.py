@@ -29,7 +29,11 @@ def index(source, **fields):
     config = DataConfig(source=str(source), **fields)
     kind, files = detect(config)
     notes = Notes()
-    return kind, [row for piece in _pieces(kind, config, files) for row in index_rows(**piece, notes=notes)], notes
+    return (
+        kind,
+        [row for piece in _pieces(kind, config, files) for row in index_rows(**piece, notes=notes)],
+        notes,
+    )
 
 
 def payloads(rows):
@@ -42,4 +46,8 @@ def unused(notes):
 
 
 def dialogue(image, answer="A cell.", question="<image>\nWhat?", **more):
-    return {"image": image, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
+    return {
+        "image": image,
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        **more,
+    }

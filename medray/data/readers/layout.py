@@ -1,4 +1,5 @@
-"""How the records of a table are laid out, told by its first bytes: encoding, delimiter, JSON or JSON Lines whatever its name."""
+"""How the records of a table are laid out, told by its first bytes: encoding, delimiter, JSON or JSON
+Lines whatever its name."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from medray.data.readers.suffixes import compression_of, opened, suffix_of
 HEAD_BYTES = 2**16  # of a file that are looked at
 _DELIMITERS = (",", ";", "\t", "|")
 _BOMS = (
-    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 
@@ -31,8 +35,8 @@ class Layout:
     Args:
         kind: JSON Lines, JSON (one or several values), or a table of delimited columns.
         encoding: a codec's name.
-        names: columns of the header, or keys of the first record; of JSON that holds lists in an object, those of the first
-            list's first record that is in a known format, else the object's own.
+        names: columns of the header, or keys of the first record; of JSON that holds lists in an object,
+            those of the first list's first record that is in a known format, else the object's own.
         delimiter: of a table.
         skipped: lines before a table's header (Excel's "sep=;").
     """
@@ -73,9 +77,14 @@ def _table(text: str, path: str, encoding: str) -> Layout:
     marked = re.match(r"sep=(.)\r?\n", text)
     skipped = 1 if marked else 0
     lines = text.splitlines(keepends=True)[skipped:]
-    headers = {mark: next(csv.reader(lines, delimiter=mark), []) for mark in ((marked[1],) if marked else _DELIMITERS)}
+    headers = {
+        mark: next(csv.reader(lines, delimiter=mark), [])
+        for mark in ((marked[1],) if marked else _DELIMITERS)
+    }
     # A delimiter that gives the columns of a format, else the one that gives most columns.
-    delimiter = max(headers, key=lambda mark: (table_format(headers[mark], path) is not None, len(headers[mark])))
+    delimiter = max(
+        headers, key=lambda mark: (table_format(headers[mark], path) is not None, len(headers[mark]))
+    )
     return Layout("table", encoding, tuple(headers[delimiter]), delimiter, skipped)
 
 
@@ -91,7 +100,9 @@ def _is_lines(text: str, named_lines: bool, whole: bool, path: str) -> bool:
         if rest:
             return named_lines or rest[0] == "{"
         # One line alone: a record, or an object of records.
-        return table_format(top_keys(line), path) is not None or (named_lines and _first_records(line, path) is None)
+        return table_format(top_keys(line), path) is not None or (
+            named_lines and _first_records(line, path) is None
+        )
     second = rest.lstrip().partition("\n")[0]
     try:
         json.JSONDecoder().raw_decode(text)
@@ -122,7 +133,7 @@ def _json_names(text: str, path: str) -> list[str]:
 def _first_records(text: str, path: str) -> list[str] | None:
     """Keys of the first object within an object that is a record of a known format."""
     for number, match in enumerate(re.finditer(r"[\[:]\s*\{", text)):
-        keys = top_keys(text[match.end() - 1:])
+        keys = top_keys(text[match.end() - 1 :])
         if table_format(keys, path) is not None:
             return keys
         if number == 200:
@@ -136,10 +147,12 @@ def names_in(head: bytes, path: str) -> list[str]:
 
 
 def records(path: str, start: int, end: int, kind: str | None = None) -> Iterator[Found]:
-    """(place, record, error) of each record of the file; of JSON Lines those that begin in the byte range [start, end).
+    """(place, record, error) of each record of the file; of JSON Lines those that begin in the byte range
+    [start, end).
 
     Args:
-        kind: the format the records are in. An object whose keys are none of the format's is no record but holds some.
+        kind: the format the records are in. An object whose keys are none of the format's is no record but
+            holds some.
     """
     with opened(path) as handle:
         head = skim(handle, HEAD_BYTES)

@@ -1,4 +1,5 @@
-"""Markers that stand for the image within a text: <image>, <img>, <image 1>, the tokens of model families (pure)."""
+"""Markers that stand for the image within a text: <image>, <img>, <image 1>, the tokens of model families
+(pure)."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from medray.data.readers.common import BadRecord
 
 # A marker left in a text would become a second image token in a model's prompt.
 _MARKER = re.compile(
-    r"<\s*(?:image|img)(?:[ _-]?\d+)?\s*/?\s*>(?:\s*<\s*/\s*(?:image|img)\s*>)?"  # <image>, <img></img>, <image 1>
-    r"|<\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|>|<\|image(?:_pad|_\d+)?\|>"  # Qwen-VL, Phi-3-vision
+    # <image>, <img></img>, <image 1>
+    r"<\s*(?:image|img)(?:[ _-]?\d+)?\s*/?\s*>(?:\s*<\s*/\s*(?:image|img)\s*>)?"
+    # Qwen-VL, Phi-3-vision
+    r"|<\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|>|<\|image(?:_pad|_\d+)?\|>"
     r"|<(?:ImageHere|image_placeholder|image_soft_token|start_of_image|im_patch|image_token)>|\[(?:IMG|IMAGE)\]",
     re.IGNORECASE,
 )
@@ -27,7 +30,7 @@ def without_marker(text: str) -> str:
     said = parts[0]
     for part in parts[1:]:
         before, after = said.rstrip(), part.lstrip()
-        blank = said[len(before):] + part[: len(part) - len(after)]
+        blank = said[len(before) :] + part[: len(part) - len(after)]
         apart = "" if not before or not after or after[0] in ",.;:?!)" else "\n" if "\n" in blank else " "
         said = f"{before}{apart}{after}"
     return said.strip()
@@ -59,4 +62,6 @@ def check_no_marker(text: str, field: str) -> None:
     """Raise BadRecord for a text that holds an image marker, such as an answer or a caption."""
     check_media(text, field)
     if markers_in(text):
-        raise BadRecord(f"field {field!r} contains {_MARKER.search(text)[0]} inside its text; only the first question may")
+        raise BadRecord(
+            f"field {field!r} contains {_MARKER.search(text)[0]} inside its text; only the first question may"
+        )

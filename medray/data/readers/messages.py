@@ -1,4 +1,5 @@
-"""Dialogues as people write them: LLaVA's {from, value}, chat messages of text or blocks, prompt and completion."""
+"""Dialogues as people write them: LLaVA's {from, value}, chat messages of text or blocks, prompt and
+completion."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from medray.data.readers.common import BadRecord, is_empty
 from medray.data.readers.markers import check_media, check_no_marker, markers_in, without_marker
 from medray.records import check_turns
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "vuser": "questioner", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "vuser": "questioner",
+    "system": "system",
+}
 """Names of the speakers, LLaVA's and those of chat messages."""
 
 DIALOGUES = ("conversations", "conversatons", "messages")
@@ -29,20 +37,27 @@ class Said:
 
 
 def dialogue_turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Turns {"role", "text"} of a record with one of DIALOGUES, or with `prompt` and `completion` (TRL). The image's marker is
+    """Turns {"role", "text"} of a record with one of DIALOGUES, or with `prompt` and `completion` (TRL). The
+    image's marker is
     taken out of the first turn that is not the system's, wherever it stands in it.
 
     Raises BadRecord if a turn is malformed, or there are several markers, or one in another turn.
     """
     # KTO's rows look like dialogues, and half of them hold an answer to avoid.
     if isinstance(record.get("label"), bool):
-        raise BadRecord("field 'label' is true or false: a row of unpaired preferences (KTO) is no dialogue; give pairs or drop the column")
+        raise BadRecord(
+            "field 'label' is true or false: a row of unpaired preferences (KTO) is no dialogue; give pairs "
+            "or drop the column"
+        )
     field = next((name for name in DIALOGUES if not is_empty(record.get(name))), None)
     if field is not None:
         said = messages(record[field], field)
     elif not is_empty(record.get("prompt")) and not is_empty(record.get("completion")):
         field = "prompt"
-        said = [*messages(record["prompt"], "prompt", "user"), *messages(record["completion"], "completion", "assistant")]
+        said = [
+            *messages(record["prompt"], "prompt", "user"),
+            *messages(record["completion"], "completion", "assistant"),
+        ]
     else:
         raise BadRecord("field 'conversations' is missing or empty")
     return turns_of(said, field)
@@ -70,7 +85,8 @@ def turns_of(said: list[Said], field: str) -> list[dict[str, str]]:
 
 
 def messages(value: Any, field: str, role: str | None = None) -> list[Said]:
-    """The messages in a field: a list of objects with from and value, or role and content (text or blocks); JSON of that; or
+    """The messages in a field: a list of objects with from and value, or role and content (text or blocks);
+    JSON of that; or
     an object of lists, as Hugging Face stores a Sequence.
 
     Args:
@@ -86,7 +102,11 @@ def messages(value: Any, field: str, role: str | None = None) -> list[Said]:
     elif isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise BadRecord(f"field {field!r} is a {type(value).__name__}, not a list of messages" if value else f"field {field!r} holds no message")
+        raise BadRecord(
+            f"field {field!r} is a {type(value).__name__}, not a list of messages"
+            if value
+            else f"field {field!r} holds no message"
+        )
     return [_message(one, f"{field}[{number}]") for number, one in enumerate(value)]
 
 
@@ -96,7 +116,10 @@ def _message(message: Any, place: str) -> Said:
     speaker = message["from"] if message.get("from") is not None else message.get("role")
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise BadRecord(f"{place} has the role {str(speaker)[:40]!r}; it must be one of {', '.join(ROLES)} ('from' or 'role')")
+        raise BadRecord(
+            f"{place} has the role {str(speaker)[:40]!r}; it must be one of {', '.join(ROLES)} ('from' or "
+            "'role')"
+        )
     content = message["value"] if message.get("value") is not None else message.get("content")
     images = 0
     if isinstance(content, list):
@@ -122,7 +145,8 @@ def _blocks(blocks: list[Any], place: str) -> tuple[str, int]:
 
 
 def listed(value: Any) -> Any:
-    """A list or object that stands as text (JSON, or Python's own writing, as tables hold it), parsed; else the value."""
+    """A list or object that stands as text (JSON, or Python's own writing, as tables hold it), parsed;
+    else the value."""
     text = value.strip() if isinstance(value, str) else ""
     if not text or text[0] + text[-1] not in ("[]", "{}") or len(text) > 2**20:
         return value

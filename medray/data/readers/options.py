@@ -1,4 +1,5 @@
-"""Multiple-choice questions as tables hold them: options as a list, an object or columns; the answer as letter, text or index."""
+"""Multiple-choice questions as tables hold them: options as a list, an object or columns; the answer as
+letter, text or index."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _LETTERED = re.compile(r"^\s*\(?\s*([A-Za-z])\s*[.:)]\)?\s*")
 
 
 def option_columns(names: Sequence[str]) -> list[str]:
-    """Columns that hold an option each (A, B, ...; option_a; Choice A; opa), in the order of their letters; [] unless the
+    """Columns that hold an option each (A, B, ...; option_a; Choice A; opa), in the order of their letters;
+    [] unless the
     first two letters are there."""
     by_letter: dict[str, str] = {}
     for name in names:
@@ -28,7 +30,8 @@ def option_columns(names: Sequence[str]) -> list[str]:
 
 
 def options_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(letter, text) of each option of a record; [] if it has none. Letters stay with their texts if an option is empty.
+    """(letter, text) of each option of a record; [] if it has none. Letters stay with their texts if an
+    option is empty.
 
     Raises BadRecord for options in no known form.
     """
@@ -40,38 +43,67 @@ def options_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             if found:
                 return found
     columns = option_columns(list(record))
-    found = [(column.strip()[-1].upper(), text_of(record[column], column)) for column in columns if not is_empty(record[column])]
+    found = [
+        (column.strip()[-1].upper(), text_of(record[column], column))
+        for column in columns
+        if not is_empty(record[column])
+    ]
     return _without_letters(found)
 
 
 def _listed_options(value: Any, field: str) -> list[tuple[str, str]]:
-    if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
+    if (
+        isinstance(value, dict)
+        and isinstance(value.get("text"), list)
+        and isinstance(value.get("label"), list)
+    ):
         pairs = list(zip(map(str, value["label"]), value["text"]))  # ARC's form
     elif isinstance(value, dict):
         pairs = [(str(key), text) for key, text in value.items()]
     elif isinstance(value, list) and all(isinstance(one, dict) for one in value) and value:
-        keys = [next((one[name] for name in ("label", "key", "letter", "id") if one.get(name) is not None), None) for one in value]
-        texts = [next((one[name] for name in ("text", "value", "content") if one.get(name) is not None), None) for one in value]
-        pairs = [(str(key) if key is not None else ascii_uppercase[n % 26], text) for n, (key, text) in enumerate(zip(keys, texts))]
+        keys = [
+            next((one[name] for name in ("label", "key", "letter", "id") if one.get(name) is not None), None)
+            for one in value
+        ]
+        texts = [
+            next((one[name] for name in ("text", "value", "content") if one.get(name) is not None), None)
+            for one in value
+        ]
+        pairs = [
+            (str(key) if key is not None else ascii_uppercase[n % 26], text)
+            for n, (key, text) in enumerate(zip(keys, texts))
+        ]
     elif isinstance(value, list):
         pairs = [(ascii_uppercase[number % 26], text) for number, text in enumerate(value)]
     else:
-        raise BadRecord(f"field {field!r} is {str(value)[:60]!r}; it must be a list of options, or an object of letters and options")
-    return _without_letters([(key.strip(), text_of(text, field)) for key, text in pairs if not is_empty(text)])
+        raise BadRecord(
+            f"field {field!r} is {str(value)[:60]!r}; it must be a list of options, or an object of letters "
+            "and options"
+        )
+    return _without_letters(
+        [(key.strip(), text_of(text, field)) for key, text in pairs if not is_empty(text)]
+    )
 
 
 def _without_letters(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Options without the letter before their text ("A. liver") if each has its own."""
     matches = [_LETTERED.match(text) for _, text in pairs]
-    if not pairs or not all(match and match[1].upper() == key.upper() and text[match.end():] for match, (key, text) in zip(matches, pairs)):
+    if not pairs or not all(
+        match and match[1].upper() == key.upper() and text[match.end() :]
+        for match, (key, text) in zip(matches, pairs)
+    ):
         return pairs
-    return [(key, text[match.end():].strip()) for match, (key, text) in zip(matches, pairs)]
+    return [(key, text[match.end() :].strip()) for match, (key, text) in zip(matches, pairs)]
 
 
-def right_option(record: Mapping[str, Any], answer: Any, options: Sequence[tuple[str, str]], field: str = "answer") -> int:
-    """Place in `options` of the right one: the answer is an option's text, its letter, or its text with the letter before it.
+def right_option(
+    record: Mapping[str, Any], answer: Any, options: Sequence[tuple[str, str]], field: str = "answer"
+) -> int:
+    """Place in `options` of the right one: the answer is an option's text, its letter, or its text with the
+    letter before it.
 
-    Raises BadRecord for another answer; so for a number, since tables count from 0 or from 1 and do not say which.
+    Raises BadRecord for another answer; so for a number, since tables count from 0 or from 1 and do not say
+    which.
     """
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
@@ -87,12 +119,19 @@ def right_option(record: Mapping[str, Any], answer: Any, options: Sequence[tuple
     if letter and letter[1].upper() in keys:
         return keys.index(letter[1].upper())
     lettered = _LETTERED.match(text)
-    if lettered and lettered[1].upper() in keys and _plain(text[lettered.end():]) == _plain(options[keys.index(lettered[1].upper())][1]):
+    if (
+        lettered
+        and lettered[1].upper() in keys
+        and _plain(text[lettered.end() :]) == _plain(options[keys.index(lettered[1].upper())][1])
+    ):
         return keys.index(lettered[1].upper())
     if text.upper() in keys:
         return keys.index(text.upper())
     if re.fullmatch(r"-?\d+", text):
-        raise BadRecord(f"field {field!r} is the number {text} and no option is {text}: options may be counted from 0 or from 1; write the option's letter or text")
+        raise BadRecord(
+            f"field {field!r} is the number {text} and no option is {text}: options may be counted from 0 "
+            "or from 1; write the option's letter or text"
+        )
     raise BadRecord(f"field {field!r} is {text[:60]!r}, which is none of the {len(options)} options")
 
 

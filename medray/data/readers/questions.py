@@ -1,4 +1,5 @@
-"""Questions and answers in tables of any making: question and answer, with options or without, beside an image."""
+"""Questions and answers in tables of any making: question and answer, with options or without, beside an
+image."""
 
 from __future__ import annotations
 
@@ -27,7 +28,16 @@ from medray.data.readers.messages import listed
 from medray.data.readers.options import options_of, right_option
 
 # Fields that may name the right option.
-_ANSWERS = ("correct_answer", "answer_label", "answer_letter", "answer_idx", "answer_index", "gt_answer", "correct_option", "label")
+_ANSWERS = (
+    "correct_answer",
+    "answer_label",
+    "answer_letter",
+    "answer_idx",
+    "answer_index",
+    "gt_answer",
+    "correct_option",
+    "label",
+)
 
 
 class Named(Mapping):
@@ -51,7 +61,8 @@ class Named(Mapping):
 
 
 def questions(record: dict[str, Any], place: Place) -> Iterator[Row]:
-    """A row of a table of images, questions and answers; see question_of. The id is of the image and the texts."""
+    """A row of a table of images, questions and answers; see question_of. The id is of the image and the
+    texts."""
     named = Named(record)
     field = column(record, IMAGE_COLUMNS)
     image = image_name(named) if field is None or "images" in named else file_in(record, field)
@@ -60,7 +71,8 @@ def questions(record: dict[str, Any], place: Place) -> Iterator[Row]:
 
 
 def question_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(a hash of what it says, payload) of a record with `question`, `answer` and perhaps options. The question is multiple
+    """(a hash of what it says, payload) of a record with `question`, `answer` and perhaps options. The
+    question is multiple
     choice if there are options, closed if the answer is yes or no, else open."""
     question = asked(need_text(record, "question"), "question")
     options = options_of(record)

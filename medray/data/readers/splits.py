@@ -1,7 +1,7 @@
 """Train, validation and test, in the words people use for them: in file names, folders and records (pure).
 
-The words are those of Hugging Face's data sets (datasets.data_files: eval and evaluation name the test split, dev the
-validation split) and a few more. A word that is not among them is an error, never a training row.
+The words are those of Hugging Face's data sets (datasets.data_files: eval and evaluation name the test split,
+dev the validation split) and a few more. A word that is not among them is an error, never a training row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from typing import Any
 _WORDS = {
     "train": ("train", "training", "trn", "trainval"),
     "val": ("val", "valid", "validation", "validate", "dev", "devel", "development"),
-    "test": ("test", "testing", "tests", "tst", "testmini", "eval", "evaluation", "evaluate", "holdout", "heldout"),
+    "test": (
+        "test",
+        "testing",
+        "tests",
+        "tst",
+        "testmini",
+        "eval",
+        "evaluation",
+        "evaluate",
+        "holdout",
+        "heldout",
+    ),
 }
 _SPLITS = {word + more: split for split, words in _WORDS.items() for word in words for more in ("", "set")}
 # What a folder's name may say beside its split: train_images, Test Data.
@@ -29,12 +40,14 @@ class UnknownSplit(ValueError):
 
 
 def as_split(word: str) -> str | None:
-    """train, val or test for a word in any case and spelling ("Test set", "validation", "train_1"); None for others."""
+    """train, val or test for a word in any case and spelling ("Test set", "validation", "train_1"); None
+    for others."""
     return _SPLITS.get(re.sub(r"[^a-z]+", "", word.lower()))
 
 
 def split_of_name(name: str) -> str | None:
-    """The split that a file's name holds as a word of its own (train-00000-of-00007.parquet, dataTest.json); None for
+    """The split that a file's name holds as a word of its own (train-00000-of-00007.parquet, dataTest.json);
+    None for
     no or several splits."""
     parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     found = {_SPLITS[word] for part in parts if (word := part.lower()) in _SPLITS}
@@ -60,7 +73,8 @@ def _split_of_parts(folder: str) -> str | None:
 
 @lru_cache(4096)
 def split_of(path: str, root: str | None = None) -> str | None:
-    """train, val or test where the file's name says one of them, or else its folder, or else a folder between that and
+    """train, val or test where the file's name says one of them, or else its folder, or else a folder between
+    that and
     `root`, the nearest first (test/metadata.csv, test/labels/metadata.csv)."""
     name = posixpath.basename(path)
     found = split_of_name(name)
@@ -76,7 +90,11 @@ def split_folder(path: str, root: str | None = None) -> str:
     """The name of the folder that says the file's split, else ""."""
     folder = posixpath.dirname(path)
     between = [folder]
-    while root and folder.startswith(root.rstrip("/") + "/") and (folder := posixpath.dirname(folder)) != root.rstrip("/"):
+    while (
+        root
+        and folder.startswith(root.rstrip("/") + "/")
+        and (folder := posixpath.dirname(folder)) != root.rstrip("/")
+    ):
         between.append(folder)
     names = (posixpath.basename(one) for one in between)
     return next((name for name in names if split_of_folder(name)), "")
@@ -99,7 +117,10 @@ def known_split(value: Any, more: Collection[str] = ()) -> str | None:
         return word
     found = as_split(word) if isinstance(value, str) else None
     if found is None:
-        raise UnknownSplit(f"field 'split' is {value!r}; write train, val or test, or name it with data.train_split or data.eval_split")
+        raise UnknownSplit(
+            f"field 'split' is {value!r}; write train, val or test, or name it with data.train_split or "
+            "data.eval_split"
+        )
     return found
 
 
@@ -109,7 +130,8 @@ def _plain_names(names: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def record_split(record: Mapping[str, Any], more: Collection[str] = ()) -> str | None:
-    """The split that a record names in a field `split`, in whatever case, or in a field such as `subset` if that holds
+    """The split that a record names in a field `split`, in whatever case, or in a field such as `subset` if
+    that holds
     a known word. Raises UnknownSplit."""
     names = _plain_names(tuple(record))
     if "split" in names:

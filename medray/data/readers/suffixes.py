@@ -16,18 +16,41 @@ from medray.data.reading import open_file
 
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}  # fsspec's names
 _SAME = {
-    ".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".jl": ".jsonl", ".tsv": ".csv", ".tab": ".csv", ".psv": ".csv", ".pq": ".parquet",
+    ".ndjson": ".jsonl",
+    ".jsonlines": ".jsonl",
+    ".jl": ".jsonl",
+    ".tsv": ".csv",
+    ".tab": ".csv",
+    ".psv": ".csv",
+    ".pq": ".parquet",
     ".parq": ".parquet",
 }
 TEXTS = (".json", ".jsonl", ".csv")
 UNREAD_TABLES = (
-    ".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers", ".feather", ".arrow", ".orc", ".avro", ".pkl", ".pickle", ".h5", ".hdf5", ".sav", ".dta", ".rds",
+    ".xlsx",
+    ".xls",
+    ".xlsm",
+    ".xlsb",
+    ".ods",
+    ".numbers",
+    ".feather",
+    ".arrow",
+    ".orc",
+    ".avro",
+    ".pkl",
+    ".pickle",
+    ".h5",
+    ".hdf5",
+    ".sav",
+    ".dta",
+    ".rds",
 )
 """Tables that are not read."""
 
 
 def suffix_of(path: str) -> str:
-    """The suffix in lower case, one for all that mean the same: .csv for .TSV, .jsonl for .ndjson; of a compressed table
+    """The suffix in lower case, one for all that mean the same: .csv for .TSV, .jsonl for .ndjson; of a
+    compressed table
     (.json.gz) that of the table."""
     stem, suffix = posixpath.splitext(path.lower())
     if suffix in _COMPRESSED:

@@ -36,7 +36,13 @@ class FieldUse:
     def tracked(self, record: Mapping[str, Any]) -> Tracked:
         """The record, to be read by a format's reader."""
         for name, value in record.items():
-            if str(name).strip() and not is_empty(value) and value != [] and value != {} and (name in self.fields or len(self.fields) < MOST_NAMES):
+            if (
+                str(name).strip()
+                and not is_empty(value)
+                and value != []
+                and value != {}
+                and (name in self.fields or len(self.fields) < MOST_NAMES)
+            ):
                 self.fields[name] += 1
         return Tracked(record, self.used)
 
