@@ -69,12 +69,18 @@ def listed(fs: Any, root: str, folders: list[str]) -> list[File]:
         base = posixpath.join(root, folder)
         fs.invalidate_cache(base)
         for path, info in sorted(fs.find(base, detail=True).items()):
-            inner = path[len(base):].lstrip("/")
+            inner = path[len(base) :].lstrip("/")
             top = inner.partition("/")[0]
             hidden = any(part.startswith(".") for part in inner.split("/"))
             if hidden or posixpath.basename(path) == _CARD or top in _OWN or top.endswith(_OWN_ENDS):
                 continue
-            mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
+            mark = (
+                info.get("ETag")
+                or info.get("etag")
+                or info.get("mtime")
+                or info.get("LastModified")
+                or info.get("created")
+            )
             found.append(File(posixpath.join(folder, inner) if inner else folder, info["size"], str(mark)))
     return found
 
@@ -190,12 +196,20 @@ def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str
     if not isinstance(made, Record) or made.content != manifest["content"]:
         files = hashed(fs, root, there)
         if content_of(files) != manifest["content"]:
-            return [Problem(f"{stage}/{FILES}", made if isinstance(made, str) else "is missing or of other files")]
-        logger.warning("%s/%s was damaged and is written anew; the files are those that the stage wrote", stage, FILES)
+            return [
+                Problem(f"{stage}/{FILES}", made if isinstance(made, str) else "is missing or of other files")
+            ]
+        logger.warning(
+            "%s/%s was damaged and is written anew; the files are those that the stage wrote", stage, FILES
+        )
         write(fs, root, stage, Record(manifest["key"], manifest["hash"], manifest["content"], files))
         return []
     by_path = {file.path: file for file in there}
-    elsewhere = {posixpath.dirname(file.path) for file in made.files if not any(file.path.startswith(folder) for folder in folders)}
+    elsewhere = {
+        posixpath.dirname(file.path)
+        for file in made.files
+        if not any(file.path.startswith(folder) for folder in folders)
+    }
     if elsewhere:  # of a stage whose manifest is lost, which named them
         by_path |= {file.path: file for file in listed(fs, root, sorted(elsewhere))}
     reads_weights = isinstance(fs, LocalFileSystem)  # object stores hold checksums of their own
@@ -210,14 +224,23 @@ def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str
             unsure.append((file, now))
     known = {posixpath.dirname(file.path) for file in made.files}
     problems += [
-        Problem(path, "was added after the stage") for path in by_path if path.endswith(".parquet") and posixpath.dirname(path) in known
+        Problem(path, "was added after the stage")
+        for path in by_path
+        if path.endswith(".parquet") and posixpath.dirname(path) in known
     ]
     for (file, _), now in zip(unsure, hashed(fs, root, [now for _, now in unsure]), strict=True):
         if now.hash != file.hash:
             problems.append(Problem(file.path, "is changed"))
-    if any(now.mark != file.mark for file, now in unsure) and not problems:  # a run that was copied: the marks are new
+    if (
+        any(now.mark != file.mark for file, now in unsure) and not problems
+    ):  # a run that was copied: the marks are new
         marks = {now.path: now.mark for _, now in unsure}
-        write(fs, root, stage, made._replace(files=[file._replace(mark=marks.get(file.path, file.mark)) for file in made.files]))
+        write(
+            fs,
+            root,
+            stage,
+            made._replace(files=[file._replace(mark=marks.get(file.path, file.mark)) for file in made.files]),
+        )
     return problems
 
 

@@ -48,9 +48,16 @@ class Job:
         stage.reset("rows")
         os.makedirs(stage.path("rows"))
         for part in range(3):
-            table = pa.table({"sample_id": [f"{part}-{i}" for i in range(8)], "text": [self.text * (i + 1) for i in range(8)]})
+            table = pa.table(
+                {
+                    "sample_id": [f"{part}-{i}" for i in range(8)],
+                    "text": [self.text * (i + 1) for i in range(8)],
+                }
+            )
             write_shard([table], stage.path("rows"), f"part-{part:06d}")
-        stage.publish("model", lambda folder: Path(folder, "model.safetensors").write_bytes(self.text.encode() * 5000))
+        stage.publish(
+            "model", lambda folder: Path(folder, "model.safetensors").write_bytes(self.text.encode() * 5000)
+        )
         stage.run.write_text('{"loss": 1.0}\n{"loss": 0.5}\n', stage.folder, "metrics.jsonl")
         return {"rows": stage.path("rows"), "model": stage.path("model")}
 
@@ -77,7 +84,11 @@ def job(tmp_path):
 @pytest.mark.parametrize("damage", [cut, empty, flip, delete])
 def test_damaged_outputs_are_made_again_and_named(job, caplog, file, damage):
     """What is made again comes out as before, so the next stage stays."""
-    before = {path: path.read_bytes() for path in Path(job.folder).rglob("*") if path.is_file() and path.parent.name != "a"}
+    before = {
+        path: path.read_bytes()
+        for path in Path(job.folder).rglob("*")
+        if path.is_file() and path.parent.name != "a"
+    }
     damage(Path(job.folder, file))
     with caplog.at_level("WARNING"):
         _, b = job()
@@ -97,7 +108,12 @@ def test_damaged_records_of_a_stage_cost_no_later_stage(job, caplog, file, damag
     with caplog.at_level("WARNING"):
         a, b = job()
     assert job.calls in ([], ["a"])
-    assert (damage is delete or file == "inputs.json" or str(path) in caplog.text or f"stages/a/{file}" in caplog.text)
+    assert (
+        damage is delete
+        or file == "inputs.json"
+        or str(path) in caplog.text
+        or f"stages/a/{file}" in caplog.text
+    )
     assert b["outputs"]["counts"] == {"rows": 24}
     assert a == json.loads(json.dumps(a)) and a["hash"] == a["key"]
     job()
@@ -115,7 +131,9 @@ def test_every_bit_of_a_manifest_counts(job):
             data[place] ^= 1 << bit
             path.write_bytes(bytes(data))
             found = Run(job.folder).read_sealed("stages/b/manifest.json")
-            same = found is not None and {name: found[name] for name in expected if name in found} | {"checksum": 0} == expected | {"checksum": 0}
+            same = found is not None and {name: found[name] for name in expected if name in found} | {
+                "checksum": 0
+            } == expected | {"checksum": 0}
             assert found is None or same, (place, bit)
 
 
@@ -223,7 +241,11 @@ def test_outputs_at_the_top_of_the_run_are_held_too(tmp_path):
 
 def test_manifests_of_older_versions_are_taken_as_they_are(job):
     path = Path(job.folder, "stages/a/manifest.json")
-    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("key", "content", "checksum")}
+    old = {
+        name: value
+        for name, value in json.loads(path.read_text()).items()
+        if name not in ("key", "content", "checksum")
+    }
     path.write_text(json.dumps(old))
     job()
     assert job.calls == []
@@ -231,7 +253,15 @@ def test_manifests_of_older_versions_are_taken_as_they_are(job):
 
 def test_what_a_stage_keeps_for_itself_and_a_card_are_no_outputs(tmp_path):
     """Nor are files that are being written."""
-    for name in ("train/checkpoint_1/x", "committed/x.parquet", "held_out_committed-begun/x", "model/README.md", ".model-1/x", "inputs.json", "rows/.x"):
+    for name in (
+        "train/checkpoint_1/x",
+        "committed/x.parquet",
+        "held_out_committed-begun/x",
+        "model/README.md",
+        ".model-1/x",
+        "inputs.json",
+        "rows/.x",
+    ):
         path = tmp_path / "stages/a" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")

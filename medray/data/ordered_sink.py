@@ -22,9 +22,18 @@ class OrderedParquetSink(ParquetDatasink):
     """One file per write task, rows in order, pages with checksums."""
 
     def _write_parquet_files(
-        self, tables: list[pa.Table], filename: str, output_schema: pa.Schema, write_uuid: str, *_: Any,
+        self,
+        tables: list[pa.Table],
+        filename: str,
+        output_schema: pa.Schema,
+        write_uuid: str,
+        *_: Any,
     ) -> None:
-        table = pa.concat_tables(tables, promote_options="permissive").select(output_schema.names).cast(output_schema)
+        table = (
+            pa.concat_tables(tables, promote_options="permissive")
+            .select(output_schema.names)
+            .cast(output_schema)
+        )
         name = self._get_basename_template(filename, write_uuid).replace("{i}", "0")
         with (
             self.filesystem.open_output_stream(f"{self.path}/{name}") as stream,

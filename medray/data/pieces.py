@@ -28,7 +28,13 @@ _PENDING = ".pending.parquet"
 _READERS = 16  # files opened at once, against the latency of object stores
 
 
-def reconcile(out_uri: str, checkpoint_uri: str, id_column: str, known: np.ndarray | None = None, whole_rows: bool = False) -> np.ndarray:
+def reconcile(
+    out_uri: str,
+    checkpoint_uri: str,
+    id_column: str,
+    known: np.ndarray | None = None,
+    whole_rows: bool = False,
+) -> np.ndarray:
     """Remove every piece whose committed ids are not exactly the ids of its rows, and those that repeat an id.
 
     Args:
@@ -45,21 +51,33 @@ def reconcile(out_uri: str, checkpoint_uri: str, id_column: str, known: np.ndarr
     for path in files_in(fs, root, ".parquet"):
         rows.setdefault(posixpath.basename(path).rpartition("-")[0], []).append(path)
     names = files_in(commit_fs, commits, ".parquet")
-    committed = {posixpath.basename(path).removesuffix(".parquet"): path for path in names if not path.endswith(_PENDING)}
+    committed = {
+        posixpath.basename(path).removesuffix(".parquet"): path
+        for path in names
+        if not path.endswith(_PENDING)
+    }
     pending = [path for path in names if path.endswith(_PENDING)]
 
     def ids(name: str) -> np.ndarray | None:
         """The ids of one piece; None if they are not those of its rows, or a file cannot be read."""
         of_commit = _ids(commit_fs, [committed[name]], id_column)
         of_rows = _ids(fs, rows.get(name, []), id_column, whole_rows and isinstance(fs, LocalFileSystem))
-        return of_rows if of_commit is not None and of_rows is not None and np.array_equal(of_commit, of_rows) else None
+        return (
+            of_rows
+            if of_commit is not None and of_rows is not None and np.array_equal(of_commit, of_rows)
+            else None
+        )
 
     whole: list[np.ndarray] = []
     seen = np.empty(0, "S16")
     bad = []
     with ThreadPoolExecutor(_READERS) as pool:
         for name, found in zip(committed, pool.map(ids, committed)):
-            if found is None or len(np.unique(found)) < len(found) or (known is not None and not contains(known, found).all()):
+            if (
+                found is None
+                or len(np.unique(found)) < len(found)
+                or (known is not None and not contains(known, found).all())
+            ):
                 bad.append(name)
             else:
                 whole.append(found)
@@ -70,12 +88,19 @@ def reconcile(out_uri: str, checkpoint_uri: str, id_column: str, known: np.ndarr
         bad += repeated
     uncommitted = [name for name in rows if name not in committed]
     for name in bad:
-        _remove(commit_fs, [committed[name]])  # the ids first: rows without them are dropped by the next start
+        _remove(
+            commit_fs, [committed[name]]
+        )  # the ids first: rows without them are dropped by the next start
     _remove(commit_fs, pending)
     for name in [*bad, *uncommitted]:
         _remove(fs, rows.get(name, []))
     if bad:
-        logger.warning("%s: %d piece(s) damaged, incomplete or repeated, for example %s; making their rows again", out_uri, len(bad), bad[0])
+        logger.warning(
+            "%s: %d piece(s) damaged, incomplete or repeated, for example %s; making their rows again",
+            out_uri,
+            len(bad),
+            bad[0],
+        )
     return seen
 
 

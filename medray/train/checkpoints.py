@@ -38,7 +38,10 @@ def checksums_file(rank: int) -> str:
 def write_checksums(folder: Path, rank: int, world_size: int) -> None:
     """Size and XXH3-128 of every file that this worker adds to a checkpoint. To be called when they are all written."""
     fs = LocalFileSystem()
-    files = {path.name: {"bytes": path.stat().st_size, "xxh3_128": hash_file(fs, str(path))} for path in sorted(folder.iterdir())}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "xxh3_128": hash_file(fs, str(path))}
+        for path in sorted(folder.iterdir())
+    }
     (folder / checksums_file(rank)).write_bytes(seal({"world_size": world_size, "files": files}))
 
 
@@ -49,7 +52,11 @@ def damage_of(fs: Any, folder: str, contents: bool = True) -> str | None:
         contents: read every file, instead of names and sizes alone.
     """
     fs.invalidate_cache(folder)
-    sizes = {posixpath.basename(entry["name"]): entry["size"] for entry in fs.ls(folder, detail=True) if entry["type"] == "file"}
+    sizes = {
+        posixpath.basename(entry["name"]): entry["size"]
+        for entry in fs.ls(folder, detail=True)
+        if entry["type"] == "file"
+    }
     world_size, rank = 1, 0
     while rank < world_size:
         name = checksums_file(rank)
@@ -75,7 +82,9 @@ def check_local(folder: str | os.PathLike) -> None:
     """Raises StageError, which names the file, for a damaged checkpoint that a worker is about to load."""
     damage = damage_of(LocalFileSystem(), os.fspath(folder))
     if damage:
-        raise StageError(f"checkpoint {folder}: {damage}; rerun the same command to resume from the checkpoint before it")
+        raise StageError(
+            f"checkpoint {folder}: {damage}; rerun the same command to resume from the checkpoint before it"
+        )
 
 
 class Kept(NamedTuple):
@@ -112,10 +121,21 @@ def settle(stage_dir: str, best_by: str | None = None) -> None:
         damaged.append((whole.pop().name, damage))
     for name, damage in damaged:
         known = listing is None or name in listing["names"]
-        logger.log(logging.WARNING if known else logging.INFO, "%s/%s/%s: %s; removed", stage_dir.rstrip("/"), NAME, name, damage)
+        logger.log(
+            logging.WARNING if known else logging.INFO,
+            "%s/%s/%s: %s; removed",
+            stage_dir.rstrip("/"),
+            NAME,
+            name,
+            damage,
+        )
         remove_folder(fs, posixpath.join(root, name))
     names = [kept.name for kept in whole]
-    if listing is not None and set(listing["names"]) == set(names) and listing["latest"] == (names[-1] if names else None):
+    if (
+        listing is not None
+        and set(listing["names"]) == set(names)
+        and listing["latest"] == (names[-1] if names else None)
+    ):
         return
     path = posixpath.join(root, _SNAPSHOT)
     if listing is None and not names and not fs.exists(path):
@@ -123,7 +143,13 @@ def settle(stage_dir: str, best_by: str | None = None) -> None:
     where = f"step {whole[-1].steps}" if whole else None
     if damaged or listing is None:
         logger.warning(
-            "%s/%s: %s", stage_dir.rstrip("/"), NAME, f"resuming from {where}, the last whole checkpoint" if where else "no whole checkpoint is left, starting over")
+            "%s/%s: %s",
+            stage_dir.rstrip("/"),
+            NAME,
+            f"resuming from {where}, the last whole checkpoint"
+            if where
+            else "no whole checkpoint is left, starting over",
+        )
     if whole:
         write_whole(fs, path, _snapshot(whole, best_by).encode())
     elif fs.exists(path):
@@ -134,8 +160,11 @@ def _folders(fs: Any, root: str) -> list[str]:
     fs.invalidate_cache(root)
     if not fs.exists(root):
         return []
-    return [posixpath.basename(entry["name"].rstrip("/")) for entry in fs.ls(root, detail=True)
-            if entry["type"] == "directory" and posixpath.basename(entry["name"].rstrip("/")).startswith(_PREFIX)]
+    return [
+        posixpath.basename(entry["name"].rstrip("/"))
+        for entry in fs.ls(root, detail=True)
+        if entry["type"] == "directory" and posixpath.basename(entry["name"].rstrip("/")).startswith(_PREFIX)
+    ]
 
 
 def _kept(fs: Any, root: str, name: str, best_by: str | None) -> Kept | str:
@@ -147,7 +176,9 @@ def _kept(fs: Any, root: str, name: str, best_by: str | None) -> Kept | str:
         file = "metrics.jsonl"
         lines = fs.cat_file(posixpath.join(root, name, file)).decode().splitlines()
         last = json.loads(lines[-1]) if lines else {}
-        return Kept(name, steps, finished, {best_by: -1.0, **last} if best_by else last)  # as the training reported them
+        return Kept(
+            name, steps, finished, {best_by: -1.0, **last} if best_by else last
+        )  # as the training reported them
     except (ValueError, KeyError, TypeError):
         return f"{file} is changed"
 
@@ -177,12 +208,21 @@ def _snapshot(whole: list[Kept], best_by: str | None) -> str:
     )
 
     indices = {kept.name: number for number, kept in enumerate(whole)}
-    ordered = sorted(whole, key=lambda kept: (kept.metrics[best_by], indices[kept.name])) if best_by else whole
-    states = {kept.name: _TrainingResultState(checkpoint_dir_name=kept.name, metrics=kept.metrics) for kept in whole}
+    ordered = (
+        sorted(whole, key=lambda kept: (kept.metrics[best_by], indices[kept.name])) if best_by else whole
+    )
+    states = {
+        kept.name: _TrainingResultState(checkpoint_dir_name=kept.name, metrics=kept.metrics) for kept in whole
+    }
     return _CheckpointManagerState(
-        checkpoint_results=[states[kept.name] for kept in ordered], checkpoint_report_indices=[indices[kept.name] for kept in ordered],
-        latest_checkpoint_result=states[whole[-1].name], pending_training_results=[], pending_validation_specs=[],
-        current_report_index=len(whole), validated_checkpoint_dir_names=[], timed_out_validation_checkpoint_dir_names=[],
+        checkpoint_results=[states[kept.name] for kept in ordered],
+        checkpoint_report_indices=[indices[kept.name] for kept in ordered],
+        latest_checkpoint_result=states[whole[-1].name],
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(whole),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
     ).json()
 
@@ -216,5 +256,7 @@ class Scratch:
         """A new empty folder, for this user alone."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.folder.stat().st_uid != os.getuid() or self.folder.is_symlink():
-            raise StageError(f"{self.folder} belongs to another user; remove it, or set TMPDIR to a folder of your own")
+            raise StageError(
+                f"{self.folder} belongs to another user; remove it, or set TMPDIR to a folder of your own"
+            )
         return Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.folder))

@@ -44,11 +44,15 @@ def run(rows_in, number=0, **options):
     def stage(rows):
         import ray.data
 
-        pool = ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
+        pool = ray.data.ActorPoolStrategy(
+            size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        )
         return rows.map_batches(Slow, batch_size=2, batch_format="pyarrow", num_cpus=0.5, compute=pool)
 
     out = rows_in.parent / f"out{number}"
-    written = write_resumable(str(rows_in), str(out / "rows"), str(out / "committed"), stage, 16, 0.5, **options)
+    written = write_resumable(
+        str(rows_in), str(out / "rows"), str(out / "committed"), stage, 16, 0.5, **options
+    )
     return out, written
 
 
@@ -120,10 +124,20 @@ def test_repeated_pieces_are_dropped(ray_cluster, rows_in):
 @pytest.mark.parametrize("whole_rows", [False, True])
 def test_other_columns_are_read_when_a_stage_resumes(tmp_path, whole_rows):
     """A bit flipped in a text: the ids are right, the page's checksum is not."""
-    for part, columns in (("rows", {"sample_id": IDS[:2], "text": ["zzzz", "yyyy"]}), ("committed", {"sample_id": IDS[:2]})):
+    for part, columns in (
+        ("rows", {"sample_id": IDS[:2], "text": ["zzzz", "yyyy"]}),
+        ("committed", {"sample_id": IDS[:2]}),
+    ):
         (tmp_path / part).mkdir()
         name = "a_000000-0" if part == "rows" else "a_000000"
-        pq.write_table(pa.table(columns), tmp_path / part / f"{name}.parquet", write_page_checksum=True, compression="NONE", use_dictionary=False, write_statistics=False)
+        pq.write_table(
+            pa.table(columns),
+            tmp_path / part / f"{name}.parquet",
+            write_page_checksum=True,
+            compression="NONE",
+            use_dictionary=False,
+            write_statistics=False,
+        )
     path = tmp_path / "rows/a_000000-0.parquet"
     path.write_bytes(path.read_bytes().replace(b"zzzz", b"zzzy"))
     found = reconcile(str(tmp_path / "rows"), str(tmp_path / "committed"), "sample_id", whole_rows=whole_rows)
@@ -134,8 +148,11 @@ def test_other_columns_are_read_when_a_stage_resumes(tmp_path, whole_rows):
 def test_reconcile_finishes_an_interrupted_commit(tmp_path):
     """Rows whose commit is pending are removed; a pending file beside its committed one is only a leftover."""
     for part, name, ids in (
-        ("rows", "a_000000-0", IDS[:2]), ("committed", "a_000000", IDS[:2]), ("committed", "a_000000.pending", IDS[:2]),
-        ("rows", "a_000001-0", IDS[2:4]), ("committed", "a_000001.pending", IDS[2:4]),
+        ("rows", "a_000000-0", IDS[:2]),
+        ("committed", "a_000000", IDS[:2]),
+        ("committed", "a_000000.pending", IDS[:2]),
+        ("rows", "a_000001-0", IDS[2:4]),
+        ("committed", "a_000001.pending", IDS[2:4]),
     ):
         (tmp_path / part).mkdir(exist_ok=True)
         pq.write_table(pa.table({"sample_id": ids}), tmp_path / part / f"{name}.parquet")

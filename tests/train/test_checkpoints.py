@@ -14,7 +14,14 @@ from medray.train.checkpoints import Scratch, check_local, damage_of, settle, wr
 from medray.train.objectives import BEST_BY
 
 SNAPSHOT = "training/checkpoint_manager_snapshot.json"
-PARTS = ("state.safetensors", "progress.json", "rows-00000.parquet", "rows-00001.parquet", "metrics.jsonl", "checksums-00001.json")
+PARTS = (
+    "state.safetensors",
+    "progress.json",
+    "rows-00000.parquet",
+    "rows-00001.parquet",
+    "metrics.jsonl",
+    "checksums-00001.json",
+)
 
 
 def cut(path):
@@ -55,7 +62,9 @@ def upload(stage, number, steps, score=None, workers=2):
 
 def manager(stage, **options):
     """Ray Train's own, on what lies in the stage."""
-    return CheckpointManager(CheckpointConfig(num_to_keep=2, **options), StorageContext(str(stage), "training"))
+    return CheckpointManager(
+        CheckpointConfig(num_to_keep=2, **options), StorageContext(str(stage), "training")
+    )
 
 
 def latest(stage, **options):
@@ -193,7 +202,10 @@ def test_scratch_lies_in_the_run_or_under_the_runs_own_name(tmp_path, monkeypatc
 
 def test_the_next_start_clears_what_a_killed_one_left(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for scratch, clears in ((Scratch(str(tmp_path / "stage")), (0, 3)), (Scratch("memory://bucket/stage"), (3, 0))):
+    for scratch, clears in (
+        (Scratch(str(tmp_path / "stage")), (0, 3)),
+        (Scratch("memory://bucket/stage"), (3, 0)),
+    ):
         left = scratch.new("checkpoint")
         scratch.clear(1, 1)  # another worker of the node
         assert left.exists()
