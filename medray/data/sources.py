@@ -84,6 +84,7 @@ _IMAGE_FOLDERS = {
 _FRAME = "#frame="  # of a DICOM file, in image_file
 # Folders that images are in, in the source, beside the file that names them, or in data.images.
 _USUAL_FOLDERS = ("", "images", "VQA_RAD Image Folder", "imgs", "image", "img", "figures", "Images")
+_SHARD = re.compile(r"-\d{5,6}-of-\d{5,6}(?=\.[A-Za-z.]+$)")
 _RANGE = re.compile(r"^(.*\.tar)#offset=(\d+)&size=(\d+)$", re.DOTALL)
 
 
@@ -285,6 +286,15 @@ def index_rows(
     use.note(notes, _relative(path, root))
 
 
+@lru_cache(1024)
+def _table_name(relative: str, key: bytes | None) -> str:
+    """A table's path for messages, without patients' numbers; the numbers of shards (train-00000-of-00007) stay."""
+    shard = _SHARD.search(relative)
+    if shard is None:
+        return shown_path(relative, key=key)
+    return f"{shown_path(relative[: shard.start()], key=key)}{shard[0]}{shown_path(relative[shard.end() :], key=key)}"
+
+
 def _names(fs: Any, folder: str) -> list[str]:
     """Names of what lies in a folder, in their order; [] where it is none."""
     try:
@@ -300,7 +310,7 @@ def _head(fs: Any, path: str) -> bytes:
 def _record_rows(
     kind: str, place: Place, where: str, record: Any, error: str | None, splits: Collection[str], use: FieldUse, key: bytes | None = None,
 ) -> Iterator[Row]:
-    where = f"{shown_path(_relative(place.path, place.root), key=key)} {where}"
+    where = f"{_table_name(_relative(place.path, place.root), key)} {where}"
     if error is None and not isinstance(record, dict):
         error = f"the record is a {type(record).__name__}, not an object"
     if error is None:
@@ -359,7 +369,7 @@ def _parquet_rows(
             if kind == "shards":
                 yield from parquet.shards(record)
             else:
-                where = f"{shown_path(posixpath.basename(path), key=key)} row {number}"
+                where = f"{_table_name(posixpath.basename(path), key)} row {number}"
                 made = parquet.hugging_face(use.tracked(record), split, images, splits, where)
                 yield _with_image(made, Place(images, path), {}, patients_of(record), key)
     except pa.ArrowException as error:
