@@ -43,7 +43,7 @@ logger = logging.getLogger("medray")
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
-FOLDER_MODE = 0o700  # patients' images are in a run: for its owner alone, until the owner says otherwise
+FOLDER_MODE, FILE_MODE = 0o700, 0o600  # patients' images are in a run: for its owner alone, until the owner says otherwise
 
 _in_progress: str | None = None
 
@@ -283,6 +283,8 @@ class Stage:
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{name}-", dir=target.parent))  # mode 0700
             value = make(str(scratch))
+            for path in (scratch, *scratch.rglob("*")):  # writers of models set modes of their own
+                path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
             self.run.check_held()
             shutil.rmtree(target, ignore_errors=True)
             os.replace(scratch, target)

@@ -297,14 +297,13 @@ def test_a_systems_error_inside_rays_is_said_with_its_fix(number):
 
 
 def test_what_a_run_holds_is_for_its_owner_alone(tmp_path):
+    def model(folder):
+        Path(folder, "weights").write_text("x")
+        os.chmod(folder, 0o755)  # as writers of models do
+        os.chmod(Path(folder, "weights"), 0o644)
+
     with held(run := Run(tmp_path / "runs" / "run")):
-        run.stage(
-            "01-first",
-            {},
-            lambda stage: (
-                stage.publish("model", lambda folder: Path(folder, "weights").write_text("x")) and {}
-            ),
-        )
+        run.stage("01-first", {}, lambda stage: stage.publish("model", model) or {})
         run.write_bytes(b"x", "leaks", "pairs.png")
         Path(run.path("report.html")).write_text("x")  # as writers do that know nothing of modes
         Path(run.path("folder")).mkdir()
