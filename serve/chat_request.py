@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from medray.config.serving import LimitsConfig
 
-SCHEMA = "response_format.json_schema"
+SCHEMA, ANSWER_TOKENS = "response_format.json_schema", "max_completion_tokens"
 _COUNTS = {f"{end}{what}" for end in ("min", "max") for what in ("Items", "Length", "Properties", "Contains")}
 # Beyond any limit that can be configured with sense, and checked while the body is read: each item in vain costs a kilobyte, and an error.
 _MOST_MESSAGES, _MOST_PARTS, _MOST_STOPS = 10_000, 1000, 64

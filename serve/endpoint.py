@@ -19,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from medray.config.serving import ServeConfig
 from medray.methods.model_card import NOT_A_DEVICE
-from serve.chat_request import ApiError, check, parsed, prepared
+from serve.chat_request import ANSWER_TOKENS, ApiError, check, parsed, prepared
 from serve.guard import PAGE_HEADERS, Guard, failure, refused, to_the_guard
 from serve.hosted import Hosted
 from serve.images import ImageLoader
@@ -58,18 +58,21 @@ class Endpoint:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         began, number = time.monotonic(), request.state.number
-        who, asked = (request.state.holder or NOBODY).name, ""
+        who, asked, limit_name = (request.state.holder or NOBODY).name, "", ""
         try:
             async with asyncio.timeout(self.config.limits.seconds):
                 if wait := self.rates.wait(who):
                     raise _limited(wait)
                 body = parsed(await request.body(), self.config.limits)
+                limit_name = ANSWER_TOKENS if body.max_completion_tokens else "max_tokens"  # as the caller wrote it
                 model = self._model(body.model)
                 asked = model.name
                 check(body, self.config.limits)
                 made = await prepared(body, self.config.limits, model.system_prompt, lambda url: self.images.load(url, model.pad_to_square))
                 response = await self.answer({**made, "model": model.name}, number)
         except ApiError as error:
+            if error.param == ANSWER_TOKENS and limit_name:
+                error.param = limit_name
             response = error_response(error)
         except TimeoutError:
             response = error_response(_late(self.config.limits.seconds))

@@ -63,7 +63,10 @@ class Grammars:
 
     def _tried(self, text: str) -> str | None:
         import xgrammar
+        from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
+        if has_xgrammar_unsupported_json_features(json.loads(text)):
+            return "the schema uses a keyword that no grammar can follow here (multipleOf, uniqueItems, contains, propertyNames, a format beside a length, or an unknown format)"
         try:
             with self._making:
                 if self._compiler is None:

@@ -24,7 +24,7 @@ from medray.inference.engine import vllm_arguments, vllm_environment
 from medray.inference.engine_guard import OWNER_ENV
 from medray.models.cache import localize
 from medray.models.vlm import load_processor
-from serve.chat_request import SCHEMA, ApiError
+from serve.chat_request import ANSWER_TOKENS, SCHEMA, ApiError
 from serve.engine_answers import api_error, checked
 from serve.grammars import Grammars, has_grammar, schema_of
 from serve.hosted import Hosted
@@ -118,6 +118,9 @@ class ModelServer(LLMServer):
 async def _answered(items: AsyncIterator[Any], request: Any, client: Any) -> AsyncIterator[Any]:
     def told(error: ApiError) -> ApiError:
         if error.status < 500:
+            # vLLM names the prompt where prompt and answer together pass the context; then the greater part is at fault.
+            if error.param == "messages" and (request.max_completion_tokens or 0) > client.model_config.max_model_len // 2:
+                error.param = ANSWER_TOKENS
             return error
         if client.errored:
             _end(ENGINE_DIED)  # vLLM writes this, too, into a stream

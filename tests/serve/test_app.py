@@ -238,6 +238,7 @@ BAD = [
     *[({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}, 400) for schema in (
         {"$ref": "#"}, {"type": "integer", "minimum": 1e300}, {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"], "additionalProperties": False})],
     ({"structured_outputs": {"choice": ["yes", "no\n"]}}, 400), ({"structured_outputs": {"choice": ["\"", "\\"]}}, 200), ({"tools": [], "logit_bias": {}, "stop": None}, 200),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "number", "multipleOf": 2}}}}, 400),
     ({"n": 2, "temperature": 0}, 400), ({"temperature": 1e308}, 400), ({"top_k": 0}, 200), ({"seed": -1}, 200), ({"stop": "\u0000"}, 200), ({"temperature": 0.001, "seed": 3, "n": 2}, 200),
     ({"messages": [{"role": "assistant", "content": "I begin"}, {"role": "user", "content": "go on"}]}, 200), ({"messages": [{"role": "user", "content": ""}]}, 200),
     ({"messages": [{"role": "user", "content": "\U0001f600 \u202e \u0000"}]}, 200), ({"stream": True, "model": "none"}, 404), ({"stream": True, "max_tokens": 65}, 400),

@@ -167,6 +167,14 @@ def test_errors_of_the_answer_are_passed_on(endpoint):
     assert answer.status_code == 503 and answer.headers["Retry-After"] == "2" and error_of(answer)["code"] == "overloaded"
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_the_limit_on_tokens_is_named_as_the_caller_wrote_it(endpoint, name):
+    def refuse():
+        raise ApiError("too long", 400, "max_completion_tokens")
+
+    assert error_of(ask(endpoint(refuse), json=chat(**{name: 5})))["param"] == name
+
+
 def test_each_key_has_its_own_rate(endpoint):
     client = endpoint(limits={"requests_per_minute": 2})
 
