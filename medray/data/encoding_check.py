@@ -20,8 +20,10 @@ PASSED_ON = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
 # Small, wide, and larger than most tiles: what a processor does may depend on an image's size and shape (height, width).
 _SIZES = ((48, 48), (90, 300), (700, 500))
 _TURNS = [
-    {"role": "user", "text": "What is the shape of the nucleus?"}, {"role": "assistant", "text": "It is round."},
-    {"role": "user", "text": "Is the cell big?"}, {"role": "assistant", "text": "yes"},
+    {"role": "user", "text": "What is the shape of the nucleus?"},
+    {"role": "assistant", "text": "It is round."},
+    {"role": "user", "text": "Is the cell big?"},
+    {"role": "assistant", "text": "yes"},
 ]
 _PIXEL_TOLERANCE = 0.03  # of normalised values; a step of one in 255 is 0.015 after normalising
 
@@ -33,21 +35,38 @@ def own_inputs(dialogues: Dialogues, turns: list[dict[str, str]], image: Any) ->
         for part in message["content"]:
             if part["type"] == "image":
                 part["image"] = image
-    own = dialogues.processor.apply_chat_template(messages, chat_template=dialogues.template, tokenize=True, return_dict=True, return_tensors="pt")
+    own = dialogues.processor.apply_chat_template(
+        messages, chat_template=dialogues.template, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     return {name: np.asarray(value) for name, value in own.items()}
 
 
 def check_inputs(family: str, dialogues: Dialogues, own: dict[str, np.ndarray]) -> None:
     """Raises ConfigError where the processor returns an input of the model that medray does not pass on."""
-    known = [*PASSED_ON, *(["mm_token_type_ids"] if dialogues.info(questioner=False).wants_token_types else [])]
-    left_out = [name for name, value in own.items() if name not in known and not (name == "token_type_ids" and not value.any())]
+    known = [
+        *PASSED_ON,
+        *(["mm_token_type_ids"] if dialogues.info(questioner=False).wants_token_types else []),
+    ]
+    left_out = [
+        name
+        for name, value in own.items()
+        if name not in known and not (name == "token_type_ids" and not value.any())
+    ]
     if left_out:
         raise ConfigError(
             f"model.path: {family}: the model's processor gives it {', '.join(left_out)}, which medray does not pass on; "
-            "this family is not supported yet")
+            "this family is not supported yet"
+        )
 
 
-def check_alike(family: str, dialogues: Dialogues, own: dict[str, np.ndarray], ids: np.ndarray, pixels: dict[str, Any], whole: bool = True) -> None:
+def check_alike(
+    family: str,
+    dialogues: Dialogues,
+    own: dict[str, np.ndarray],
+    ids: np.ndarray,
+    pixels: dict[str, Any],
+    whole: bool = True,
+) -> None:
     """Compare one encoded row with what the processor gives.
 
     Args:
@@ -66,30 +85,46 @@ def check_alike(family: str, dialogues: Dialogues, own: dict[str, np.ndarray], i
     differing = np.flatnonzero(theirs[:shared] != ids[:shared])
     if len(differing) or len(theirs) < len(ids) or (whole and len(theirs) != len(ids)):
         place = int(differing[0]) if len(differing) else shared
-        theirs_said, ours_said = (repr(dialogues.tokenizer.decode([int(one[place])])) if place < len(one) else "nothing" for one in (theirs, ids))
+        theirs_said, ours_said = (
+            repr(dialogues.tokenizer.decode([int(one[place])])) if place < len(one) else "nothing"
+            for one in (theirs, ids)
+        )
         raise ConfigError(
             f"{start}token {place} is {theirs_said} by the model's own processor and {ours_said} as medray encodes it ({len(theirs)} tokens against {len(ids)}): "
-            "tokens that this family or its chat template puts around images or texts would be lost; this family is not supported yet, or needs another model.chat_template")
-    if "mm_token_type_ids" in own and (own["mm_token_type_ids"][0][: len(ids)] != (ids == dialogues.image_token_id)).any():
-        raise ConfigError(f"{start}mm_token_type_ids of the model's own processor mark more than image tokens; this family is not supported yet")
+            "tokens that this family or its chat template puts around images or texts would be lost; this family is not supported yet, or needs another model.chat_template"
+        )
+    if (
+        "mm_token_type_ids" in own
+        and (own["mm_token_type_ids"][0][: len(ids)] != (ids == dialogues.image_token_id)).any()
+    ):
+        raise ConfigError(
+            f"{start}mm_token_type_ids of the model's own processor mark more than image tokens; this family is not supported yet"
+        )
     if "pixel_values" not in own:
-        raise ConfigError(f"{start}the model's processor gives no pixel_values; this family is not supported yet")
+        raise ConfigError(
+            f"{start}the model's processor gives no pixel_values; this family is not supported yet"
+        )
     grid = own["image_grid_thw"][0].tolist() if "image_grid_thw" in own else None
     if grid != pixels["image_grid_thw"]:
-        raise ConfigError(f"{start}image_grid_thw is {grid} by the model's own processor and {pixels['image_grid_thw']} as medray encodes it; this family is not supported yet")
+        raise ConfigError(
+            f"{start}image_grid_thw is {grid} by the model's own processor and {pixels['image_grid_thw']} as medray encodes it; this family is not supported yet"
+        )
     theirs = own["pixel_values"]
     theirs = theirs[0] if grid is None and len(theirs) == 1 else theirs
     if list(theirs.shape) != list(pixels["pixel_shape"]):
         raise ConfigError(
             f"{start}pixel_values are of shape {list(own['pixel_values'].shape)} by the model's own processor and {list(pixels['pixel_shape'])} as medray encodes them: "
-            "it cuts images into tiles or lays pixels out in a way that medray does not know; this family is not supported yet")
+            "it cuts images into tiles or lays pixels out in a way that medray does not know; this family is not supported yet"
+        )
     import torch
 
     ours = torch.from_numpy(np.frombuffer(pixels["pixels"], np.uint8).reshape(pixels["pixel_shape"]).copy())
     ours = normalise_pixels(ours[None] if ours.dim() == 3 else ours, dialogues.processor.image_processor)
     gap = float((ours.reshape(theirs.shape) - torch.from_numpy(theirs)).abs().max())
     if not gap <= _PIXEL_TOLERANCE:
-        raise ConfigError(f"{start}pixel_values differ by up to {gap:.3f} from those of the model's own processor (allowed {_PIXEL_TOLERANCE}); this family is not supported yet")
+        raise ConfigError(
+            f"{start}pixel_values differ by up to {gap:.3f} from those of the model's own processor (allowed {_PIXEL_TOLERANCE}); this family is not supported yet"
+        )
 
 
 def check_family(family: str, dialogues: Dialogues, image_of: Any, stops: set[int], rounds: bool) -> None:
@@ -105,13 +140,17 @@ def check_family(family: str, dialogues: Dialogues, image_of: Any, stops: set[in
     turns = _TURNS if rounds else _TURNS[:2]
     try:
         for number, size in enumerate(_SIZES):
-            image = Image.fromarray(np.random.default_rng(number).integers(0, 255, (*size, 3), dtype=np.uint8))
+            image = Image.fromarray(
+                np.random.default_rng(number).integers(0, 255, (*size, 3), dtype=np.uint8)
+            )
             if dialogues.config.pad_to_square:
                 image = pad_to_square(image)
             own = own_inputs(dialogues, turns, image)
             check_inputs(family, dialogues, own)
             ids, spans = dialogues.encode(turns)
-            _check_stop(dialogues, int(ids[next(end for kind, _, end in spans.tolist() if kind == ANSWER) - 1]), stops)
+            _check_stop(
+                dialogues, int(ids[next(end for kind, _, end in spans.tolist() if kind == ANSWER) - 1]), stops
+            )
             pixels, image_tokens = image_of(image)
             ids, _ = dialogues.expand(ids, spans, image_tokens)
             check_alike(family, dialogues, own, ids, pixels)
@@ -120,11 +159,14 @@ def check_family(family: str, dialogues: Dialogues, image_of: Any, stops: set[in
     except ConfigError:
         raise
     except Exception as error:  # a processor may raise anything for a way of calling it that it does not know
-        raise ConfigError(f"model.path: {family}: the model's processor fails on a plain dialogue ({type(error).__name__}: {error}); this family is not supported yet") from error
+        raise ConfigError(
+            f"model.path: {family}: the model's processor fails on a plain dialogue ({type(error).__name__}: {error}); this family is not supported yet"
+        ) from error
 
 
 def _check_stop(dialogues: Dialogues, last: int, stops: set[int]) -> None:
     if last not in stops:
         raise ConfigError(
             f"model.chat_template: an answer ends with {dialogues.tokenizer.decode([last])!r}, at which the model does not stop when it generates; "
-            "give a template that ends answers with the end token, or name that token in eos_token_id of the model's generation_config.json")
+            "give a template that ends answers with the end token, or name that token in eos_token_id of the model's generation_config.json"
+        )

@@ -17,8 +17,24 @@ from medray.errors import StageError
 from medray.models.cache import localize, marks
 
 # Of tokenizers (.txt, .model, .tiktoken, .bpe, .spm, .vocab), templates (.jinja), weights and code.
-_PARTS = {".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".model", ".txt", ".tiktoken", ".bpe", ".spm", ".vocab", ".py"}
-_REMEDY = "restore it, or delete the folder of the stage that made it, then rerun the same command to make it again"
+_PARTS = {
+    ".json",
+    ".jinja",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".model",
+    ".txt",
+    ".tiktoken",
+    ".bpe",
+    ".spm",
+    ".vocab",
+    ".py",
+}
+_REMEDY = (
+    "restore it, or delete the folder of the stage that made it, then rerun the same command to make it again"
+)
 _TEXTS = ("readme", "license", "licence", "notice", "changelog", "use_policy", "requirements")
 
 
@@ -34,8 +50,16 @@ def pickles_problem(folder: str | os.PathLike) -> str | None:
     folder = Path(folder)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return None
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack") for file in folder.glob(pattern))
-    kept = f"its weights are {', '.join(pickled[:3])}, which are not read (a pickle can run code)" if pickled else "it holds no weights"
+    pickled = sorted(
+        file.name
+        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+        for file in folder.glob(pattern)
+    )
+    kept = (
+        f"its weights are {', '.join(pickled[:3])}, which are not read (a pickle can run code)"
+        if pickled
+        else "it holds no weights"
+    )
     return f"has no *.safetensors file: {kept}; save the model with save_pretrained of a current transformers"
 
 
@@ -66,7 +90,10 @@ def check_model(path: str | os.PathLike, expected_hash: str) -> None:
     names = _own_files(Path(folder)) if os.path.isdir(folder) else []
     if not names:
         raise StageError(f"model {path}: there is no model in this folder; {_REMEDY}")
-    damaged = next((problem for name in names if (problem := _damage(Path(folder, name)))), "its files are not those that the run recorded")
+    damaged = next(
+        (problem for name in names if (problem := _damage(Path(folder, name)))),
+        "its files are not those that the run recorded",
+    )
     raise StageError(f"model {path}: {damaged}; {_REMEDY}")
 
 
@@ -115,7 +142,9 @@ def _damage(file: Path) -> str | None:
                 header = json.loads(handle.read(length) if length <= size - 8 else b"")
             except ValueError:
                 return f"{file.name} is damaged (its header cannot be read)"
-        if size != 8 + length + _end(value["data_offsets"] for name, value in header.items() if name != "__metadata__"):
+        if size != 8 + length + _end(
+            value["data_offsets"] for name, value in header.items() if name != "__metadata__"
+        ):
             return f"{file.name} is cut or longer than its header says ({size} bytes)"
     return None
 

@@ -53,7 +53,10 @@ def _config(folder: str, path: str, trust_remote_code: bool) -> Any:
         if Path(folder).is_dir():
             raise
         return None
-    except (ValueError, KeyError) as error:  # a model_type that this transformers does not know; code that may not run
+    except (
+        ValueError,
+        KeyError,
+    ) as error:  # a model_type that this transformers does not know; code that may not run
         raise ConfigError(f"model.path: cannot read the config of {path}: {error}") from error
 
 
@@ -64,7 +67,9 @@ def _check_modules(config: Any, path: str, trust_remote_code: bool) -> None:
 
     ships_code = trust_remote_code and hasattr(config, "auto_map")
     if not ships_code and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ConfigError(f"model.path: {path} is a {config.model_type} model, which takes no images and texts to text; give a LLaVA or Qwen-VL class model")
+        raise ConfigError(
+            f"model.path: {path} is a {config.model_type} model, which takes no images and texts to text; give a LLaVA or Qwen-VL class model"
+        )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     check_parts(model)

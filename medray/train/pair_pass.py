@@ -24,13 +24,30 @@ PairPass = Literal["packed", "shared", "separate"]
 
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of any form
 # Of a text config: each names something else than full causal attention where it is set.
-_NOT_FULL = ("sliding_window", "attention_chunk_size", "use_bidirectional_attention", "use_bidirectional_attn", "attention_window", "local_attention")
+_NOT_FULL = (
+    "sliding_window",
+    "attention_chunk_size",
+    "use_bidirectional_attention",
+    "use_bidirectional_attn",
+    "attention_window",
+    "local_attention",
+)
 # The modules of a layer that is one self-attention and one feed-forward part. Whatever else a layer holds is unknown here.
 _LAYER = {
-    "self_attn", "mlp", "feed_forward", "block_sparse_moe", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-    "post_feedforward_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm",
+    "self_attn",
+    "mlp",
+    "feed_forward",
+    "block_sparse_moe",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "post_self_attn_layernorm",
+    "post_mlp_layernorm",
 }
-_TOLERANCE = {torch.float32: 1e-3}  # nats per token between two ways of passing; of lower precisions rounding is larger
+_TOLERANCE = {
+    torch.float32: 1e-3
+}  # nats per token between two ways of passing; of lower precisions rounding is larger
 _ROUNDING = 0.2
 
 
@@ -45,7 +62,9 @@ def packing_problem(model: Any) -> str | None:
     if layer_types != {"full_attention"}:
         return f"layers of {', '.join(sorted(layer_types - {'full_attention'}))}"
     for name in _NOT_FULL:
-        if getattr(text, name, None) and not (name == "sliding_window" and getattr(text, "use_sliding_window", None) is False):
+        if getattr(text, name, None) and not (
+            name == "sliding_window" and getattr(text, "use_sliding_window", None) is False
+        ):
             return f"{name} {getattr(text, name)}"
     if "token_type_ids" in inspect.signature(plain.forward).parameters:
         return "attention that depends on token_type_ids"
@@ -68,7 +87,11 @@ def _layer_problem(layer: nn.Module) -> str | None:
         return f"{type(attention).__name__} is not causal"
     if getattr(attention, "sliding_window", None):
         return f"{type(attention).__name__} with a sliding window of {attention.sliding_window}"
-    stateful = [type(module).__name__ for module in layer.modules() if isinstance(module, (nn.modules.conv._ConvNd, nn.RNNBase))]
+    stateful = [
+        type(module).__name__
+        for module in layer.modules()
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.RNNBase))
+    ]
     return f"{type(layer).__name__} with {stateful[0]}" if stateful else None
 
 
@@ -96,8 +119,18 @@ def choose_pair_pass(model: Any, batch: dict[str, Any]) -> PairPass:
         problem = packing_problem(model) if way == "packed" else None
         if problem is None:
             try:
-                problem = _difference(*answer_logps(model, batch, way), apart, lengths, plain_model(model).dtype)
-            except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+                problem = _difference(
+                    *answer_logps(model, batch, way), apart, lengths, plain_model(model).dtype
+                )
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                KeyError,
+                IndexError,
+                AttributeError,
+                NotImplementedError,
+            ) as error:
                 problem = f"{type(error).__name__}: {error}"  # what a model raises for masks, positions or features it does not take
         if problem is None:
             break
@@ -105,11 +138,18 @@ def choose_pair_pass(model: Any, batch: dict[str, Any]) -> PairPass:
     else:
         way = "separate"
     if reasons:
-        logger.warning("%s: chosen and rejected answers pass in rows of their own (%s; %s)", plain_model(model).config.model_type, way, "; ".join(reasons))
+        logger.warning(
+            "%s: chosen and rejected answers pass in rows of their own (%s; %s)",
+            plain_model(model).config.model_type,
+            way,
+            "; ".join(reasons),
+        )
     return way
 
 
-def _difference(logps: torch.Tensor, counts: torch.Tensor, apart: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype) -> str | None:
+def _difference(
+    logps: torch.Tensor, counts: torch.Tensor, apart: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype
+) -> str | None:
     if counts.tolist() != lengths.tolist():
         return "other tokens are scored"
     allowed = _TOLERANCE.get(dtype, _ROUNDING)
@@ -125,7 +165,13 @@ def _difference(logps: torch.Tensor, counts: torch.Tensor, apart: torch.Tensor, 
 
 def probe_rows(image: bytes) -> list[dict[str, Any]]:
     """Two preference rows to measure with: one prompt and rejected answer, two chosen answers that differ in everything."""
-    asked = {"image": image, "prompt": "What is this?", "rejected": "A small round cell.", "ref_chosen_logp": None, "ref_rejected_logp": None}
+    asked = {
+        "image": image,
+        "prompt": "What is this?",
+        "rejected": "A small round cell.",
+        "ref_chosen_logp": None,
+        "ref_rejected_logp": None,
+    }
     return [
         {"sample_id": "probe-0", "chosen": "It is a big nucleus with granules.", **asked},
         {"sample_id": "probe-1", "chosen": "No, nothing can be seen there at all.", **asked},

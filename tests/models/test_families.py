@@ -33,11 +33,22 @@ from tests.models.families import PACKED, REFUSED, TUNED, clip_vision, gemma3, i
 
 torch.set_num_threads(1)
 MODEL = ModelConfig(precision="fp32", system_prompt="", max_length=1024, pad_to_square=False)
-SMALL = {"lora_llm": LoraConfig(rank=2, alpha=4, dropout=0.0), "lora_vision": LoraConfig(rank=2, alpha=4, dropout=0.0)}
-SMALLEST = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+SMALL = {
+    "lora_llm": LoraConfig(rank=2, alpha=4, dropout=0.0),
+    "lora_vision": LoraConfig(rank=2, alpha=4, dropout=0.0),
+}
+SMALLEST = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
 TURNS = [
-    {"role": "user", "text": "What is the shape of the nucleus?"}, {"role": "assistant", "text": "It is round."},
-    {"role": "user", "text": "Is the cell big?"}, {"role": "assistant", "text": "yes"},
+    {"role": "user", "text": "What is the shape of the nucleus?"},
+    {"role": "assistant", "text": "It is round."},
+    {"role": "user", "text": "Is the cell big?"},
+    {"role": "assistant", "text": "yes"},
 ]
 
 
@@ -83,8 +94,16 @@ def pair_batch(encoder, rows):
 def preferences():
     answers = ("It is round.", "no", "The cell is big and round", "yes it is")
     return [
-        {"sample_id": f"p{i}", "image": png(i, (56 + 20 * i, 84)), "prompt": "Is the cell big?", "chosen": answers[i],
-         "rejected": answers[(i + 1) % 4], "ref_chosen_logp": None, "ref_rejected_logp": None} for i in range(4)
+        {
+            "sample_id": f"p{i}",
+            "image": png(i, (56 + 20 * i, 84)),
+            "prompt": "Is the cell big?",
+            "chosen": answers[i],
+            "rejected": answers[(i + 1) % 4],
+            "ref_chosen_logp": None,
+            "ref_rejected_logp": None,
+        }
+        for i in range(4)
     ]
 
 
@@ -93,7 +112,10 @@ def test_ids_pixels_and_sft_loss_are_transformers_own(family, folder_of):
     path = folder_of(family)
     check_support(path, MODEL, questioner=True)
     encoder = encoder_of(path, "sft")
-    rows = [{"sample_id": f"s{i}", "image": png(i, size), "turns": TURNS[: 4 - 2 * i]} for i, size in enumerate([(64, 64), (50, 140)])]
+    rows = [
+        {"sample_id": f"s{i}", "image": png(i, size), "turns": TURNS[: 4 - 2 * i]}
+        for i, size in enumerate([(64, 64), (50, 140)])
+    ]
     encoded = encoder(pa.Table.from_pylist(rows)).to_pylist()
     assert [row["error"] for row in encoded] == [None, None]
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
@@ -129,17 +151,36 @@ def test_dpo_is_that_of_separate_rows(family, folder_of):
         logps, lengths = answer_logps(model, batch, way)
         assert lengths.tolist() == (batch["labels"] != -100).sum(1).tolist()
         torch.testing.assert_close(logps, own, rtol=1e-5, atol=1e-3)
-        torch.testing.assert_close(torch.autograd.grad((weights * logps).sum(), head)[0], wanted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            torch.autograd.grad((weights * logps).sum(), head)[0], wanted, rtol=1e-3, atol=1e-3
+        )
 
 
-@pytest.mark.parametrize(("kind", "more"), [
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}), ("phi3", {"sliding_window": 8}),
-    ("starcoder2", {"sliding_window": 8}), ("cohere2", {"sliding_window": 8}), ("gemma3_text", {"sliding_window": 8}),
-    ("llama4_text", {"attention_chunk_size": 8, "intermediate_size_mlp": 64, "num_local_experts": 2}), ("exaone4", {"sliding_window": 8}),
-    ("gpt_oss", {"sliding_window": 8, "num_local_experts": 4}), ("minimax", {"num_local_experts": 2, "block_size": 8}),
-    ("granitemoehybrid", {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "layer_types": ["mamba", "attention"]}),
-    ("jamba", {"mamba_d_state": 8, "use_mamba_kernels": False, "num_experts": 2}),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("phi3", {"sliding_window": 8}),
+        ("starcoder2", {"sliding_window": 8}),
+        ("cohere2", {"sliding_window": 8}),
+        ("gemma3_text", {"sliding_window": 8}),
+        ("llama4_text", {"attention_chunk_size": 8, "intermediate_size_mlp": 64, "num_local_experts": 2}),
+        ("exaone4", {"sliding_window": 8}),
+        ("gpt_oss", {"sliding_window": 8, "num_local_experts": 4}),
+        ("minimax", {"num_local_experts": 2, "block_size": 8}),
+        (
+            "granitemoehybrid",
+            {
+                "mamba_n_heads": 8,
+                "mamba_d_head": 16,
+                "mamba_d_state": 8,
+                "layer_types": ["mamba", "attention"],
+            },
+        ),
+        ("jamba", {"mamba_d_state": 8, "use_mamba_kernels": False, "num_experts": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_language_models_that_are_not_full_attention_are_never_packed(kind, more):
     """Where packing would be wrong by tenths of nats to nats, reading the modules says so."""
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -153,11 +194,19 @@ def test_language_models_that_are_not_full_attention_are_never_packed(kind, more
     torch.manual_seed(0)
     text = AutoConfig.for_model(**{**text_config(Tokenizer(), kind), **more})
     model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=clip_vision(), text_config=text, image_token_id=299, vision_feature_layer=-1)).eval()
+        LlavaConfig(
+            vision_config=clip_vision(), text_config=text, image_token_id=299, vision_feature_layer=-1
+        )
+    ).eval()
     prompt = torch.cat([torch.full((2, 16), 299), torch.randint(10, 290, (2, 10))], 1)
     ids = torch.cat([prompt.repeat(2, 1), torch.randint(10, 290, (4, 6))], 1)
     labels = torch.where(torch.arange(32) < 26, -100, ids)
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32)}
+    batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 3, 32, 32),
+    }
     inputs = {name: value for name, value in separate_images(batch, 2).items() if name != "labels"}
     with torch.no_grad():
         own, _ = sequence_logps(model(**inputs, use_cache=False).logits, labels)
@@ -173,7 +222,9 @@ def test_what_reading_does_not_see_is_measured(folder_of, monkeypatch):
     encoder, model = encoder_of(path, "dpo"), load_vlm(path, "fp32")
     decoder = model.get_decoder()
     plain = decoder.forward
-    monkeypatch.setattr(decoder, "forward", lambda *args, attention_mask=None, **kwargs: plain(*args, **kwargs))
+    monkeypatch.setattr(
+        decoder, "forward", lambda *args, attention_mask=None, **kwargs: plain(*args, **kwargs)
+    )
     monkeypatch.setattr("medray.train.pair_pass.packing_problem", lambda model: None)
     with torch.no_grad():
         assert choose_pair_pass(model, pair_batch(encoder, probe_rows(filler_picture()))) == "shared"
@@ -185,7 +236,12 @@ def test_other_families_are_refused_by_name_before_anything_starts(family, folde
     with pytest.raises(ConfigError) as error:
         check_support(path, MODEL, questioner=True)
     assert family.__name__ in str(error.value) and REFUSED[family] in str(error.value)
-    settings = [f"model.path={path}", "model.pad_to_square=false", "model.system_prompt=''", "model.precision=fp32"]
+    settings = [
+        f"model.path={path}",
+        "model.pad_to_square=false",
+        "model.system_prompt=''",
+        "model.precision=fp32",
+    ]
     with pytest.raises(ConfigError, match=family.__name__):
         check_self_training(load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", settings))
     if family.__name__ != "llama":
@@ -204,11 +260,14 @@ def test_every_parameter_has_a_part_and_gets_gradients_when_it_is_named(family, 
     if family not in TUNED:
         return
     encoder = encoder_of(folder_of(family), "sft")
-    rows = encoder(pa.Table.from_pylist([{"sample_id": "s", "image": png(0, (64, 64)), "turns": TURNS}])).to_pylist()
+    rows = encoder(
+        pa.Table.from_pylist([{"sample_id": "s", "image": png(0, (64, 64)), "turns": TURNS}])
+    ).to_pylist()
     batch = placed(collate_sft(rows, encoder.dialogues.info(), 0.0, 0, 0), encoder.processor)
     sft_objective(opened, batch)[0].backward()
     reached = {
-        part_of(name) for name, parameter in opened.named_parameters()
+        part_of(name)
+        for name, parameter in opened.named_parameters()
         if parameter.requires_grad and parameter.grad is not None and float(parameter.grad.abs().max()) > 0
     }
     assert reached == {"vision", "projector", "llm"}
@@ -225,12 +284,18 @@ def test_export_is_read_back_whole(family, dtype, folder_of, tmp_path):
             parameter += 0.05 * torch.randn_like(parameter)
     merged = merge(model)
     save_vlm(merged, load_processor(path), tmp_path / "model", dtype)
-    again, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32, output_loading_info=True)
+    again, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     before, read, start = merged.state_dict(), again.state_dict(), load_vlm(path, "fp32").state_dict()
     assert before.keys() == read.keys()
     assert all(torch.equal(before[name].to(dtype or torch.float32).float(), read[name]) for name in before)
-    assert {part_of(name) for name in read if not torch.equal(start[name], before[name])} == {"vision", "projector", "llm"}
+    assert {part_of(name) for name in read if not torch.equal(start[name], before[name])} == {
+        "vision",
+        "projector",
+        "llm",
+    }
     assert load_processor(str(tmp_path / "model")).chat_template == load_processor(path).chat_template
 
 
@@ -263,11 +328,15 @@ def test_a_folder_that_lacks_tensors_is_refused(tiny_llava, tmp_path):
 def test_pickled_weights_are_refused(tiny_llava, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_llava, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(AutoModelForImageTextToText.from_pretrained(tiny_llava).state_dict(), folder / "pytorch_model.bin")
+    torch.save(
+        AutoModelForImageTextToText.from_pretrained(tiny_llava).state_dict(), folder / "pytorch_model.bin"
+    )
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin"):
         load_vlm(str(folder), "fp32")
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin"):
-        check_self_training(load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", [f"model.path={folder}"]))
+        check_self_training(
+            load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", [f"model.path={folder}"])
+        )
     with pytest.raises(ConfigError, match=r"judge\.model.*pytorch_model\.bin"):
         settings = ["judge.kind=vllm", f"judge.model={folder}", "rounds=1"]
         check_self_training(load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", settings))
@@ -277,7 +346,9 @@ def test_parameters_without_a_part_fail_by_name():
     """An audio tower, say, would be frozen without a word."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=clip_vision(), text_config={"model_type": "llama", **SMALLEST}))
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=clip_vision(), text_config={"model_type": "llama", **SMALLEST})
+    )
     check_parts(model)
     model.model.audio_tower = torch.nn.Linear(4, 4)
     with pytest.raises(ConfigError, match=r"llava.*audio_tower"):
@@ -303,7 +374,9 @@ def test_a_template_that_refuses_the_questioner_is_named(tiny_llava, tmp_path):
 
 def test_an_end_that_does_not_stop_the_model_is_named(tiny_llava, tmp_path):
     template = tmp_path / "other-end.jinja"
-    template.write_text(AutoProcessor.from_pretrained(tiny_llava).chat_template.replace("<|end|>", "<|system|>"))
+    template.write_text(
+        AutoProcessor.from_pretrained(tiny_llava).chat_template.replace("<|end|>", "<|system|>")
+    )
     with pytest.raises(ConfigError, match=r"<\|system\|>.*does not stop"):
         check_support(tiny_llava, MODEL.model_copy(update={"chat_template": str(template)}), questioner=False)
 
@@ -313,7 +386,9 @@ def test_gemmas_end_of_turn_is_a_special_token(folder_of):
     from medray.inference.chat import special_texts
 
     processor = AutoProcessor.from_pretrained(folder_of(gemma3))
-    assert special_tokens(processor.tokenizer)["<end_of_turn>"] == processor.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert special_tokens(processor.tokenizer)["<end_of_turn>"] == processor.tokenizer.convert_tokens_to_ids(
+        "<end_of_turn>"
+    )
     assert "<start_of_turn>" in special_texts(processor)
 
 
@@ -327,7 +402,10 @@ def test_an_image_that_the_processor_cannot_take_sets_its_row_aside(tiny_llava, 
         return plain(image)
 
     monkeypatch.setattr(encoder, "_pixels", fails_on_wide)
-    rows = [{"sample_id": f"s{i}", "image": png(i, (40, width)), "turns": TURNS} for i, width in enumerate((40, 120))]
+    rows = [
+        {"sample_id": f"s{i}", "image": png(i, (40, width)), "turns": TURNS}
+        for i, width in enumerate((40, 120))
+    ]
     good, bad = encoder(pa.Table.from_pylist(rows)).to_pylist()
     assert good["error"] is None and "mean must have 3 elements" in bad["error"]
     assert all("mean must" in row["error"] for row in encoder(pa.Table.from_pylist(rows[1:] * 3)).to_pylist())
@@ -338,6 +416,8 @@ def test_a_row_that_the_processor_reads_otherwise_stops_the_stage_by_name(tiny_l
     encoder = encoder_of(tiny_llava, "sft")
     row = {"sample_id": "s", "image": png(0, (40, 40)), "turns": TURNS}
     encode = encoder.dialogues.encode
-    monkeypatch.setattr(encoder.dialogues, "encode", lambda turns: encode([*turns[:-1], {"role": "assistant", "text": "no"}]))
+    monkeypatch.setattr(
+        encoder.dialogues, "encode", lambda turns: encode([*turns[:-1], {"role": "assistant", "text": "no"}])
+    )
     with pytest.raises(ConfigError, match=r"llava: token \d+ is"):
         encoder(pa.Table.from_pylist([row]))

@@ -8,12 +8,23 @@ from medray.errors import StageError
 from medray.models.fingerprint import check_model, model_hash
 
 PARTS = (
-    "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
     "processor_config.json",
 )
 MORE = (
-    "model.safetensors.index.json", "preprocessor_config.json", "merges.txt", "vocab.json", "tokenizer.model", "pytorch_model.bin",
-    "additional_chat_templates/tool_use.jinja", "1_pooling/config.json",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "merges.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "pytorch_model.bin",
+    "additional_chat_templates/tool_use.jinja",
+    "1_pooling/config.json",
 )
 
 
@@ -45,7 +56,15 @@ def test_a_further_file_of_a_model_changes_the_hash(folder, name):
 
 def test_texts_about_a_model_and_the_place_of_its_folder_do_not(folder, tmp_path):
     before = model_hash(folder)
-    for name in ("README.md", "LICENSE", "LICENSE.txt", "NOTICE.txt", "picture.png", ".gitattributes", ".cache/x.json"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        "LICENSE.txt",
+        "NOTICE.txt",
+        "picture.png",
+        ".gitattributes",
+        ".cache/x.json",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("words")
     assert model_hash(folder) == before
@@ -71,7 +90,11 @@ def test_a_damaged_model_is_named_with_its_file(folder):
     check_model(folder, recorded)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
-    for damaged, said in ((whole[:-100], r"model\.safetensors is cut"), (b"", r"model\.safetensors is empty"), (b"\xff" * 100, "header")):
+    for damaged, said in (
+        (whole[:-100], r"model\.safetensors is cut"),
+        (b"", r"model\.safetensors is empty"),
+        (b"\xff" * 100, "header"),
+    ):
         weights.write_bytes(damaged)
         with pytest.raises(StageError, match=said):
             check_model(folder, recorded)
