@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from medray.config import DataConfig
 from medray.data.readers.splits import UnknownSplit, known_split, record_split, split_of
+from medray.errors import DataError
 from tests.data.wild import dialogue, index, write
 
 
@@ -150,3 +151,22 @@ def test_images_in_folders_that_are_named_after_splits(tmp_path):
     )
     assert [row["split"] for row in index(tmp_path)[1]] == ["train", "test", None]
     assert [row["split"] for row in index(tmp_path / "deeper")[1]] == ["test", "train"]
+
+
+def test_a_split_beside_the_records_is_theirs(tmp_path):
+    for number, word in enumerate(("test", "Validation", "nowhere")):
+        write(tmp_path / f"{number}.json", {"split": word, "data": [dialogue(f"{number}.png")]})
+    rows = index(tmp_path)[1]
+    assert [row["split"] for row in rows[:2]] == ["test", "val"]
+    assert "'nowhere'" in rows[2]["error"]
+
+
+def test_a_split_after_its_records_is_refused(tmp_path):
+    write(tmp_path / "a.json", {"data": [dialogue("a.png")], "split": "test"})
+    with pytest.raises(DataError, match="field 'split' is 'test'"):
+        index(tmp_path)
+
+
+def test_a_member_whose_name_is_a_split_needs_no_other(tmp_path):
+    write(tmp_path / "a.json", {"name": "set one", "subset": "chest", "test": [dialogue("a.png")], "split": "test"})
+    assert [row["split"] for row in index(tmp_path)[1]] == ["test"]

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from medray.data.readers.splits import as_split
+from medray.data.readers.splits import as_split, split_in
 from medray.data.reading import failure
+from medray.errors import DataError
 
 CHUNK = 2**20
 # A JSON value that is longer than this is taken for a broken file (characters).
@@ -110,11 +111,14 @@ IsRecord = Callable[[list[str]], bool]
 
 def json_records(handle: BinaryIO, encoding: str = "utf-8", is_record: IsRecord | None = None) -> Iterator[Found]:
     """Items of a JSON list, or of every list (or object) in a JSON object, as LLaVA-Med groups records by domain; so of each
-    of several values that follow each other. Records in an object's member that is named after a split get that split.
+    of several values that follow each other. Records in an object's member that is named after a split get that split, and so
+    do those after a member such as "split": "test".
 
     Args:
         is_record: whether an object with these keys is a record; others hold records, or are given as Member. None: an object
             that is the whole value holds records, and its members are records.
+
+    Raises DataError if an object names the split of its records after them: they would have been read without it.
     """
     text = _Text(handle, encoding)
     try:
@@ -158,11 +162,14 @@ def _items(text: _Text, name: str, split: str | None, is_record: IsRecord | None
 
 
 def _members(text: _Text, name: str, split: str | None, is_record: IsRecord | None) -> Iterator[Found]:
+    read_as: set[str | None] = set()  # splits of the records so far
     for _ in text.parts("{", "}"):
         key = str(text.value())
         text.expect(":")
         full, section = f"{name}{key}", as_split(key) or split
         first = text.peek()
+        if first in ("[", "{"):
+            read_as.add(section)
         if first == "[":
             yield from _items(text, f"{full} ", section, is_record)
         elif first == "{" and is_record is not None and not is_record(text.keys()):
@@ -174,8 +181,16 @@ def _members(text: _Text, name: str, split: str | None, is_record: IsRecord | No
         elif first == "{" or is_record is None:
             yield f"record {full}", _in_split(text.value(), split), None
         else:
-            text.value()
-            yield f"member {full}", Member(full), None
+            value = text.value()
+            if not isinstance(value, str) or (own := split_in({key: value})) is None:
+                yield f"member {full}", Member(full), None
+            elif read_as - {as_split(own), own}:
+                raise DataError(
+                    f"field {full!r} is {value!r} and stands after the records that it is of; "
+                    f"write it before them, or name the file after its split"
+                )
+            else:
+                split = own
 
 
 def _in_split(record: Any, split: str | None) -> Any:

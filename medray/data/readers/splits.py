@@ -131,8 +131,7 @@ def _plain_names(names: tuple[Any, ...]) -> dict[str, Any]:
 
 def record_split(record: Mapping[str, Any], more: Collection[str] = ()) -> str | None:
     """The split that a record names in a field `split`, in whatever case, or in a field such as `subset` if
-    that holds
-    a known word. Raises UnknownSplit."""
+    that holds a known word. Raises UnknownSplit."""
     names = _plain_names(tuple(record))
     if "split" in names:
         return known_split(record[names["split"]], more)
@@ -141,4 +140,14 @@ def record_split(record: Mapping[str, Any], more: Collection[str] = ()) -> str |
         value = dict.get(record, names[field]) if field in names and isinstance(record, dict) else None
         if isinstance(value, str) and (as_split(value) or value.strip() in more):
             return known_split(record[names[field]], more)
+    return None
+
+
+def split_in(members: Mapping[str, Any]) -> str | None:
+    """The word for a split among the members beside a file's records: {"split": "test", "data": [...]}. Any text
+    of a member `split` is one, known or not, and a known word of a member such as `subset`."""
+    for name, value in members.items():
+        plain = re.sub(r"[^a-z]+", "", str(name).lower())
+        if isinstance(value, str) and (plain == "split" or (plain in _OTHER_FIELDS and as_split(value))):
+            return value
     return None
