@@ -180,10 +180,10 @@ def test_refused_before_an_image_is_read(ray_cluster, captions, tmp_path):
         prepare(captions, str(tmp_path / "self_train"))
     assert not list(tmp_path.glob("self_train/*/*.parquet"))
     with pytest.raises(
-        DataError, match=r"data\.eval_split: no image of split 'valid' .*: --set data\.eval_split=val"
+        DataError, match=r"data\.eval_split: no image of split 'test' .*: --set data\.eval_split=val"
     ):
         with_splits = DataConfig(
-            source=str(_with_splits(tmp_path)), read_cpus=0.5, eval_split="valid", label_fraction=1.0
+            source=str(_with_splits(tmp_path)), read_cpus=0.5, eval_split="test", label_fraction=1.0
         )
         write_descriptions(with_splits, str(tmp_path / "split"), "Describe it.")
     with pytest.raises(DataError, match="have captions; clinician_preference needs"):
