@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from fsspec.core import url_to_fs
 
 from medray.config.serving import ServeConfig
+from medray.errors import DataError
+
+logger = logging.getLogger("medray")
 
 _SIDE = 512  # pixels: large enough for the models, small enough to send with the page
 
@@ -25,6 +29,9 @@ def examples_of(config: ServeConfig) -> list[dict[str, str]]:
         manifest = json.loads(fs.cat_file(f"{root}/stages/00-data/manifest.json"))
         return [_shown(row) for row in _first(manifest["outputs"]["questions"], config.examples)]
     except (FileNotFoundError, KeyError):
+        return []
+    except (ValueError, DataError) as error:  # a damaged file costs the page its examples, not the endpoint its start
+        logger.warning("no examples for the page: a file of %s is damaged: %s", uris[0], error)
         return []
 
 

@@ -262,7 +262,7 @@ def _write(rows: Iterable[Row], target: str, schema: pa.Schema) -> int:
     private_folder(target)  # demonstrations hold patients' images
     fs.makedirs(root, exist_ok=True)
     for path in parquet_files(target):
-        fs.rm(fs._strip_protocol(path))
+        fs.rm_file(fs._strip_protocol(path))
     write_shard(tables_of(rows, schema, READ_ROWS), target, "part")
     return count_rows(target)
 

@@ -45,9 +45,15 @@ class Embed:
         images, errors = zip(*(self._decoded(row) for row in rows), strict=True) if rows else ((), ())
         good = [place for place, error in enumerate(errors) if error is None]
         embeddings: list[np.ndarray | None] = [None] * len(rows)
-        if good:
-            for place, embedding in zip(good, self._embedded([images[place] for place in good], [rows[place]["caption"] or "" for place in good]), strict=True):
+        errors = list(errors)
+        texts = [row["caption"] or "" for row in rows]
+        try:
+            made = self._embedded([images[place] for place in good], [texts[place] for place in good]) if good else ()
+            for place, embedding in zip(good, made, strict=True):
                 embeddings[place] = embedding
+        except Exception:  # a row that the encoder's processor cannot take: found by asking for each alone
+            for place in good:
+                embeddings[place], errors[place] = self._alone(rows[place]["sample_id"], images[place], texts[place])
         made = ({**row, "embedding": embedding, "error": error} for row, embedding, error in zip(rows, embeddings, errors, strict=True))
         return pa.Table.from_pylist(list(made), schema=EMBEDDED)
 
@@ -58,6 +64,14 @@ class Embed:
         if said:
             halves_N2D[said, 1] = unit_rows(self.encoder.texts([texts[place] for place in said]).numpy())
         return halves_N2D.reshape(len(images), -1)
+
+    def _alone(self, sample_id: str, image: Any, text: str) -> tuple[np.ndarray | None, str | None]:
+        try:
+            return self._embedded([image], [text])[0], None
+        except Exception as error:  # the boundary of a row
+            reason = f"the encoder cannot take it: {type(error).__name__}: {str(error)[:200]}"
+            logger.warning("embed: row %s set aside: %s", sample_id, reason)
+            return None, reason
 
     def _decoded(self, row: dict[str, Any]) -> tuple[Any, str | None]:
         from medray.data.images import ImageError, decode

@@ -14,6 +14,7 @@ from PIL import Image
 
 from medray.config import DataConfig
 from medray.config.dialogues import DemonstrationsConfig
+from medray.data.images import decode
 from medray.data.shards import write_resumable
 from medray.errors import ConfigError
 from medray.inference.embed import Embed, embed_map
@@ -90,6 +91,25 @@ def test_batches_do_not_matter(tiny_encoder, png):
     for one, other in zip(whole, parts, strict=True):
         assert one["sample_id"] == other["sample_id"]
         assert (one["embedding"] is None) == (other["embedding"] is None)
+        if one["embedding"] is not None:
+            assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-4)
+
+
+def test_an_image_that_the_processor_cannot_take_sets_its_row_aside(tiny_encoder, png, monkeypatch):
+    embed = Embed(tiny_encoder, DemonstrationsConfig(), DataConfig())
+    whole = embed(images(png)).to_pylist()
+    plain, odd = embed.encoder.images, decode(png(1), DataConfig())
+
+    def fails_on_odd(pictures):
+        if any(picture.tobytes() == odd.tobytes() for picture in pictures):
+            raise TypeError("mean must have 3 elements if it is an iterable, got 4")
+        return plain(pictures)
+
+    monkeypatch.setattr(embed.encoder, "images", fails_on_odd)
+    rows = embed(images(png)).to_pylist()
+    assert [row["sample_id"] for row in rows if row["error"]] == ["i1", "broken"]
+    assert "mean must have 3 elements" in rows[1]["error"]
+    for one, other in zip(rows, whole, strict=True):
         if one["embedding"] is not None:
             assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-4)
 
