@@ -133,11 +133,11 @@ def test_an_added_benchmark_is_asked_alone(evaluated, endpoint, tmp_path):
 
 
 def test_no_engine_starts_where_all_is_answered(evaluated, tiny_llava):
-    """Other parts, so that the stage works again; engines with room for one token would not start."""
+    """The stage works again, with an engine that could not start: there is no such memory."""
     root, _ = evaluated
     shutil.copytree(root / "run", root / "again")
     shutil.rmtree(root / "again" / "stages" / "10-slake-one")
-    config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"max_model_len": 1})})
+    config = CONFIG.model_copy(update={"engine": CONFIG.engine.model_copy(update={"kv_cache_gib": 10**6})})
     evaluate_models(config, [Asked("one", path=tiny_llava)], {"slake": str(root / "slake")}, str(root / "again"))
     assert rows_of(root / "again" / "stages" / "10-slake-one" / "rows") == rows_of(root / "run" / "stages" / "10-slake-one" / "rows")
 
