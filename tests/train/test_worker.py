@@ -135,7 +135,7 @@ def test_a_training_resumes_after_a_full_disk(ray_cluster, tiny_llava, tmp_path,
 
     first = train()
     assert first.counts["steps"] == 6 and not (tmp_path / "scratch").exists()
-    before, last = sorted(Path(tmp_path, "training").glob("checkpoint_*"))[-2:]
+    before, last = sorted(path for path in Path(tmp_path, "training").glob("checkpoint_*") if path.is_dir())[-2:]
     (tmp_path / "training/checkpoint_manager_snapshot.json").write_bytes(b"")
     state = last / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
