@@ -51,11 +51,14 @@ def s3():
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+    # fsspec keeps file systems by their arguments, which do not say the server: one of another module's server is not ours.
+    s3fs.S3FileSystem.clear_instance_cache()
     try:
         fs = s3fs.S3FileSystem(key="test", secret="test", endpoint_url=environment["AWS_ENDPOINT_URL"], use_listings_cache=False)
         wait_until_served(server, environment["AWS_ENDPOINT_URL"])
         fs.mkdir(BUCKET)
         yield environment, fs
     finally:
+        s3fs.S3FileSystem.clear_instance_cache()
         server.terminate()
         server.wait()
