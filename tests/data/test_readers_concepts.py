@@ -8,8 +8,10 @@ from medray.config import DataConfig
 from medray.data.readers.concepts import SKINCON
 from medray.data.readers.mammography import VALUES
 from medray.data.sources import _pieces, detect, index_rows
+from medray.testbed.cells import write_cells
 from tests.data.test_images import noise, saved
 from tests.data.test_readers_vqa import csv_rows
+from tests.data.wild import index as wild_index
 
 MASS = {
     "patient_id": "P_00001", "breast_density": "3", "left or right breast": "LEFT", "image view": "CC", "abnormality id": "1", "abnormality type": "mass",
@@ -203,3 +205,9 @@ def test_cbis_rows_that_cannot_be_used(tmp_path, change, reason):
     row, = csv_rows(tmp_path, "mass_case_description_train_set.csv", "cbis-ddsm", [MASS | change])
     assert reason in row["error"]
     assert "P_00001" not in row["error"] + row["sample_id"]
+
+
+def test_rendered_cells_have_no_field_that_is_not_used(tmp_path):
+    write_cells(tmp_path, 4, seed=0, val_fraction=0.5)
+    kind, rows, notes = wild_index(tmp_path)
+    assert (kind, len(rows), notes.counts) == ("wbcatt", 4, {})

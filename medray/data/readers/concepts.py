@@ -33,13 +33,14 @@ EXCLUDED = "Do not consider this image"
 
 
 def wbcatt(record: dict[str, Any], place: Place) -> Iterator[Row]:
-    """WBCAtt: the cell type and 11 attributes, as JSON Lines or CSV; """
+    """WBCAtt: the cell type and 11 attributes, as JSON Lines or CSV."""
     identity = need_text(record, "img_name")
     try:
         check_record(record)
     except ValueError as error:
         raise BadRecord(str(error)) from None
-    file = inside(place.images, given(record, "image") or need(record, "path"))
+    image, original = given(record, "image"), given(record, "path")  # one picture, by its place here and in its own set
+    file = inside(place.images, image or original or need(record, "path"))
     yield row(identity, identity, file, {"record": record})
 
 
