@@ -162,9 +162,13 @@ def test_an_owner_on_another_machine_is_watched(tmp_path, alive, clock):
 
 def test_an_owner_on_another_machine_that_releases_is_waited_for(tmp_path):
     file = written_by(tmp_path)
-    threading.Timer(
-        0.5, lambda: file.write_text(json.dumps({**json.loads(file.read_text()), "released": True}))
-    ).start()
+
+    def release():
+        part = tmp_path / "released"  # whole at once, as an owner writes it
+        part.write_text(json.dumps({**json.loads(file.read_text()), "released": True}))
+        part.replace(file)
+
+    threading.Timer(0.5, release).start()
     lock_of(tmp_path, lost=3600).acquire()
 
 
