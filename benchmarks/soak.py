@@ -246,8 +246,9 @@ def soak_kills(folder: Path, reference: Reference, kills: int, rng: random.Rando
             continue
         printed = log.read_text(errors="replace")
         wrong = ""
+        said = ""
         if status == 0:
-            said = "survived"
+            pass
         elif target in ("driver", "process group"):
             said = "" if status == -signal.SIGKILL else f"exit {status}"
         else:
@@ -258,10 +259,12 @@ def soak_kills(folder: Path, reference: Reference, kills: int, rng: random.Rando
                 wrong = f"exit {status} without a word on how to resume: "
             elif TRACEBACK in printed.splitlines():
                 wrong = f"exit {status} with a traceback: "
-        outcomes.append(Outcome("kills", target, "WRONG" if wrong else "named", time.monotonic() - before, [status], wrong + said))
+        judged = "WRONG" if wrong else "named"
+        if status == 0:  # it survived, or was finished before: held against the reference, then another run for the kills that are left
+            judged, said = verdict(job.run, reference, status, printed, trained_alike=False)
+            shutil.rmtree(job.run)
+        outcomes.append(Outcome("kills", target, judged, time.monotonic() - before, [status], wrong + said))
         show(outcomes[-1])
-        if status == 0:
-            shutil.rmtree(job.run)  # it is done: another run for the kills that are left
     status, printed = job.finish()
     judged, said = verdict(job.run, reference, status, printed, trained_alike=False)
     time.sleep(5)

@@ -13,27 +13,9 @@ from medray.contents import FILES, hashed, listed
 from medray.data.shards import count_rows, write_shard
 from medray.errors import StageError
 from medray.run import Run
+from tests.damage import cut, delete, empty, flip
 
 ROWS = "stages/a/rows/part-000001-00.parquet"
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def flip(path):
-    """Other bits, as many bytes; the last part of a sealed JSON's values, or the middle of another file."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def delete(path):
-    path.unlink()
 
 
 class Job:

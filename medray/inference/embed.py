@@ -48,9 +48,11 @@ class Embed:
         errors = list(errors)
         texts = [row["caption"] or "" for row in rows]
         try:
-            made = self._embedded([images[place] for place in good], [texts[place] for place in good]) if good else ()
-            for place, embedding in zip(good, made, strict=True):
+            found = self._embedded([images[place] for place in good], [texts[place] for place in good]) if good else ()
+            for place, embedding in zip(good, found, strict=True):
                 embeddings[place] = embedding
+        except MemoryError:
+            raise
         except Exception:  # a row that the encoder's processor cannot take: found by asking for each alone
             for place in good:
                 embeddings[place], errors[place] = self._alone(rows[place]["sample_id"], images[place], texts[place])

@@ -11,6 +11,7 @@ from medray.data.ids import contains, digests
 from medray.data.pieces import reconcile
 from medray.data.shards import count_rows, parquet_files, readable, stored_rows, write_resumable
 from medray.errors import DataError, StageError
+from tests.damage import cut, delete, empty
 
 IDS = [f"row-{number:03d}" for number in range(48)]
 
@@ -67,24 +68,12 @@ def test_rows_come_out_in_the_order_of_their_input(ray_cluster, rows_in):
     assert orders == ["\n".join(IDS).encode()] * 3
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
 def flip(path):
     """Other bits in the middle of the file's first column."""
     data = bytearray(path.read_bytes())
     place = data.index(b"row-0") + 4
     data[place] ^= 1
     path.write_bytes(bytes(data))
-
-
-def delete(path):
-    path.unlink()
 
 
 def double(path):

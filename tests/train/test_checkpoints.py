@@ -12,6 +12,7 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from medray.errors import StageError
 from medray.train.checkpoints import Scratch, check_local, damage_of, settle, write_checksums
 from medray.train.objectives import BEST_BY
+from tests.damage import cut, delete, empty, flip
 
 SNAPSHOT = "training/checkpoint_manager_snapshot.json"
 PARTS = (
@@ -22,24 +23,6 @@ PARTS = (
     "metrics.jsonl",
     "checksums-00001.json",
 )
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def delete(path):
-    path.unlink()
 
 
 def upload(stage, number, steps, score=None, workers=2):
