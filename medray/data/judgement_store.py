@@ -208,7 +208,7 @@ class Store:
         return connection.scalar(select(assignments.c.state).where(_own(assignments, item_id, clinician))) == "skipped"
 
     def _has_room(self, connection: Connection, item_id: str, clinician: str) -> bool:
-        """Whether the item lacks clinicians; until the transaction ends nobody else is given it."""
+        """Whether the item lacks clinicians; until the transaction ends it is given to no other clinician."""
         connection.execute(select(items.c.item_id).where(items.c.item_id == item_id).with_for_update())
         return connection.scalar(select(items.c.item_id).where(items.c.item_id == item_id, self._takers(clinician) < self.judgements_per_item)) is not None
 

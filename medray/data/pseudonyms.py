@@ -48,7 +48,7 @@ def patient_key(environ: Mapping[str, str] = os.environ) -> bytes | None:
 
 
 def pseudonym(text: str, key: bytes | None) -> str:
-    """16 hex digits of HMAC-SHA256 under the key; without one of plain SHA-256, which who can guess the text can check."""
+    """16 hex digits of HMAC-SHA256 under the key; without a key of plain SHA-256, which anyone can check who guesses the text."""
     data = text.encode("utf-8", "surrogatepass")
     digest = hmac.digest(key, data, "sha256") if key else hashlib.sha256(data).digest()
     return digest.hex()[:16]

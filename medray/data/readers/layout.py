@@ -1,4 +1,4 @@
-"""How the records of a table are laid out, told by its first bytes: encoding, delimiter, JSON or JSON
+"""How the records of a table are laid out, read from its first bytes: encoding, delimiter, JSON or JSON
 Lines whatever its name."""
 
 from __future__ import annotations
