@@ -15,9 +15,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
-# The quick half of `make test`, for every change: no whole job, no server, no long training.
+# The quick part of `make test`, for every change: no whole job, engine, server or long training, and nothing is killed.
 check: lint
-	$(BIN)/python -m pytest -m "not whole_job" $(ARGS)
+	$(BIN)/python -m pytest -m "not (whole_job or vllm or faults)" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

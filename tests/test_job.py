@@ -123,6 +123,7 @@ def test_a_background_shells_deafness_to_ctrl_c_is_not_the_jobs(tmp_path):
     check_interrupted(job, tmp_path / "run", [])
 
 
+@pytest.mark.whole_job
 @pytest.mark.ray
 @pytest.mark.parametrize("case", ["ray_starts", "training", "after_a_training"])
 def test_ctrl_c_while_ray_works(tmp_path, case):

@@ -52,6 +52,7 @@ def test_an_unknown_origin_is_named(tmp_path):
         pair_counts([uri], CONFIG)
 
 
+@pytest.mark.whole_job
 @pytest.mark.ray
 def test_no_image_is_on_both_sides_and_clinicians_are_mixed_in(ray_cluster, folders):
     data = DataConfig(read_cpus=0.5)

@@ -133,6 +133,7 @@ def test_export_and_inspect(prepared, tmp_path, capsys, ray_cluster):
     assert (tmp_path / "sheet.html").read_text().count('class="card"') == 3
 
 
+@pytest.mark.whole_job
 def test_from_a_bucket_to_a_bucket(tmp_path, s3):
     environment, fs = s3
     fs.put(write_source(tmp_path / "source"), f"{BUCKET}/source", recursive=True)

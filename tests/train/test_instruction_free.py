@@ -279,6 +279,7 @@ def one_of_two(rank, folder, path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.whole_job
 def test_two_workers_train_the_proxy_that_one_does(tiny_llava, tmp_path):
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path), tiny_llava), nprocs=2)
     for name, config in (("warm_up", WARM_UP), ("tune", TUNE)):
@@ -288,6 +289,7 @@ def test_two_workers_train_the_proxy_that_one_does(tiny_llava, tmp_path):
         assert_same(states(alone), load_file(tmp_path / f"{name}.safetensors"), rtol=2e-3, atol=5e-5)
 
 
+@pytest.mark.whole_job
 @pytest.mark.ray
 def test_a_stage_under_ray_train(ray_cluster, tiny_llava, tmp_path):
     """Two epochs from a given proxy: what TrainStep alone makes of the same rows, in the order of each epoch; then the exports."""
