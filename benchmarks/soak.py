@@ -53,7 +53,7 @@ SETTINGS = [
 PARTS = ("kills", "two", "disk", "damage")
 # What a kill is aimed at: a part of the command line of a process below the job's driver; None: the driver itself.
 TARGETS = {
-    "driver": None, "process group": None, "training worker": "ray::_RayTrainWorker", "training controller": "ray::TrainController",
+    "driver": None, "process group": None, "training worker": "RayTrainWorker", "training controller": "ray::TrainController",
     "engine": "VLLM::EngineCore", "raylet": "raylet/raylet", "GCS": "gcs_server", "SIGINT": None, "SIGTERM": None,
 }
 DAMAGES = ("cut", "empty", "deleted", "flipped")
@@ -215,7 +215,7 @@ def strike(job: subprocess.Popen, target: str) -> bool:
 
 def left_over(run: Path, folder: Path) -> str:
     """Temporary files of the run and processes of its Ray that outlived it, in words."""
-    files = [file for file in run.rglob("*") if file.suffix in (".part", ".tmp") or file.name.startswith("tmp")]
+    files = [file for file in run.rglob("*") if file.suffix in (".part", ".tmp") or file.name.startswith(("tmp", ".part-"))]
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

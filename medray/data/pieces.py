@@ -25,6 +25,7 @@ from medray.files import files_in
 logger = logging.getLogger("medray")
 
 _PENDING = ".pending.parquet"
+BATCH_ROWS = 64  # rows with images are read whole, in several threads
 _READERS = 16  # files opened at once, against the latency of object stores
 
 
@@ -110,10 +111,11 @@ def _ids(fs: Any, paths: list[str], column: str, whole_rows: bool = False) -> np
         for path in paths:
             with fs.open(path, "rb") as handle:
                 file = pq.ParquetFile(handle, page_checksum_verification=True)
-                for batch in file.iter_batches(columns=None if whole_rows else [column]):
+                for batch in file.iter_batches(BATCH_ROWS, columns=None if whole_rows else [column]):
                     parts.append(batch[column].cast(pa.string()))
         return digests(identity for part in parts for identity in part.to_pylist())
-    except (OSError, pa.ArrowException, KeyError, AttributeError):  # AttributeError: an id that is null
+    # AttributeError: an id that is null; ValueError: one that is not UTF-8.
+    except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError):
         return None
 
 

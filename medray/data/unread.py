@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from medray.config import DataConfig
+from medray.data.ids import contains
 from medray.data.notes import UNREAD, UNUSED, read_notes
 from medray.data.walk import subfolders, suffix_of, walk_files
 
@@ -79,7 +80,7 @@ def _count(piece: tuple[str, int | None], source: str, read: np.ndarray, own: se
     while part := list(islice(files, 2**14)):
         paths = [found.path for found in part if found.problem is None]
         hashes = np.fromiter(map(_file_hash, paths), np.uint64)
-        new = (hashes % np.uint64(walks) == walk) & ~np.isin(hashes, read)
+        new = (hashes % np.uint64(walks) == walk) & ~contains(read, hashes)
         counts.update(suffix_of(paths[at]) for at in np.flatnonzero(new) if int(hashes[at]) not in own)
     return counts
 
