@@ -13,6 +13,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from medray.errors import ConfigError
@@ -58,9 +59,19 @@ def patients_of(record: Any) -> list[str]:
     """The values of a record's fields that are named after a patient (patient_id, PatientID, subject_id, MRN, ...)."""
     if not isinstance(record, Mapping):
         return []
-    named = (value for field, value in record.items() if re.sub(r"[^a-z]", "", str(field).lower()) in _PATIENT_FIELDS)
+    named = (value for field, value in record.items() if _names_a_patient(str(field)))
     values = [str(value).strip() for value in named if isinstance(value, str | int)]
     return [value for value in values if len(value) > 1]
+
+
+@lru_cache(4096)
+def _names_a_patient(field: str) -> bool:
+    return re.sub(r"[^a-z]", "", field.lower()) in _PATIENT_FIELDS
+
+
+@lru_cache(256)  # rows of one patient come together
+def _hidden_parts(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join([*map(re.escape, names), _IDENTITY.pattern]), re.IGNORECASE)
 
 
 def shown_path(path: str, patients: Iterable[str] = (), key: bytes | None = None) -> str:
@@ -72,8 +83,9 @@ def shown_path(path: str, patients: Iterable[str] = (), key: bytes | None = None
     def hidden(match: re.Match[str]) -> str:
         return f"id-{pseudonym(match[0], key)[:8]}"
 
-    names = sorted(filter(None, patients), key=len, reverse=True)
-    own = re.compile("|".join([*map(re.escape, names), _IDENTITY.pattern]), re.IGNORECASE)
+    lower = path.lower()
+    names = sorted((name for name in patients if name and (name.lower() in lower or not path.isascii())), key=len, reverse=True)
+    own = _hidden_parts(tuple(names))
     parts = [hidden(re.fullmatch(".*", part, re.DOTALL)) if "^" in part else own.sub(hidden, part) for part in path.split("/")]
     return shortened("/".join(parts))
 

@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from medray.config import DataConfig
+from medray.data.readers.files import _in_split
 from medray.data.readers.splits import UnknownSplit, known_split, record_split, split_of
 from medray.errors import DataError
 from tests.data.wild import dialogue, index, write
@@ -170,3 +171,8 @@ def test_a_split_after_its_records_is_refused(tmp_path):
 def test_a_member_whose_name_is_a_split_needs_no_other(tmp_path):
     write(tmp_path / "a.json", {"name": "set one", "subset": "chest", "test": [dialogue("a.png")], "split": "test"})
     assert [row["split"] for row in index(tmp_path)[1]] == ["test"]
+
+
+def test_a_section_gives_its_split_to_records_whose_own_is_empty():
+    assert _in_split({"id": 1, "split": None}, "test") == {"id": 1, "split": "test"}
+    assert _in_split({"id": 1, "split": "train"}, "test")["split"] == "train"

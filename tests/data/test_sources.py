@@ -35,8 +35,8 @@ def test_wbcatt(tmp_path):
     assert json.loads(row["payload"])["record"]["label"] == "Neutrophil"
 
 
-@pytest.mark.parametrize(("phrase", "split"), [("freeform", "train"), ("test_para", "test"), (None, "test")])
-def test_vqa_rad_records_say_their_split_before_their_file_does(tmp_path, phrase, split):
+@pytest.mark.parametrize(("phrase", "split"), [("freeform", "test"), ("test_para", "test"), (None, "test")])
+def test_vqa_rad_records_of_a_test_file_are_held_out(tmp_path, phrase, split):
     record = {name: value for name, value in QA.items() if name != "phrase_type"} | ({"phrase_type": phrase} if phrase else {})
     row, = rows_of(written(tmp_path, [record], "test.jsonl"), "vqa-rad")
     assert row["split"] == split

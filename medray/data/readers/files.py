@@ -195,9 +195,12 @@ def _members(text: _Text, name: str, split: str | None, is_record: IsRecord | No
 
 def _in_split(record: Any, split: str | None) -> Any:
     """The record with the split that the list around it is named after, unless it says its own."""
-    if split is None or not isinstance(record, dict) or any(str(name).strip().lower() == "split" for name in record):
+    if split is None or not isinstance(record, dict):
         return record
-    return {**record, "split": split}
+    own = {name for name in record if str(name).strip().lower() == "split"}
+    if any(str(record[name] or "").strip() for name in own):
+        return record
+    return {**{name: value for name, value in record.items() if name not in own}, "split": split}
 
 
 class _Text:

@@ -44,10 +44,11 @@ def dialogue_turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
     Raises BadRecord if a turn is malformed, or there are several markers, or one in another turn.
     """
     # KTO's rows look like dialogues, and half of them hold an answer to avoid.
-    if isinstance(record.get("label"), bool):
+    unpaired = "completion" in record and str(record.get("label")).strip().lower() in ("0", "1", "true", "false")
+    if unpaired or isinstance(record.get("label"), bool):
         raise BadRecord(
-            "field 'label' is true or false: a row of unpaired preferences (KTO) is no dialogue; give pairs "
-            "or drop the column"
+            "field 'label' is true or false: a row of unpaired preferences (KTO) is not a dialogue; give preference "
+            "pairs, or remove the column if it is something else"
         )
     field = next((name for name in DIALOGUES if not is_empty(record.get(name))), None)
     if field is not None:

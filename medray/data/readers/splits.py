@@ -32,7 +32,7 @@ _SPLITS = {word + more: split for split, words in _WORDS.items() for word in wor
 # What a folder's name may say beside its split: train_images, Test Data.
 _BESIDE = re.compile(r"(sets?|data|dataset|split|images?|imgs?|files?|records)$")
 # Fields that may hold a split under another name; they are heeded if their value is a known word.
-_OTHER_FIELDS = ("subset", "partition", "set", "datasplit", "splitname", "phase")
+_OTHER_FIELDS = ("subset", "partition", "set", "datasplit", "datasetsplit", "splitname", "splittype", "phase")
 
 
 class UnknownSplit(ValueError):

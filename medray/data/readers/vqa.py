@@ -31,8 +31,8 @@ def vqa_rad(record: dict[str, Any], place: Place) -> Iterator[Row]:
     if "mevf" in place.name or place.name in ("trainset.json", "testset.json"):
         split = "test" if "test" in place.name else "train"
     else:
-        phrase = given(record, "phrase_type")  # the record's own word comes before that of its file's name
-        split = (place.split or "train") if phrase is None else "test" if str(phrase).startswith("test") else "train"
+        # The record's own word, test_*, comes before that of its file's name; "freeform" and "para" say no split.
+        split = "test" if str(given(record, "phrase_type")).startswith("test") else place.split or "train"
     question = asked(need_text(record, "question"), "question")
     payload = qa(question, need_text(record, "answer"), _open_or_closed(record), given(record, "question_type"))
     # Ids are the same whatever folder the images were unpacked to.
