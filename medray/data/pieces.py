@@ -25,7 +25,7 @@ from medray.files import files_in
 logger = logging.getLogger("medray")
 
 _PENDING = ".pending.parquet"
-BATCH_ROWS = 64  # rows with images are read whole, in several threads
+_BATCH_ROWS = 64  # read at once by each of the threads: some rows hold images
 _READERS = 16  # files opened at once, against the latency of object stores
 
 
@@ -111,7 +111,7 @@ def _ids(fs: Any, paths: list[str], column: str, whole_rows: bool = False) -> np
         for path in paths:
             with fs.open(path, "rb") as handle:
                 file = pq.ParquetFile(handle, page_checksum_verification=True)
-                for batch in file.iter_batches(BATCH_ROWS, columns=None if whole_rows else [column]):
+                for batch in file.iter_batches(_BATCH_ROWS, columns=None if whole_rows else [column]):
                     parts.append(batch[column].cast(pa.string()))
         return digests(identity for part in parts for identity in part.to_pylist())
     # AttributeError: an id that is null; ValueError: one that is not UTF-8.

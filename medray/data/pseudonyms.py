@@ -69,6 +69,11 @@ def _names_a_patient(field: str) -> bool:
     return re.sub(r"[^a-z]", "", field.lower()) in _PATIENT_FIELDS
 
 
+def _may_hold(path: str, name: str) -> bool:
+    """False only where the pattern of `name` cannot match; letters outside ASCII have cases that `lower` does not unite."""
+    return not (path + name).isascii() or name.lower() in path.lower()
+
+
 @lru_cache(256)  # rows of one patient come together
 def _hidden_parts(names: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join([*map(re.escape, names), _IDENTITY.pattern]), re.IGNORECASE)
@@ -83,8 +88,7 @@ def shown_path(path: str, patients: Iterable[str] = (), key: bytes | None = None
     def hidden(match: re.Match[str]) -> str:
         return f"id-{pseudonym(match[0], key)[:8]}"
 
-    lower = path.lower()
-    names = sorted((name for name in patients if name and (name.lower() in lower or not path.isascii())), key=len, reverse=True)
+    names = sorted((name for name in patients if name and _may_hold(path, name)), key=len, reverse=True)
     own = _hidden_parts(tuple(names))
     parts = [hidden(re.fullmatch(".*", part, re.DOTALL)) if "^" in part else own.sub(hidden, part) for part in path.split("/")]
     return shortened("/".join(parts))

@@ -134,6 +134,18 @@ def test_other_columns_are_read_when_a_stage_resumes(tmp_path, whole_rows):
     assert path.exists() != whole_rows
 
 
+def test_committed_ids_that_are_not_utf_8_are_damage(tmp_path):
+    """Ray writes these files without checksums of pages."""
+    plain = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
+    for part, name in (("rows", "a_000000-0"), ("committed", "a_000000")):
+        (tmp_path / part).mkdir()
+        pq.write_table(pa.table({"sample_id": IDS[:2]}), tmp_path / part / f"{name}.parquet", **plain)
+    path = tmp_path / "committed/a_000000.parquet"
+    path.write_bytes(path.read_bytes().replace(b"row-001", b"\xffow-001"))
+    assert not len(reconcile(str(tmp_path / "rows"), str(tmp_path / "committed"), "sample_id"))
+    assert not list(tmp_path.glob("*/a_*"))
+
+
 def test_reconcile_finishes_an_interrupted_commit(tmp_path):
     """Rows whose commit is pending are removed; a pending file beside its committed one is only a leftover."""
     for part, name, ids in (

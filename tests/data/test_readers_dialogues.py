@@ -86,6 +86,9 @@ def test_dialogues_in_every_form(record):
     ("record", "reason"),
     [
         ({"messages": BLOCKS, "label": False}, "KTO"),
+        ({"messages": BLOCKS, "kto_tag": True}, "KTO"),
+        ({"prompt": "<image>What?", "completion": "A.", "label": 0}, "KTO"),
+        ({"prompt": "<image>What?", "completion": "A.", "label": "True"}, "KTO"),
         ({"conversations": "hello"}, "not a list"),
         ({"messages": []}, "holds no message"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "'tool'"),
@@ -104,6 +107,13 @@ def test_messages_and_images_in_json(tmp_path):
     kind, rows, notes = index(tmp_path)
     assert (kind, rows[0]["image_id"], len(payloads(rows))) == ("llava", "a.png", 1)
     assert unused(notes) == {"data.json": {"system"}}
+
+
+def test_a_label_that_is_a_class_is_named_as_unused(tmp_path):
+    write(tmp_path / "data.json", [{"messages": BLOCKS, "images": ["a.png"], "label": label} for label in (0, 1, "pneumonia")])
+    _, rows, notes = index(tmp_path)
+    assert [row["error"] for row in rows] == [None] * 3
+    assert unused(notes) == {"data.json": {"label"}}
 
 
 def ask(**more):

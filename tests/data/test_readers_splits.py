@@ -5,7 +5,6 @@ import pytest
 from pydantic import ValidationError
 
 from medray.config import DataConfig
-from medray.data.readers.files import _in_split
 from medray.data.readers.splits import UnknownSplit, known_split, record_split, split_of
 from medray.errors import DataError
 from tests.data.wild import dialogue, index, write
@@ -51,6 +50,8 @@ def test_other_fields_count_if_they_hold_a_split():
     assert record_split({"Split": "Test", "subset": "train"}) == "test"
     assert record_split({"subset": "Testing"}) == "test"
     assert record_split({"subset": "chest"}) is None
+    assert record_split({"dataset_split": "test"}) == record_split({"split_type": "Test"}) == "test"
+    assert record_split({"split_type": "random"}) is None
     assert record_split({"partition": "dev"}) == "val"
 
 
@@ -173,6 +174,7 @@ def test_a_member_whose_name_is_a_split_needs_no_other(tmp_path):
     assert [row["split"] for row in index(tmp_path)[1]] == ["test"]
 
 
-def test_a_section_gives_its_split_to_records_whose_own_is_empty():
-    assert _in_split({"id": 1, "split": None}, "test") == {"id": 1, "split": "test"}
-    assert _in_split({"id": 1, "split": "train"}, "test")["split"] == "train"
+@pytest.mark.parametrize(("own", "split"), [(None, "test"), ("", "test"), ("nan", "test"), ("train", "train")])
+def test_a_section_gives_its_split_to_records_whose_own_is_empty(tmp_path, own, split):
+    write(tmp_path / "a.json", {"test": [{**dialogue("a.png"), "Split": own}]})
+    assert [row["split"] for row in index(tmp_path)[1]] == [split]

@@ -6,8 +6,6 @@ import json
 import pytest
 
 from medray.data.dialogues import MCQ_LETTER, _mcq
-from medray.data.readers.common import Place
-from medray.data.readers.vqa import vqa_rad
 from tests.data.test_sources import rows_of
 
 SLAKE = {
@@ -116,12 +114,3 @@ def test_bad_records_say_which_field(tmp_path, kind, record, reason):
     assert [row["error"] is None for row in made] == [True, False]
     assert reason in made[1]["error"]
     assert made[1]["where"].endswith("record 1")
-
-
-@pytest.mark.parametrize(("phrase", "file", "split"), [
-    ("freeform", "test.json", "test"), ("para", "test.json", "test"), ("freeform", "train.json", "train"),
-    ("test_para", "train.json", "test"), ("freeform", "VQA_RAD Dataset Public.json", "train"),
-])
-def test_a_phrase_type_that_says_no_split_leaves_that_of_the_file(phrase, file, split):
-    record = {"qid": 1, "image_name": "a.jpg", "question": "Is it?", "answer": "yes", "answer_type": "CLOSED", "phrase_type": phrase}
-    assert next(vqa_rad(record, Place("images", file)))["split"] == split

@@ -35,10 +35,13 @@ def test_wbcatt(tmp_path):
     assert json.loads(row["payload"])["record"]["label"] == "Neutrophil"
 
 
-@pytest.mark.parametrize(("phrase", "split"), [("freeform", "test"), ("test_para", "test"), (None, "test")])
-def test_vqa_rad_records_of_a_test_file_are_held_out(tmp_path, phrase, split):
+@pytest.mark.parametrize(("phrase", "file", "split"), [
+    ("freeform", "test.jsonl", "test"), ("para", "test.jsonl", "test"), ("test_para", "test.jsonl", "test"), (None, "test.jsonl", "test"),
+    ("test_para", "train.jsonl", "test"), ("freeform", "train.jsonl", "train"), ("freeform", "VQA_RAD Dataset Public.jsonl", "train"),
+])
+def test_vqa_rad_records_that_either_word_calls_test_are_held_out(tmp_path, phrase, file, split):
     record = {name: value for name, value in QA.items() if name != "phrase_type"} | ({"phrase_type": phrase} if phrase else {})
-    row, = rows_of(written(tmp_path, [record], "test.jsonl"), "vqa-rad")
+    row, = rows_of(written(tmp_path, [record], file), "vqa-rad")
     assert row["split"] == split
 
 

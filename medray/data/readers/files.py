@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from medray.data.readers.common import is_empty
 from medray.data.readers.splits import as_split, split_in
 from medray.data.reading import failure
 from medray.errors import DataError
@@ -197,8 +198,8 @@ def _in_split(record: Any, split: str | None) -> Any:
     """The record with the split that the list around it is named after, unless it says its own."""
     if split is None or not isinstance(record, dict):
         return record
-    own = {name for name in record if str(name).strip().lower() == "split"}
-    if any(str(record[name] or "").strip() for name in own):
+    own = [name for name in record if str(name).strip().lower() == "split"]
+    if any(not is_empty(record[name]) for name in own):
         return record
     return {**{name: value for name, value in record.items() if name not in own}, "split": split}
 

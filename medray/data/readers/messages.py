@@ -25,6 +25,7 @@ ROLES = {
 
 DIALOGUES = ("conversations", "conversatons", "messages")
 """Fields that hold a dialogue; the second is LLaVA-Med's spelling."""
+_TRUTH_VALUES = ("0", "1", "true", "false")  # of KTO rows; beside a dialogue, 0 and 1 are more likely a class
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,15 @@ def dialogue_turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
     Raises BadRecord if a turn is malformed, or there are several markers, or one in another turn.
     """
     # KTO's rows look like dialogues, and half of them hold an answer to avoid.
-    unpaired = "completion" in record and str(record.get("label")).strip().lower() in ("0", "1", "true", "false")
-    if unpaired or isinstance(record.get("label"), bool):
-        raise BadRecord(
-            "field 'label' is true or false: a row of unpaired preferences (KTO) is not a dialogue; give preference "
-            "pairs, or remove the column if it is something else"
-        )
+    # Not by `get`, which would count a label that says something else as read.
+    for field, value in record.items():
+        if field in ("label", "kto_tag") and (
+            isinstance(value, bool) or ("completion" in record and str(value).strip().lower() in _TRUTH_VALUES)
+        ):
+            raise BadRecord(
+                f"field {field!r} is {value!r}: a row of unpaired preferences (KTO) is not a dialogue; give preference "
+                f"pairs, or remove the column if it is something else"
+            )
     field = next((name for name in DIALOGUES if not is_empty(record.get(name))), None)
     if field is not None:
         said = messages(record[field], field)
