@@ -59,6 +59,9 @@ TARGETS = {
 DAMAGES = ("cut", "empty", "deleted", "flipped")
 RESUME = re.compile(r"--run \S+ .*resume|resume.*--run ")
 TRACEBACK = "Traceback (most recent call last)"
+MARK = "MEDRAY_SOAK_RUN"  # in the environment of the job and of every process below it
+MISSES = 3  # runs in a row that finish before there is anything to kill
+LAST_LINE_SECONDS = 15.0  # of a driver that Ray ended: another process says it
 
 
 @dataclass
@@ -92,7 +95,7 @@ class SoakJob:
     def start(self) -> tuple[subprocess.Popen, Path]:
         self.starts += 1
         log = self.logs / f"{self.run.name}-{self.starts}.log"
-        environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, MARK: str(self.run), "RAY_ADDRESS": "", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
         with log.open("w") as handle:
             job = subprocess.Popen(
                 self.command(), cwd=ROOT, env=environment, stdout=handle, stderr=handle, stdin=subprocess.DEVNULL,
@@ -115,7 +118,8 @@ def last_line(printed: str) -> str:
     """What the job said of its failure: its line that begins with "failed", else its last line."""
     lines = [line for line in printed.strip().splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("failed", "configuration error", "interrupted"))]
-    return (failed or lines or [""])[-1][:300]
+    said = (failed or lines or [""])[-1]
+    return said if len(said) <= 300 else f"{said[:297]}..."
 
 
 def ids_of(run: Path) -> dict[str, str]:
@@ -180,7 +184,7 @@ def verdict(run: Path, reference: Reference, status: int, printed: str, trained_
             return "WRONG", str(problem)
         difference = reference.difference(Reference.of(run), trained_alike)
         return ("WRONG", difference) if difference else ("same", "")
-    if TRACEBACK in printed.splitlines() or not RESUME.search(printed):
+    if status != 1 or TRACEBACK in printed or not RESUME.search(printed):
         return "WRONG", f"exit {status}: {last_line(printed)}"
     return "named", last_line(printed)
 
@@ -213,67 +217,88 @@ def strike(job: subprocess.Popen, target: str) -> bool:
     return True
 
 
-def left_over(run: Path, folder: Path) -> str:
-    """Temporary files of the run and processes of its Ray that outlived it, in words."""
+def left_over(run: Path) -> str:
+    """Temporary files of the run, and processes that outlived its jobs, in words."""
     files = [file for file in run.rglob("*") if file.suffix in (".part", ".tmp") or file.name.startswith(("tmp", ".part-"))]
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if str(folder) in " ".join(process.cmdline()) and process.pid != os.getpid():
+            if process.environ().get(MARK) == str(run) and process.status() != psutil.STATUS_ZOMBIE:
                 processes.append(process)
     said = [f"{len(files)} temporary files, such as {files[0].relative_to(run)}"] if files else []
     said += [f"{len(processes)} processes, such as {processes[0].name()}"] if processes else []
     return ", ".join(said)
 
 
+def strike_after(process: subprocess.Popen, target: str, seconds: float) -> bool:
+    """Strike as soon as `seconds` are over and there is a target; whether that was before the job ended."""
+    due = time.monotonic() + seconds
+    while process.poll() is None:
+        if time.monotonic() >= due and strike(process, target):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def end_of_struck(target: str, status: int, log: Path) -> tuple[str, str]:
+    """(named or WRONG; what was said) of a job that failed after it was struck."""
+    if target in ("driver", "process group"):
+        return ("named", "") if status == -signal.SIGKILL else ("WRONG", f"exit {status} instead of {-signal.SIGKILL}")
+    deadline = time.monotonic() + LAST_LINE_SECONDS
+    while not RESUME.search(log.read_text(errors="replace")) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    printed = log.read_text(errors="replace")
+    expected = 130 if target in ("SIGINT", "SIGTERM") else 1
+    if status != expected:
+        return "WRONG", f"exit {status} instead of {expected}: {last_line(printed)}"
+    if not RESUME.search(printed):
+        return "WRONG", f"exit {status} without a word on how to resume: {last_line(printed)}"
+    if TRACEBACK in printed:
+        return "WRONG", f"exit {status} with a traceback: {last_line(printed)}"
+    return "named", last_line(printed)
+
+
 def soak_kills(folder: Path, reference: Reference, kills: int, rng: random.Random) -> list[Outcome]:
-    """One run, disturbed `kills` times; then to its end."""
-    job, outcomes, started = SoakJob(folder / "kills"), [], time.monotonic()
-    waits = [2, 5, 10, 15, 20, 30, 40]
+    """One run, disturbed `kills` times, then to its end. When a job finishes, the kills that are left get another run."""
+    job, outcomes, started, misses = SoakJob(folder / "kills"), [], time.monotonic(), 0
     targets = list(TARGETS)
     while len(outcomes) < kills:
         process, log = job.start()
         target, before = targets[len(outcomes) % len(targets)], time.monotonic()
-        # At first anywhere from the start on, later further on: a run must get somewhere between two kills.
-        due = before + rng.choice(waits) + rng.random() * 5
-        while process.poll() is None and (time.monotonic() < due or not strike(process, target)):
-            time.sleep(0.1)
+        struck = strike_after(process, target, rng.choice([2, 5, 10, 15, 20, 30, 40]) + rng.random() * 5)
         try:
-            status = process.wait(timeout=300)
+            status = process.wait(timeout=3600)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            outcomes.append(Outcome("kills", target, "WRONG", time.monotonic() - before, [process.wait()], "did not end within 300 s"))
-            continue
-        printed = log.read_text(errors="replace")
-        wrong = ""
-        said = ""
-        if status == 0:
-            pass
-        elif target in ("driver", "process group"):
-            said = "" if status == -signal.SIGKILL else f"exit {status}"
+            status = process.wait()
+            judged, said = "WRONG", "did not end within an hour"
         else:
-            said = last_line(printed)
-            if target in ("SIGINT", "SIGTERM") and status != 130:
-                wrong = f"exit {status} instead of 130: "
-            elif not RESUME.search(printed):
-                wrong = f"exit {status} without a word on how to resume: "
-            elif TRACEBACK in printed.splitlines():
-                wrong = f"exit {status} with a traceback: "
-        judged = "WRONG" if wrong else "named"
-        if status == 0:  # it survived, or was finished before: held against the reference, then another run for the kills that are left
-            judged, said = verdict(job.run, reference, status, printed, trained_alike=False)
+            if status == 0:
+                judged, said = verdict(job.run, reference, status, log.read_text(errors="replace"), trained_alike=False)
+            elif struck:
+                judged, said = end_of_struck(target, status, log)
+            else:
+                judged, said = "WRONG", f"failed before it was struck: {last_line(log.read_text(errors='replace'))}"
+        if status == 0:
             shutil.rmtree(job.run)
-        outcomes.append(Outcome("kills", target, judged, time.monotonic() - before, [status], wrong + said))
+            if not struck and judged == "same":
+                misses += 1
+                if misses < MISSES:
+                    print(f"missed kills   {target}: the job finished first; once more", flush=True)
+                    continue
+                judged, said = "WRONG", f"no {target} was found in {misses} runs"
+        misses = 0
+        outcomes.append(Outcome("kills", target, judged, time.monotonic() - before, [status], said))
         show(outcomes[-1])
     status, printed = job.finish()
     judged, said = verdict(job.run, reference, status, printed, trained_alike=False)
     time.sleep(5)
-    left = left_over(job.run, job.run)
-    if judged == "same" and left:
+    if judged == "same" and (left := left_over(job.run)):
         judged, said = "WRONG", left
     if judged == "named":
         judged = "WRONG"
     outcomes.append(Outcome("kills", "the run in the end", judged, time.monotonic() - started, [status], said))
+    show(outcomes[-1])
     return outcomes
 
 
@@ -287,7 +312,7 @@ def soak_two(folder: Path, reference: Reference) -> list[Outcome]:
         second, second_log = job.start()
         exits = [first.wait(), second.wait()]
         logs = [first_log.read_text(errors="replace"), second_log.read_text(errors="replace")]
-        refused = logs[exits.index(0) - 1] if exits.count(0) == 1 else ""
+        refused = logs[exits.index(4)] if sorted(exits) == [0, 4] else ""
         if not refused:
             outcome = "WRONG", f"exit statuses {exits}"
         elif "held by" not in refused:
@@ -376,15 +401,16 @@ def soak_damage(folder: Path, reference: Reference, finished: Path, damages: int
         before = time.monotonic()
         damage(file, how, rng)
         status, printed = job.finish(1200)
-        judged, said = verdict(finished, reference, status, printed, trained_alike=True)
+        # A damaged checkpoint makes an unfinished training resume from the one before, in another order of rows.
+        alike = whole or "train" not in parts
+        judged, said = verdict(finished, reference, status, printed, trained_alike=alike)
         exits = [status]
         if judged == "named":
             # It said what the same command will do: so do it.
             status, printed = job.finish(1200)
             exits.append(status)
-            if status == 0:
-                again, problem = verdict(finished, reference, status, printed, trained_alike=True)
-                judged, said = ("named", said) if again == "same" else ("WRONG", problem)
+            again, problem = verdict(finished, reference, status, printed, trained_alike=alike)
+            judged, said = ("named", said) if again == "same" else ("WRONG", f"the second start: {problem}")
         stage = "stage finished" if whole else "stage unfinished"
         name = "/".join(parts[-3:])
         outcomes.append(Outcome("damage", f"{how}: {name} ({stage})", judged, time.monotonic() - before, exits, said))
