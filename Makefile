@@ -15,7 +15,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
-# The quick part of `make test`, for every change: no whole job, engine, server or long training, and nothing is killed.
+# The quick part of `make test`, for every change: no whole job, vLLM engine or long training, and nothing is killed.
 check: lint
 	$(BIN)/python -m pytest -m "not (whole_job or vllm or faults)" $(ARGS)
 

@@ -29,7 +29,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MedrayError):
         return str(error)
     if _is_rays(error):
-        said = f"Ray: {type(error).__name__}: {_first_line(error)}"
+        said = f"Ray: {type(error).__name__}: {_first_line(error).rstrip('.')}"
         return f"{said}; a process or a machine of the cluster was lost, or Ray could not start one"
     if isinstance(error, json.JSONDecodeError):
         return f"a file of JSON is damaged: {_first_line(error)}"
