@@ -42,7 +42,7 @@ def write_vqa_rad(folder):
         common = {"image_name": f"{i}.png", "image_organ": "CHEST", "question_type": "PRES", "phrase_type": "test_freeform" if i < 4 else "freeform"}
         records.append({**common, "qid": 2 * i, "question": "Is there a mass?", "answer": "Yes" if i % 2 else "No", "answer_type": "CLOSED"})
         records.append({**common, "qid": 2 * i + 1, "question": "Which organ is shown?", "answer": "lung", "answer_type": "OPEN"})
-    (folder / "test.json").write_text(json.dumps(records))
+    (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(records))
 
 
 def write_slake(folder):
@@ -80,7 +80,7 @@ def test_every_test_question_is_answered_once_by_every_model(evaluated):
             (f"test:{i}", name, "slake", None, "Yes") for i in range(3)
         ]
         rows = rows_of(root / "run" / "stages" / f"10-vqa-rad-{name}" / "rows")
-        assert sorted(row["sample_id"] for row in rows) == sorted(f"test:{i}" for i in range(8))
+        assert sorted(row["sample_id"] for row in rows) == sorted(f"VQA_RAD Dataset Public:{i}" for i in range(8))
         assert {(row["model"], row["benchmark"], row["error"]) for row in rows} == {(name, "vqa-rad", None)}
         assert all(row["text_only_answer"] is not None for row in rows)
         likely = {row["answer_type"]: row["option_logps"] for row in rows}
