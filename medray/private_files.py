@@ -16,9 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def private_folder(uri: str) -> None:
-    """Make a local folder, and those above it that are missing, with mode 0700, and tighten the folder itself if it is there.
+    """Make a local folder, and those above it that are missing, with mode 0700.
 
-    Nothing happens at a remote address: who may read an object store is set there. A folder of another owner keeps its mode.
+    A folder that is there keeps its mode, which its owner may have chosen; where others may read it, the log says so. Nothing happens at a remote address: who may
+    read an object store is set there.
     """
     fs, root = url_to_fs(uri)
     if "file" not in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
@@ -27,7 +28,8 @@ def private_folder(uri: str) -> None:
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
     for part in reversed(missing):
         part.mkdir(mode=FOLDER_MODE, exist_ok=True)
-    _tighten(folder)
+    if folder not in missing and stat.S_IMODE(folder.stat().st_mode) & _OTHERS:
+        log.warning("%s can be read by others, and gets patients' data; to close it: chmod 700 %s", folder, folder)
 
 
 def private_file(path: str | Path) -> None:

@@ -8,6 +8,7 @@ docs/clinician_page.md says what is stored and how to put it on a network.
 
 # Ray Serve reads the annotation of `build` as a class: no `from __future__ import annotations` here.
 import logging
+from ipaddress import ip_network
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
@@ -37,7 +38,7 @@ class PageConfig(Section):
         description="what `good` means, shown on the page")
     session_hours: Annotated[float, Field(gt=0)] = Field(12.0, description="hours after which a clinician must sign in again")
     proxies: list[str] = Field(
-        ["127.0.0.1", "::1"], description="addresses of reverse proxies before the page; of requests that come from them X-Forwarded-For names the client, by which failed sign-ins are counted")
+        ["127.0.0.1", "::1"], description="addresses (or networks, 10.0.0.0/8) of reverse proxies before the page; of requests that come from them X-Forwarded-For names the client, by which failed sign-ins are counted")
     replicas: PositiveInt = Field(1, description="processes that answer; more than one needs a database that they all reach")
     num_cpus: Annotated[float, Field(ge=0)] = Field(0.5, description="logical CPUs of each")
 
@@ -46,6 +47,16 @@ class PageConfig(Section):
     def _of_a_command_line(cls, given: Any) -> Any:
         """`serve run` hands on words: proxies=10.0.0.1,10.0.0.2 is a list all the same."""
         return [address.strip(" []\"'") for address in given.split(",") if address.strip(" []\"'")] if isinstance(given, str) else given
+
+    @field_validator("proxies")
+    @classmethod
+    def _addresses(cls, proxies: list[str]) -> list[str]:
+        for proxy in proxies:
+            try:
+                ip_network(proxy)
+            except ValueError:
+                raise ValueError(f"{proxy!r} is neither an address nor a network; write 10.0.0.1 or 10.0.0.0/8, without a port") from None
+        return proxies
 
 
 @serve.deployment(name="clinician-page", max_ongoing_requests=64)

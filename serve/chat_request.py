@@ -9,20 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medray.config.serving import LimitsConfig
+from serve.schemas import PARAM as SCHEMA
+from serve.schemas import SchemaError, check_schema
 
-SCHEMA, ANSWER_TOKENS = "response_format.json_schema", "max_completion_tokens"
-_COUNTS = {f"{end}{what}" for end in ("min", "max") for what in ("Items", "Length", "Properties", "Contains")}
+ANSWER_TOKENS = "max_completion_tokens"
 # Beyond any limit that can be configured with sense, and checked while the body is read: each item in vain costs a kilobyte, and an error.
 _MOST_MESSAGES, _MOST_PARTS, _MOST_STOPS = 10_000, 1000, 64
 _FIELDS = 10_000  # commas of a body outside its texts and its schema
-_LARGEST_COUNT = 1000  # of these in a schema: a grammar grows with them
-_DEEPEST = 16
-_GREEDY = 1e-5  # below it vLLM takes the likeliest token
 _NOT_IN_CHOICES = frozenset("\n\r\0")
 
 
@@ -183,7 +180,8 @@ def parsed(body: bytes, limits: LimitsConfig) -> ChatRequest:
     except (ValueError, RecursionError) as error:  # ValidationError is a ValueError
         if isinstance(error, ValidationError):
             raise _named(error) from None
-        raise ApiError("the body is not JSON", code="invalid_json") from None
+        said = "the body is nested too deep" if isinstance(error, RecursionError) else "the body is not JSON"
+        raise ApiError(said, code="invalid_json") from None
 
 
 def _named(error: ValidationError) -> ApiError:
@@ -191,7 +189,7 @@ def _named(error: ValidationError) -> ApiError:
     place = list(first["loc"])
     if place[2:3] == ["content"]:
         del place[4:5]  # the part's type, which pydantic puts after its index
-    param = ".".join(map(str, place)) or None
+    param = ".".join(str(part) if len(str(part)) <= 64 else f"{str(part)[:64]}…" for part in place) or None
     if first["type"] == "extra_forbidden":
         return ApiError(f"{param} is not supported here; leave it out", param=param, code="unsupported_parameter")
     return ApiError(f"{param}: {first['msg']}" if param else first["msg"], param=param, code="invalid_value")
@@ -215,7 +213,7 @@ def check(request: ChatRequest, limits: LimitsConfig) -> None:
         raise ApiError("messages: the last one must be the user's", param="messages", code="invalid_value")
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
-    if (request.n or 1) > 1 and request.temperature is not None and request.temperature < _GREEDY:
+    if (request.n or 1) > 1 and request.temperature == 0:
         raise ApiError(f"n: {request.n} answers at temperature 0 would all be the same; ask for one, or raise temperature", param="n", code="invalid_value")
     if request.stream_options and request.stream_options.include_usage and not request.stream:
         raise ApiError("stream_options needs stream: true", param="stream_options", code="invalid_value")
@@ -226,63 +224,14 @@ def check(request: ChatRequest, limits: LimitsConfig) -> None:
 
 
 def _check_format(form: ResponseFormat, limits: LimitsConfig) -> None:
-    param = SCHEMA
     if (form.type == "json_schema") != (form.json_schema is not None):
-        raise ApiError(f"{param} belongs to type json_schema", param=param, code="invalid_value")
+        raise ApiError(f"{SCHEMA} belongs to type json_schema", param=SCHEMA, code="invalid_value")
     if form.json_schema is None:
         return
-    schema = form.json_schema.schema_
-    size = len(json.dumps(schema).encode())
-    if size > limits.schema_bytes:
-        raise ApiError(f"{param}: {size} bytes, at most {limits.schema_bytes} are allowed", param=param, code="limit_exceeded")
-    _check_schema(schema, param, 0)
-    _check_references(schema, schema, param)
-
-
-def _check_schema(value: Any, param: str, depth: int) -> None:
-    """Raises ApiError for what makes a grammar much larger than its schema."""
-    if depth > _DEEPEST:
-        raise ApiError(f"{param} is nested more than {_DEEPEST} deep", param=param, code="limit_exceeded")
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key == "patternProperties" or (key == "pattern" and isinstance(inner, str)):
-                raise ApiError(f"{param}: {key} is not supported here", param=param, code="unsupported_parameter")
-            if key in _COUNTS and isinstance(inner, int | float):
-                if not inner <= _LARGEST_COUNT:  # NaN is not either
-                    raise ApiError(f"{param}: {key}: at most {_LARGEST_COUNT} is allowed", param=param, code="limit_exceeded")
-                if inner < 0 or inner != int(inner):
-                    raise ApiError(f"{param}: {key} is {inner}; it must be a whole number, 0 or more", param=param, code="invalid_value")
-            _check_schema(inner, param, depth + 1)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_schema(inner, param, depth + 1)
-
-
-def _check_references(value: Any, schema: dict[str, Any], param: str) -> None:
-    """Raises ApiError for a reference that leads to references only, and back to itself: no text ends it. Recursion through something else is well."""
-    if isinstance(value, dict):
-        seen, target = [], value
-        while isinstance(target, dict) and isinstance(reference := target.get("$ref"), str):
-            if reference in seen:
-                raise ApiError(f"{param}: the reference {reference[:100]!r} leads back to itself", param=param, code="invalid_value")
-            seen.append(reference)
-            target = _at(reference, schema)
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_references(inner, schema, param)
-
-
-def _at(reference: str, schema: Any) -> Any:
-    """What a JSON pointer of a schema (#/$defs/a) names; None for nothing, and for other addresses."""
-    if not reference.startswith("#"):
-        return None
-    target = schema
-    for part in unquote(reference).removeprefix("#").split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(target, list) and name.isdecimal() and int(name) < len(target):
-            target = target[int(name)]
-        else:
-            target = target.get(name) if isinstance(target, dict) else None
-    return target
+    try:
+        check_schema(form.json_schema.schema_, limits)
+    except SchemaError as error:
+        raise ApiError(f"{SCHEMA}: {error}", param=SCHEMA, code=error.code) from None
 
 
 async def prepared(request: ChatRequest, limits: LimitsConfig, system_prompt: str, load: Callable[[str], Awaitable[str]]) -> dict[str, Any]:

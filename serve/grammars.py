@@ -1,7 +1,7 @@
 """Whether an engine can follow a request's JSON schema: tried here first, as the engine compiles it.
 
 vLLM (0.29) checks that xgrammar can read a schema, not that it can compile it, nor that any text fits it. Its engine process then fails the
-request with an internal error. A few kilobytes of schema can also take minutes to compile.
+request with an internal error. A few kilobytes of schema can also take minutes to compile: that is done in processes that can be ended.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 _AT_ONCE = 2  # compilations; one uses a core
 _REMEMBERED = 1000  # verdicts
+_SLOW_FOR = 60.0  # seconds for which a schema that took too long is not tried again: the machine may have been busy
+_UNFOLLOWED = "the schema uses a keyword that no grammar can follow here (multipleOf, uniqueItems, contains, propertyNames, a format beside a length, or an unknown format)"
 
 
 class Grammars:
@@ -29,60 +35,79 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, vocab_size: int, seconds: float = 10.0):
         self._tokenizer, self._vocab_size, self.seconds = tokenizer, vocab_size, seconds
-        self._compiler: Any = None  # made for the first schema: a model that is asked for none may have a tokenizer that xgrammar cannot use
+        self._start: str | None = None  # a compiler's first line, made for the first schema: a tokenizer may be one that xgrammar cannot use
         self._making = threading.Lock()
         self._threads = ThreadPoolExecutor(_AT_ONCE, "grammar")
-        self._verdicts: OrderedDict[str, str | None] = OrderedDict()
+        self._own = threading.local()  # each thread's compiler
+        self._verdicts: OrderedDict[str, tuple[str | None, float]] = OrderedDict()  # and until when they hold
 
     async def problem(self, schema: dict[str, Any]) -> str | None:
         """Why no answer can follow the schema, or None."""
         text = json.dumps(schema)
         key = hashlib.sha256(text.encode()).hexdigest()
-        if key in self._verdicts:
-            self._verdicts.move_to_end(key)
-            return self._verdicts[key]
-        started = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def work() -> str | None:
-            loop.call_soon_threadsafe(started.set)
-            return self._tried(text)
-
-        future = loop.run_in_executor(self._threads, work)
-        await started.wait()  # the time in the queue is not the schema's
-        done, _ = await asyncio.wait([future], timeout=self.seconds)
-        if done:
-            verdict = future.result()
-        else:
-            # The compiler cannot be interrupted: its thread works on, but the engine is spared.
-            verdict = f"the schema takes more than {self.seconds:g} seconds to compile; use fewer alternatives, optional properties or lengths"
-        self._verdicts[key] = verdict
-        while len(self._verdicts) > _REMEMBERED:
-            self._verdicts.popitem(last=False)
+        verdict, until = self._verdicts.get(key, (None, 0.0))
+        if time.monotonic() >= until:
+            verdict, until = await asyncio.get_running_loop().run_in_executor(self._threads, self._tried, text)
+            self._verdicts[key] = verdict, until
+            while len(self._verdicts) > _REMEMBERED:
+                self._verdicts.popitem(last=False)
+        self._verdicts.move_to_end(key)
         return verdict
 
-    def _tried(self, text: str) -> str | None:
-        import xgrammar
+    def _tried(self, text: str) -> tuple[str | None, float]:
+        """The verdict, and until when it holds."""
         from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
-        if has_xgrammar_unsupported_json_features(json.loads(text)):
-            return "the schema uses a keyword that no grammar can follow here (multipleOf, uniqueItems, contains, propertyNames, a format beside a length, or an unknown format)"
+        forever = float("inf")
         try:
-            with self._making:
-                if self._compiler is None:
-                    info = xgrammar.TokenizerInfo.from_huggingface(self._tokenizer, vocab_size=self._vocab_size)
-                    self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-        except (RuntimeError, ValueError, TypeError) as error:
-            return f"structured output does not work with this model's tokenizer ({type(error).__name__})"
+            if has_xgrammar_unsupported_json_features(json.loads(text)):
+                return _UNFOLLOWED, forever
+        except TypeError:  # a list where a name belongs
+            return "the schema cannot be compiled: a keyword has a value of another type than it takes", forever
         try:
-            compiled = self._compiler.compile_json_schema(text, any_whitespace=False)
-        except (RuntimeError, ValueError) as error:
-            # "[time] /project/cpp/file.cc:line: reason"
-            return f"the schema cannot be compiled: {str(error).strip().partition('.cc:')[2].partition(': ')[2] or type(error).__name__}"
-        matcher = xgrammar.GrammarMatcher(compiled)
-        allowed = xgrammar.allocate_token_bitmask(1, self._vocab_size)
-        matcher.fill_next_token_bitmask(allowed)
-        return None if (allowed != 0).any() else "no text fits the schema: its references lead back to themselves"
+            compiler = self._compiler()
+        except Exception as error:  # a tokenizer may be of any kind
+            return f"structured output does not work with this model's tokenizer ({type(error).__name__})", forever
+        slow = threading.Event()
+        end = threading.Timer(self.seconds, lambda: (slow.set(), compiler.kill()))
+        end.start()
+        try:
+            compiler.stdin.write(json.dumps(text) + "\n")
+            compiler.stdin.flush()
+            answer = compiler.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            end.cancel()
+        if answer:
+            return json.loads(answer)["problem"], forever
+        self._own.compiler = None
+        compiler.kill()
+        compiler.wait()
+        if slow.is_set():
+            reason = f"the schema takes more than {self.seconds:g} seconds to compile; use fewer alternatives, optional properties or lengths"
+        else:
+            reason = "the schema cannot be compiled: the compiler failed at it"
+        return reason, time.monotonic() + _SLOW_FOR
+
+    def _compiler(self) -> subprocess.Popen:
+        """This thread's process, started where there is none that lives."""
+        import xgrammar
+
+        compiler = getattr(self._own, "compiler", None)
+        if compiler is not None and compiler.poll() is None:
+            return compiler
+        with self._making:
+            if self._start is None:
+                info = xgrammar.TokenizerInfo.from_huggingface(self._tokenizer, vocab_size=self._vocab_size)
+                self._start = json.dumps({"tokenizer": info.serialize_json(), "vocab_size": self._vocab_size}) + "\n"
+        command = [sys.executable, "-P", str(Path(__file__).with_name("grammar_compiler.py"))]
+        self._own.compiler = compiler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        compiler.stdin.write(self._start)
+        compiler.stdin.flush()
+        if compiler.stdout.readline() != "ready\n":  # the time of its start is not the schema's
+            raise RuntimeError("the grammar compiler did not start")
+        return compiler
 
 
 def schema_of(request: Any) -> dict[str, Any] | None:

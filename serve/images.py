@@ -18,7 +18,8 @@ from medray.config.serving import LimitsConfig
 from serve.chat_request import ApiError
 
 # RFC 2397: a media type, its parameters, then the marker. Browsers also read blanks between them, and data of no or of an unspecific type.
-_DATA = re.compile(r"data:\s*(image/[a-z0-9.+-]{1,64}|application/octet-stream|)\s*(;\s*[a-z0-9._-]{1,64}\s*=[^;,]{0,128})*;\s*base64\s*,", re.IGNORECASE)
+_DATA = re.compile(r"data:(image/[a-z0-9.+-]{1,64}|application/octet-stream|)(;[a-z0-9._-]{1,64}=[^;,]{0,128})*;base64,", re.IGNORECASE)
+_LONGEST_HEAD = 1024  # characters before the data; a pattern may take long over more
 _BLANKS = re.compile(r"[ \t\r\n\f]+")
 _STANDARD = bytes.maketrans(b"-_", b"+/")  # RFC 4648, section 5
 _REDIRECTS = 3
@@ -79,10 +80,10 @@ class ImageLoader:
 
     def _of_data_uri(self, url: str) -> bytes:
         """The bytes of a data URI. Line breaks and blanks (RFC 2045), percent escapes, the URL-safe alphabet and missing padding are read too."""
-        head = _DATA.match(url)
-        if not head:
+        head = url[: url.find(",", 0, _LONGEST_HEAD) + 1]
+        if not _DATA.fullmatch(_BLANKS.sub("", head)):
             raise ApiError("a data URI of an image begins with data:image/TYPE;base64,", code="invalid_image_url")
-        text = url[head.end():]
+        text = url[len(head):]
         text = _BLANKS.sub("", unquote(text) if "%" in text else text)
         if 3 * (len(text) - text[-2:].count("=")) // 4 > self.limits.image_bytes:
             raise ApiError(f"the image is larger than {self.limits.image_bytes} bytes", code="limit_exceeded")
@@ -138,7 +139,7 @@ class ImageLoader:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").lower(), parts.port or 443
         except ValueError:
-            raise ApiError("the image's url is none", code="invalid_image_url") from None
+            raise ApiError("invalid image URL", code="invalid_image_url") from None
         named = host if port == 443 else f"{host}:{port}"
         # ASCII: lower() makes letters of others, such as the k of a kelvin sign.
         if parts.scheme != "https" or parts.username is not None or parts.password is not None or not parts.netloc.isascii() or named not in self.limits.hosts:

@@ -6,7 +6,8 @@ A browser holds a random session id in its cookie, never a token. The database h
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
 
 from sqlalchemy import Engine, delete, func, insert, select
@@ -81,11 +82,34 @@ class Sessions:
 
 
 def client_address(scope: Any, proxies: Collection[str]) -> str:
-    """The address a request comes from: of the connection, or, where that is one of the reverse proxies, the last other one in X-Forwarded-For."""
-    address = (scope.get("client") or ("",))[0]
+    """The address a request comes from: of the connection, or, where that is one of the reverse proxies, the last other one in X-Forwarded-For.
+
+    Args:
+        proxies: addresses, or networks (10.0.0.0/8).
+    """
+    networks = [ip_network(proxy) for proxy in proxies]
+    address = _bare_address((scope.get("client") or ("",))[0])
     forwarded = Headers(scope=scope).getlist("x-forwarded-for")
     for hop in reversed([hop.strip() for line in forwarded for hop in line.split(",")]):
-        if address not in proxies:
+        if not _is_in(address, networks):
             break
-        address = hop
+        address = _bare_address(hop)
     return address
+
+
+def _bare_address(hop: str) -> str:
+    """An address without the port that some proxies write, an IPv4 one in IPv6's clothes as IPv4; other text as it is."""
+    host = hop[1:].partition("]")[0] if hop.startswith("[") else hop.partition(":")[0] if hop.count(":") == 1 else hop
+    try:
+        found = ip_address(host)
+    except ValueError:
+        return hop
+    return str(getattr(found, "ipv4_mapped", None) or found)
+
+
+def _is_in(address: str, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return False
+    return any(found in network for network in networks)

@@ -164,9 +164,9 @@ def asked_for(url: str, uri: str | None = None) -> int | None:
     engine.dispose()
     if uri is not None:
         fs, root = url_to_fs(uri)
-        run = posixpath.dirname(posixpath.dirname(posixpath.dirname(root.rstrip("/"))))
+        run, inside, _ = root.rstrip("/").partition("/stages/03-candidates")  # of shared stages, the name goes on
         config = posixpath.join(run, "config.yaml")
-        if fs.exists(config):
+        if inside and fs.exists(config):
             clinicians = (yaml.safe_load(fs.cat_file(config)) or {}).get("clinicians") or {}
             found.append(clinicians.get("judgements_per_item"))
     return max((number for number in found if isinstance(number, int)), default=None)

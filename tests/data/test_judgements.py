@@ -462,6 +462,9 @@ def test_the_page_asks_as_many_clinicians_as_the_job_waits_for(url, tmp_path):
     page = PageConfig(items=items, database=url)
     assert asked_for(url) is None and _judgements_per_item(page) == 1
     (run / "config.yaml").write_text("clinicians: {kind: export, judgements_per_item: 2}\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text("clinicians: {judgements_per_item: 2}\n")
+    assert asked_for(url, write_items(tmp_path / "mine/a/b/items", [item(2)])) is None, "another project's file"
     assert _judgements_per_item(page) == 2
     import_items(items, url)
     ask_for(items, url, 3)

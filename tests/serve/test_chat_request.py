@@ -75,7 +75,7 @@ def test_what_is_not_of_the_form_is_named(fields, param, code):
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"model": "\\ud800', '{"model": 1}'.encode("utf-16"), b'{"\xed\xa0\x80": 1, "messages": []}'])
 def test_what_is_no_json(data):
-    with pytest.raises(ApiError, match="not JSON") as error:
+    with pytest.raises(ApiError, match=r"not JSON|nested too deep") as error:
         parsed(data, LIMITS)
     assert error.value.code == "invalid_json"
 
@@ -200,9 +200,44 @@ def test_an_answer_may_come_back_with_its_empty_fields():
         assert error.value.param == param
 
 
+@pytest.mark.parametrize(("inside", "word"), [
+    ({"type": "string", "not": {"const": "a"}}, "not"), ({"type": "object", "if": {}, "then": {}}, "if, then"), ({"type": "string", "nullable": True}, "nullable"),
+    ({"allOf": [{"type": "string"}, {"maxLength": 3}]}, "allOf"), ({"anyOf": [{"type": "string"}], "type": "string"}, "type beside anyOf"),
+    ({"$defs": {"a": {"type": "string"}}, "$ref": "#/$defs/a", "maxLength": 3}, "maxLength beside $ref"), ({"enum": ["a"], "maxLength": 3}, "maxLength beside enum"),
+    ({"$ref": "http://x/y"}, "http://x/y"), ({"$ref": "#a"}, "#a"), ({"$ref": "#/$defs/a"}, "names nothing"), ({"$ref": "#/anyOf/" + "9" * 4400}, "names nothing"),
+    ({"type": ["array", "null"], "uniqueItems": True}, "uniqueItems"), ({"type": ["string", "null"], "format": "nonsense"}, "nonsense"),
+    ({"type": "string", "format": ["email"]}, "email"), ({"type": "string", "format": "email", "maxLength": 9}, "format"), ({"minLength": 3}, "type string"),
+    ({"type": "string", "minimum": 3}, "type number or integer"), ({"type": "object", "required": ["z"]}, "'z'"), ({"type": "integer", "enum": ["a"]}, "type integer"),
+    ({"type": "integer", "multipleOf": 2}, "multipleOf"), ({"type": "string", "pattern": "a"}, "pattern"), ({"type": "string", "x" * 500: 1}, "xxx…"),
+    # no finite text
+    ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no text fits"), ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "no text fits"),
+    ({"$defs": {"a": {"type": "object", "properties": {"b": {"$ref": "#/$defs/b"}}, "required": ["b"]}, "b": {"type": "array", "prefixItems": [{"$ref": "#/$defs/a"}],
+      "minItems": 1}}, "$ref": "#/$defs/a"}, "no text fits"),
+])
+def test_what_a_grammar_would_not_keep_is_refused_by_name(inside, word):
+    with pytest.raises(ApiError) as error:
+        check(parsed(body(response_format=schema(**inside)), LIMITS), LimitsConfig())
+    assert error.value.status == 400 and word.replace("'", '"') in error.value.message and len(error.value.message) < 250
+
+
+@pytest.mark.parametrize("inside", [
+    {"type": "string", "enum": ["a", "b"], "title": "Side", "default": "a"}, {"type": ["integer", "null"], "minimum": 0}, {"properties": {"not": {"type": "string"}}},
+    {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}, {"oneOf": [{"type": "string"}, {"type": "null"}], "discriminator": {"propertyName": "not"}},
+    {"type": "array", "prefixItems": [{"type": "string"}], "items": False}, {"const": {"not": 1}}, {"enum": [{"$ref": "#"}]}, {"allOf": [{"type": "string"}]},
+    {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]},
+])
+def test_what_a_grammar_keeps_is_allowed(inside):
+    check(parsed(body(response_format=schema(**inside)), LIMITS), LIMITS)
+
+
+def test_a_body_too_deep_says_so():
+    with pytest.raises(ApiError, match="nested too deep"):
+        parsed(b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", LIMITS)
+
+
 @pytest.mark.parametrize("inside", [
     {"type": "object", "properties": {"left": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}, {"type": "array", "items": {"$ref": "#"}},
-    {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"type": "string"}}, "$ref": "#/$defs/a"}, {"type": "object", "properties": {"$ref": {"type": "string"}}}, {"$ref": "http://x/y"},
+    {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"type": "string"}}, "$ref": "#/$defs/a"}, {"type": "object", "properties": {"$ref": {"type": "string"}}},
 ])
 def test_references_that_end_are_well(inside):
     check(parsed(body(response_format=schema(**inside)), LIMITS), LIMITS)

@@ -86,6 +86,7 @@ def bomb():
 @pytest.mark.parametrize(("url", "code"), [
     ("/etc/passwd", "invalid_image_url"), ("file:///etc/passwd", "invalid_image_url"), ("http://example.org/a.png", "invalid_image_url"),
     ("https://example.org/a.png", "invalid_image_url"), ("s3://bucket/a.png", "invalid_image_url"), ("", "invalid_image_url"),
+    ("data:" + " " * 2_000_000, "invalid_image_url"), ("data:" + " " * 2_000_000 + ";base64,AAAA", "invalid_image_url"), ("data:;" + "a=;" * 500_000, "invalid_image_url"),
     ("data:text/html;base64,AAAA", "invalid_image_url"), ("data:image/png,AAAA", "invalid_image_url"), ("data:image/png;base64,***", "invalid_image_url"),
     ("data:image/png;base64,\u00e9", "invalid_image_url"), ("data:image/png;base64,", "invalid_image"), (data_uri(b"<svg/>", "svg+xml"), "invalid_image"),
     (data_uri(picture()[:60]), "invalid_image"), (data_uri(bomb()), "invalid_image"), (data_uri(picture(size=(4000, 1))), "invalid_image"),

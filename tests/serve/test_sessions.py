@@ -5,6 +5,7 @@ import time
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import create_engine, text
 
 from medray.data.judgement_files import import_items
@@ -123,15 +124,22 @@ def test_failed_sign_ins_are_limited_in_all_and_for_a_minute(url, monkeypatch): 
 @pytest.mark.parametrize(("peer", "forwarded", "address"), [
     ("10.0.0.1", [], "10.0.0.1"), ("10.0.0.1", ["6.6.6.6"], "10.0.0.1"), ("127.0.0.1", [], "127.0.0.1"), ("127.0.0.1", ["10.0.0.1"], "10.0.0.1"),
     ("127.0.0.1", ["6.6.6.6, 10.0.0.1"], "10.0.0.1"), ("127.0.0.1", ["6.6.6.6", "10.0.0.1"], "10.0.0.1"), ("127.0.0.1", ["6.6.6.6, 10.0.0.1, ::1"], "10.0.0.1"),
-    (None, ["10.0.0.1"], ""),
+    (None, ["10.0.0.1"], ""), ("127.0.0.1", ["10.0.0.1:4711"], "10.0.0.1"), ("127.0.0.1", ["[2001:db8::1]:4711"], "2001:db8::1"), ("::ffff:127.0.0.1", ["10.0.0.1"], "10.0.0.1"),
+    ("10.8.0.3", ["10.0.0.1"], "10.0.0.1"), ("127.0.0.1", ["unknown"], "unknown"),
 ])
 def test_only_a_reverse_proxy_may_say_whom_it_asks_for(peer, forwarded, address):
     scope = {"type": "http", "client": peer and (peer, 1), "headers": [(b"x-forwarded-for", line.encode()) for line in forwarded]}
-    assert client_address(scope, ("127.0.0.1", "::1")) == address
+    assert client_address(scope, ("127.0.0.1", "::1", "10.8.0.0/16")) == address
 
 
 def test_proxies_of_a_command_line():
     assert PageConfig(proxies="10.0.0.1, ::1").proxies == PageConfig(proxies='["10.0.0.1","::1"]').proxies == ["10.0.0.1", "::1"]
+
+
+@pytest.mark.parametrize("proxies", ["nginx", "10.0.0.1:80", "10.0.0.0/99"])
+def test_what_is_no_address_of_a_proxy_is_refused(proxies):
+    with pytest.raises(ValidationError, match="neither an address nor a network"):
+        PageConfig(proxies=proxies)
 
 
 def test_a_database_that_does_not_answer_is_503(tmp_path):
