@@ -6,6 +6,9 @@ whose mark changed are read, and a disk's weights, which are to be loaded anyway
 
 The first line says what the record is of: the stage's inputs (`key`), the digest of all contents, and the `hash` that later
 stages depend on. That is the key, unless a finished stage had to be made again and came out otherwise.
+
+A stage's folder is emptied when its inputs change, and may get the former inputs again, while later stages still hold what they
+made of the first outcome. So `results/STAGE.json`, outside of it, keeps content and hash for each key.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from typing import Any, NamedTuple
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from medray.files import CHECKSUM, hash_file, write_whole
+from medray.files import CHECKSUM, hash_file, seal, unseal, write_whole
 
 logger = logging.getLogger("medray")
 
 FILES = "files.jsonl"
+RESULTS = "results"
+_RESULTS = 100  # keys remembered for each stage
 # Parts of a stage that only the stage itself reads when it resumes; each has checks of its own.
 _OWN = {"inputs.json", "manifest.json", FILES, "train", "done", "cells"}
 _OWN_ENDS = ("committed", "committed-begun", ".part")
@@ -131,6 +136,9 @@ def record(fs: Any, root: str, stage: str, folders: list[str], key: str) -> Reco
         key: digest of the stage's inputs.
     """
     before = recorded(fs, root, stage)
+    results = _results(fs, root, stage)
+    if (before is None or (isinstance(before, Record) and before.key != key)) and key in results:
+        before = Record(key, **results[key], files=[])
     files = hashed(fs, root, listed(fs, root, folders))
     content = content_of(files)
     if before is None or (isinstance(before, Record) and before.key != key):
@@ -140,7 +148,27 @@ def record(fs: Any, root: str, stage: str, folders: list[str], key: str) -> Reco
     else:  # finished before, and other files now: what was made of the former ones is not made of these
         made = Record(key, xxhash.xxh3_64_hexdigest(f"{key} {content}".encode()), content, files)
     write(fs, root, stage, made)
+    results.pop(key, None)
+    kept = dict(list(results.items())[-_RESULTS + 1 :]) | {key: {"hash": made.hash, "content": made.content}}
+    path = _results_path(root, stage)
+    fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    write_whole(fs, path, seal({"results": kept}))
     return made
+
+
+def _results_path(root: str, stage: str) -> str:
+    return posixpath.join(root, RESULTS, f"{posixpath.basename(stage)}.json")
+
+
+def _results(fs: Any, root: str, stage: str) -> dict[str, dict[str, str]]:
+    """By key, hash and content of what the stage came out as; those of damaged files are forgotten."""
+    try:
+        return unseal(fs.cat_file(_results_path(root, stage)))["results"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError) as error:
+        logger.warning("%s: damaged, %s", _results_path(root, stage), error)
+        return {}
 
 
 def write(fs: Any, root: str, stage: str, made: Record) -> None:
@@ -181,11 +209,14 @@ class Problem(NamedTuple):
         return f"{self.path} {self.reason}"
 
 
-def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str, Any]) -> list[Problem]:
+def check(
+    fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str, Any], finished: bool = True
+) -> list[Problem]:
     """Hold a finished stage's files against its record.
 
     Args:
         manifest: of the stage, with the digest of its contents.
+        finished: False where the stage is being made again: what that has written already is not in the record.
 
     Returns what is wrong, for each file its path and a few words; nothing for a stage of an older version, which has no record.
     """
@@ -223,11 +254,12 @@ def check(fs: Any, root: str, stage: str, folders: list[str], manifest: dict[str
         elif now.mark != file.mark or (reads_weights and now.path.endswith(_WEIGHTS)):
             unsure.append((file, now))
     known = {posixpath.dirname(file.path) for file in made.files}
-    problems += [
-        Problem(path, "was added after the stage")
-        for path in by_path
-        if path.endswith(".parquet") and posixpath.dirname(path) in known
-    ]
+    if finished:
+        problems += [
+            Problem(path, "was added after the stage")
+            for path in by_path
+            if path.endswith(".parquet") and posixpath.dirname(path) in known
+        ]
     for (file, _), now in zip(unsure, hashed(fs, root, [now for _, now in unsure]), strict=True):
         if now.hash != file.hash:
             problems.append(Problem(file.path, "is changed"))

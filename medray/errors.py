@@ -1,5 +1,7 @@
 """The errors medray raises itself. Each message names the field, file or sample and the fix."""
 
+from collections.abc import Iterable
+
 
 class MedrayError(Exception):
     """Base of every error a user is meant to read; jobs print it without a traceback."""
@@ -15,6 +17,18 @@ class DataError(MedrayError):
 
 class StageError(MedrayError):
     """A stage of a run that cannot go on; the run directory stays and the same command continues it."""
+
+
+class TooManySetAside(StageError):
+    """A stage set aside more of its rows than the job allows.
+
+    Args:
+        files: of rows, by their addresses, that hold rows set aside; a later attempt may make these again.
+    """
+
+    def __init__(self, message: str, files: Iterable[str] = ()):
+        super().__init__(message)
+        self.files = sorted(files)
 
 
 class Waiting(MedrayError):

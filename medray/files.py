@@ -70,7 +70,7 @@ def seal(value: dict[str, Any], default: Any = None) -> bytes:
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """The object that `seal` was given; one without a checksum, of an older version, is taken as it is.
+    """The object that `seal` was given.
 
     Raises ValueError, in a few words, if the file is empty, cut or changed.
     """
@@ -80,7 +80,9 @@ def unseal(data: bytes) -> dict[str, Any]:
         raise ValueError("it is empty" if not data else "it is cut or changed") from error
     if not isinstance(value, dict):
         raise ValueError("it is changed")
-    if value.pop(CHECKSUM, None) not in (None, _checksum(value)):
+    if CHECKSUM not in value:  # cut in its name, or of another program
+        raise ValueError("it has no checksum")
+    if value.pop(CHECKSUM) != _checksum(value):
         raise ValueError("its contents do not match its checksum")
     return value
 

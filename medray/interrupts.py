@@ -107,7 +107,8 @@ class JobSignals:
             if first is None:
                 first = time.monotonic()
                 self.family = descendants()
-                self._notice()
+                # In a thread of its own: a terminal, or a pipe that nobody reads, may take no line any more.
+                threading.Thread(target=self._notice, daemon=True).start()
             elif time.monotonic() - first > SAME_PRESS_SECONDS:
                 self._leave()
 

@@ -209,6 +209,10 @@ class _Ending:
         self._end(f"failed: {reason}", HELD)
 
     def _end(self, line: str, status: int) -> NoReturn:
+        # Whatever blocks below, such as a pipe that nobody reads, the process ends.
+        by_force = threading.Timer(RELEASE_SECONDS + 1, os._exit, [status])
+        by_force.daemon = True
+        by_force.start()
         self._once.acquire()  # for good: the main thread and that of the signals may both come here
         processes = descendants() | (self.signals.family if self.signals is not None else set())
         kill({process for process in processes if process.pid != self._watcher.pid})

@@ -10,6 +10,7 @@ Layout::
     config.yaml              the resolved configuration, without the passwords of its URLs
     stages/03-self_play/     inputs.json (written first), whatever the stage writes, files.jsonl (what it wrote: medray.contents),
                              manifest.json (written last)
+    results/03-self_play.json  what the stage came out as, for each of the inputs it was run with: medray.contents
     metrics.jsonl            every training metric, one line per step, with its stage
     report.html  results.json
 """
@@ -35,7 +36,7 @@ from fsspec.core import url_to_fs
 from medray import contents
 from medray.config import Section
 from medray.config.section import without_passwords
-from medray.errors import ConfigError, StageError
+from medray.errors import ConfigError, StageError, TooManySetAside
 from medray.files import remove_folder, seal, unseal
 from medray.run_lock import SCRATCH, RunLock, unwritable
 
@@ -97,6 +98,7 @@ class Run:
         except OSError as error:
             raise unwritable(uri, error) from error
         self.timeline: list[dict[str, Any]] = []
+        self.opened = time.time()
 
     def path(self, *parts: str) -> str:
         """URI of something in the run, usable by Ray Data, Ray Train and fsspec."""
@@ -199,7 +201,7 @@ class Run:
                 return manifest
             same, before = True, {"attempts": manifest["attempts"]} | before
         elif manifest is None and same and kept is not None:  # it had finished, and its manifest is lost
-            lost = contents.check(self.fs, self._root, folder, [folder], kept._asdict())
+            lost = contents.check(self.fs, self._root, folder, [folder], kept._asdict(), finished=False)
         if lost:
             logger.warning(
                 "stage %s: %s%s; making what is lost again, and later stages if it comes out otherwise",
@@ -220,7 +222,19 @@ class Run:
         started = time.time()
         self.write_sealed({"hash": settings, "inputs": without_passwords(inputs), "parts": parts, "attempts": attempts}, folder, INPUTS)
         logger.info("stage %s: started", name)
-        outputs = work(Stage(self, folder))
+        earlier = set(self.fs.find(posixpath.join(self._root, folder))) if attempts > 1 else set()
+        stage = Stage(self, folder)
+        try:
+            outputs = work(stage)
+        except TooManySetAside as error:
+            # What set these rows aside may be mended by now: an image, a server. Rows of this attempt would fare no better.
+            again = [path for file in error.files if (path := url_to_fs(file)[1]) in earlier]
+            if not again:
+                raise
+            logger.warning("stage %s: %s\nmaking the rows of %d file(s) of earlier attempts again", name, error, len(again))
+            for path in again:
+                self.fs.rm_file(path)
+            outputs = work(stage)
         made = contents.record(self.fs, self._root, folder, self._written(folder, outputs), fingerprint)
         manifest = {
             "stage": name, "hash": made.hash, "key": fingerprint, "content": made.content, "outputs": outputs, "attempts": attempts,
@@ -237,6 +251,21 @@ class Run:
         uris = [value for value in outputs.values() if isinstance(value, str) and value.startswith(f"{self.uri}/")]
         inner = [uri.removeprefix(f"{self.uri}/") for uri in uris]
         return [folder, *sorted({path for path in inner if not path.startswith("stages/")})]
+
+    def reread(self, read: Callable[[], Any], *stages: str) -> Any:
+        """What `read` returns, which runs stages that read a source. Where more is set aside than allowed of what an earlier job read,
+        the stages named start over, once: the source may be mended by now."""
+        before = len(self.timeline)
+        try:
+            return read()
+        except TooManySetAside as error:
+            if all(manifest["started"] > self.opened for manifest in self.timeline[before:]):
+                raise
+            logger.warning("%s\nthis was read by an earlier job; reading the source again", error)
+            del self.timeline[before:]
+            for name in stages:
+                self.remove("stages", name)
+            return read()
 
     def remove(self, *parts: str) -> None:
         self.check_held()

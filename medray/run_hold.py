@@ -12,13 +12,14 @@ from pathlib import Path
 from medray import interrupts
 from medray.errors import RunLost
 from medray.run import Run
+from medray.run_lock import FOLDER as LOCK
 from medray.run_lock import SCRATCH, RunLock
 from medray.run_log import RunLog
 
 logger = logging.getLogger("medray")
 
 UMASK = 0o077
-_LEFTOVER_DEPTH = 4  # stages/NAME/FOLDER/FILE: what is written whole or not at all lies no deeper
+_LEFTOVER_DEPTH = 6  # stages/NAME/FOLDER/CHECKPOINT/FILE: what is written whole or not at all lies no deeper
 _LEFTOVERS = (f"{SCRATCH}*", "*.????????.part")  # of this module's kind, and of medray.files.write_whole
 
 announce: Callable[[str], None] | None = None  # a job's way to tell its watcher where the log is
@@ -71,7 +72,10 @@ def remove_leftovers(run: Run) -> None:
     root = Path(run.uri)
     for depth in range(1, _LEFTOVER_DEPTH + 1):
         for path in [
-            path for name in _LEFTOVERS for path in root.glob("/".join(["*"] * (depth - 1) + [name]))
+            path
+            for name in _LEFTOVERS
+            for path in root.glob("/".join(["*"] * (depth - 1) + [name]))
+            if path.relative_to(root).parts[0] != LOCK  # what another job writes there while it tries to take the run
         ]:
             logger.info("removing %s, which a killed job left", path)
             if path.is_dir() and not path.is_symlink():

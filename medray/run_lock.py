@@ -49,6 +49,7 @@ BEAT_SECONDS = 10.0
 LOST_SECONDS = 60.0
 SETTLE_SECONDS = 1.0
 WATCH_SECONDS = 0.5
+HIDDEN = "hidden"
 SCRATCH = ".part-"  # begins the name of every file that is renamed when it is whole
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _FIELDS = {"token", "host", "machine", "pid", "process_started", "command", "started"}
@@ -64,13 +65,22 @@ def machine() -> str:
         return f"{socket.gethostname()}/{int(psutil.boot_time())}"
 
 
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
 def process_start(pid: int) -> str | None:
-    """Start of the process in the system's own count; None if there is none, or it is dead and not reaped."""
+    """Start of the process in the system's own count; None if there is none, or it is dead and not reaped, HIDDEN where
+    only its existence can be seen."""
     if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
-            return None
+            return HIDDEN if _exists(pid) else None  # /proc may hide the processes of other users (hidepid)
         return None if fields[0] in "ZX" else fields[19]
     try:
         process = psutil.Process(pid)
@@ -321,7 +331,11 @@ class RunLock:
             self._wait_until_free(top)
         if self._place.numbers()[-1:] != numbers[-1:]:
             return  # somebody else was faster
-        self._place.create(top + 1, self._data())
+        try:
+            self._place.create(top + 1, self._data())
+        except FileNotFoundError:  # the last owner has removed the folder with its lock
+            self._place.prepare()
+            return
         self._place.settle()
         # Not by what `create` returned: a store may answer a put twice, and some know no conditional put.
         if self._owner(top + 1).get("token") != self._record["token"]:
@@ -337,7 +351,7 @@ class RunLock:
         if owner is None or owner.get("released"):
             return
         if owner.get("machine") == self._record["machine"]:
-            if process_start(owner["pid"]) == owner["process_started"]:
+            if process_start(owner["pid"]) in (owner["process_started"], HIDDEN):
                 raise _held(self.uri, owner, time.time() - mark / 1e9 if isinstance(mark, int) else None)
             logger.info("run %s: its last job (process %s) is dead; taking over", self.uri, owner["pid"])
             return
@@ -399,8 +413,9 @@ class RunLock:
                 )
                 return
             self._record["beat"] += 1
+            now = _clocks()  # before it: the others count from the heartbeat, not from our return
             self._place.beat(self.number, self._data())
-            self._confirmed = _clocks()
+            self._confirmed = now
 
     def _describe(self, numbers: list[int]) -> str:
         owner = self._owner(numbers[-1]) if numbers else {}

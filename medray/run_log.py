@@ -21,6 +21,13 @@ FOLDER = "logs"
 UPLOAD_SECONDS = 60.0
 
 _last: str | None = None
+_open: list[logging.Handler] = []  # of the logs that are being written
+
+
+def keep(record: logging.LogRecord) -> None:
+    """Write a record into the log of the run, and nowhere else."""
+    for handler in _open:
+        handler.handle(record)
 
 
 def location() -> str | None:
@@ -60,6 +67,7 @@ class RunLog:
         self._handler = _QuietHandler(self._file, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._handler)
+        _open.append(self._handler)
         _last = self.uri
         if self._scratch is not None:
             threading.Thread(target=self._send_now_and_then, name="run-log", daemon=True).start()
@@ -67,6 +75,7 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         logging.getLogger().removeHandler(self._handler)
+        _open.remove(self._handler)
         self._handler.close()
         self._stop.set()
         try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from medray.errors import StageError
+from medray.errors import TooManySetAside
 
 SHOWN = 5  # reasons in a message
 _KINDS = 1000  # reasons held, so that memory has a bound where every row has one of its own
@@ -53,10 +53,15 @@ class Reason:
 
 @dataclass
 class SetAside:
-    """Rows set aside by kind of reason. Memory has a bound, whatever the number of rows and reasons."""
+    """Rows set aside by kind of reason. Memory has a bound, whatever the number of rows and reasons.
+
+    Attributes:
+        files: that hold such rows, where they were read from files.
+    """
 
     total: int = 0
     reasons: dict[str, Reason] = field(default_factory=dict)
+    files: set[str] = field(default_factory=set)
 
     def add(self, reason: str, sample_id: str | None = None, number: int = 1) -> None:
         kind = kind_of(reason, sample_id)
@@ -109,11 +114,15 @@ def set_aside_in(
         reasons: why a row, or a part of it, was set aside; None for each that was not.
         columns: what `reasons` reads.
     """
-    from medray.data.shards import stored_rows
+    from medray.data.shards import rows_with_files
 
-    return counted(
-        (row[id_column], reason) for row in stored_rows(uri, [id_column, *columns]) for reason in reasons(row)
-    )
+    found = SetAside()
+    for file, row in rows_with_files(uri, [id_column, *columns]):
+        for reason in reasons(row):
+            if reason is not None:
+                found.add(reason, row[id_column])
+                found.files.add(file)
+    return found
 
 
 def check_set_aside(
@@ -125,7 +134,7 @@ def check_set_aside(
     few: int = 0,
     number: int | None = None,
 ) -> None:
-    """Raise StageError if more than the share `limit` of `rows` was set aside.
+    """Raise TooManySetAside if more than the share `limit` of `rows` was set aside.
 
     Args:
         what: the rows, in the plural: "images".
@@ -139,16 +148,17 @@ def check_set_aside(
     if lost <= few or lost <= limit * rows:
         return
     share = lost / rows if rows else 1.0
-    raise StageError(
+    raise TooManySetAside(
         f"{lost:,} of {rows:,} {what} were set aside ({_percent(share)}), max_quarantined allows {_percent(limit)}. "
         f"Why (with the largest):\n{found.lines()}\n{f'{where} names all of them; ' if where else ''}"
         "fix the rows, or what the reasons name; to go on without these rows: "
-        f"--set max_quarantined={min(1.0, math.ceil(share * 100) / 100):g}"
+        f"--set max_quarantined={min(1.0, math.ceil(share * 100) / 100):g}",
+        found.files,
     )
 
 
 def check_something(what: str, number: int, found: SetAside | None = None, hint: str = "") -> None:
-    """Raise StageError if a stage made nothing, whatever max_quarantined allows.
+    """Raise TooManySetAside if a stage made nothing, whatever max_quarantined allows.
 
     Args:
         what: what it made, as in "no answer": "answer".
@@ -158,7 +168,10 @@ def check_something(what: str, number: int, found: SetAside | None = None, hint:
     if number:
         return
     why = f". Rows were set aside:\n{found.lines()}\n" if found is not None and found.total else "; "
-    raise StageError(f"the stage made no {what}{why}{hint or 'look at the rows that it was given'}")
+    raise TooManySetAside(
+        f"the stage made no {what}{why}{hint or 'look at the rows that it was given'}",
+        found.files if found is not None else (),
+    )
 
 
 def _percent(share: float) -> str:

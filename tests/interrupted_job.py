@@ -92,6 +92,14 @@ def shutdown_hangs():
         time.sleep(600)
 
 
+def nobody_reads():
+    """Standard error is a pipe that is full."""
+    os.dup2(os.pipe()[1], 2)
+    now()
+    while True:
+        os.write(2, b"x" * 65536)
+
+
 def with_a_child():
     subprocess.Popen(["sleep", "614"])
     sleeping()

@@ -24,6 +24,11 @@ from medray.reference import markdown
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(SelfTrainingConfig, tmp_path, [])
+
+
 def test_defaults_are_the_papers():
     config = SelfTrainingConfig()
     sft, dpo, play = config.sft, config.dpo, config.self_play

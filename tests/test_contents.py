@@ -221,16 +221,31 @@ def test_outputs_at_the_top_of_the_run_are_held_too(tmp_path):
     assert len(calls) == 2
 
 
-def test_manifests_of_older_versions_are_taken_as_they_are(job):
-    path = Path(job.folder, "stages/a/manifest.json")
-    old = {
-        name: value
-        for name, value in json.loads(path.read_text()).items()
-        if name not in ("key", "content", "checksum")
-    }
-    path.write_text(json.dumps(old))
-    job()
-    assert job.calls == []
+def test_former_inputs_with_another_outcome_reach_the_stages_after(job):
+    """Other inputs, stopped before the next stage, then the former ones again: what that stage holds is of the first outcome."""
+    run = Run(job.folder)
+    run.stage("a", {"x": 2}, job.first)
+    job.text = "z"
+    a, b = job()
+    assert (job.calls, b["outputs"]["text"]) == (["a", "b"], "z")
+    run.stage("a", {"x": 2}, job.first)
+    again, _ = job()
+    assert (job.calls, again["hash"]) == (["a"], a["hash"]), "the same outcome as the last time"
+
+
+def test_a_repair_that_was_interrupted_keeps_what_it_had_made(job):
+    made = f"{job.folder}/stages/a/rows/more-000000.parquet"
+    (Path(job.folder) / ROWS).unlink()
+
+    def killed(stage):
+        pq.write_table(pa.table({"sample_id": ["1"]}), made)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(job.folder).stage("a", {"x": 1}, killed)
+    with pytest.raises(KeyboardInterrupt):
+        Run(job.folder).stage("a", {"x": 1}, lambda stage: killed(stage) if Path(made).exists() else None)
+    assert Path(made).exists()
 
 
 def test_what_a_stage_keeps_for_itself_and_a_card_are_no_outputs(tmp_path):

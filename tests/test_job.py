@@ -99,6 +99,14 @@ def test_a_signal_that_the_work_does_not_heed_ends_it_by_force(tmp_path, case, e
     check_interrupted(job, run, family)
 
 
+@pytest.mark.parametrize("end", ["Ctrl-C", "job stop"])
+def test_a_job_whose_lines_nobody_reads_ends_too(tmp_path, end):
+    job = Started("nobody_reads", tmp_path / "run", grace=1)
+    job.wait_until_there()
+    job.process.send_signal(ENDS[end])
+    assert job.process.wait(120) == 130
+
+
 def test_the_second_ctrl_c_ends_a_job_at_once(tmp_path):
     run = tmp_path / "run"
     job = Started("shutdown_hangs", run, grace=600)

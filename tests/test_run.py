@@ -138,7 +138,7 @@ def test_a_password_is_nowhere_in_a_run_and_a_new_one_starts_nothing_over(tmp_pa
     for same in ("postgresql+psycopg://me:s3cret@host/name", "postgresql+psycopg://me:another@host/name", "postgresql+psycopg://me@host/name"):
         assert job(same)["hash"] == first["hash"] and job(same)["attempts"] == 1
     written = {file.name: file.read_text() for file in (tmp_path / "r").rglob("*") if file.is_file() and file.name != "manifest.json"}
-    assert set(written) == {"config.yaml", "inputs.json", "files.jsonl"} and not any(re.search("s3cret|another", text) for text in written.values())
+    assert set(written) == {"config.yaml", "inputs.json", "files.jsonl", "04-clinicians.json"} and not any(re.search("s3cret|another", text) for text in written.values())
     assert ClinicianPreferenceConfig.model_validate(yaml.safe_load(written["config.yaml"])).clinicians.source == "postgresql+psycopg://me@host/name"
     assert job("postgresql+psycopg://me:s3cret@host/other")["hash"] != first["hash"]
 

@@ -125,6 +125,16 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path, reaped):
         holder.wait()
 
 
+def test_an_owner_that_proc_hides_is_alive(tmp_path, monkeypatch):
+    """hidepid shows the processes of other users to nobody."""
+    def hidden(path, *_, **__):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(run_lock.Path, "read_text", hidden)
+    assert run_lock.process_start(os.getpid()) == run_lock.HIDDEN
+    assert run_lock.process_start(2**22 + 1) is None
+
+
 def test_a_process_that_got_the_dead_owners_id_is_not_its_owner(tmp_path):
     written_by(tmp_path, machine=run_lock.machine(), pid=os.getpid(), process_started="12")
     lock_of(tmp_path, lost=3600).acquire()

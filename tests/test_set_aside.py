@@ -1,6 +1,8 @@
 """Too many rows set aside fail a stage, with the reasons counted; so does nothing left, at any limit."""
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +18,12 @@ from medray.config import (
     PrepareDataConfig,
     SelfTrainingConfig,
 )
-from medray.errors import StageError
+from medray.errors import StageError, TooManySetAside
 from medray.inference.pairs import IDENTICAL
 from medray.methods import stages
 from medray.methods.data_preparation import take_account
 from medray.run import Run, Stage
-from medray.set_aside import SetAside, check_set_aside, check_something, counted, kind_of
+from medray.set_aside import SetAside, check_set_aside, check_something, counted, kind_of, set_aside_in
 from medray.train.worker import TrainResult, check_trained
 
 
@@ -203,6 +205,40 @@ def test_an_evaluation_of_nothing(tmp_path, bad, limit, words):
     else:
         with pytest.raises(StageError, match=words):
             stages.check_answered(uri, 4, limit, "key")
+
+
+def test_rows_that_were_set_aside_are_made_again_once_what_did_it_is_mended(tmp_path):
+    """Those of files that an earlier attempt wrote; a limit that is raised makes nothing again."""
+    broken, made = {"1", "5"}, []
+
+    def work(stage):
+        os.makedirs(stage.path("rows"), exist_ok=True)
+        for number in range(4):
+            path = Path(stage.path("rows"), f"part-{number}.parquet")
+            if not path.exists():
+                ids = [str(2 * number), str(2 * number + 1)]
+                made.extend(ids)
+                rows = [{"sample_id": one, "error": "no image" if one in broken else None} for one in ids]
+                pq.write_table(pa.Table.from_pylist(rows), path)
+        check_set_aside("rows", 8, set_aside_in(stage.path("rows")), limit, stage.path("rows"))
+        return {"rows": stage.path("rows")}
+
+    limit = 0.05
+    for attempt in range(2):
+        with pytest.raises(TooManySetAside, match="2 of 8 rows"):
+            Run(tmp_path).stage("a", {}, work)
+        assert len(made) == (8, 12)[attempt], "the second attempt asks again, once"
+    broken.clear()
+    made.clear()
+    Run(tmp_path).stage("a", {}, work)
+    assert made == ["0", "1", "4", "5"]
+    broken.add("1")
+    with pytest.raises(TooManySetAside):
+        Run(tmp_path).stage("b", {}, work)
+    made.clear()
+    limit = 0.5
+    Run(tmp_path).stage("b", {}, work)
+    assert made == []
 
 
 def test_preparing_data_names_few_bad_records_and_fails_for_many(tmp_path):

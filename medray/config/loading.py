@@ -51,6 +51,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist; see configs/ for recipes") from None
+    except OSError as error:  # a folder, or a file that may not be read
+        raise ConfigError(f"config file {path} cannot be read ({error.strerror}); give a YAML file, such as those in configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from error
     if values is None:

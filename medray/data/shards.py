@@ -94,8 +94,15 @@ def rows_of_file(path: str) -> Iterator[dict[str, Any]]:
 
 def stored_rows(uri: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a folder of shards as dicts, few in memory at a time."""
-    for table in tables(uri, columns, 64):
-        yield from table.to_pylist()
+    return (row for _, row in rows_with_files(uri, columns))
+
+
+def rows_with_files(uri: str, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(address of the shard, row) of a folder of shards, few in memory at a time."""
+    for path in parquet_files(uri):
+        for table in _tables_of_file(path, columns, 64):
+            for row in table.to_pylist():
+                yield path, row
 
 
 @contextlib.contextmanager
@@ -297,7 +304,7 @@ def _pieces(uri: str, rows_per_shard: int) -> Iterator[list[dict[str, Any]]]:
     room = rows_per_shard
     for path in parquet_files(uri):
         fs, inner = url_to_fs(path)
-        with fs.open(inner, "rb") as handle:
+        with readable(path), fs.open(inner, "rb") as handle:
             total = pq.read_metadata(handle).num_rows
         start = 0
         while start < total:
@@ -323,14 +330,19 @@ def _write_converted(table: pa.Table, out_uri: str, done_uri: str, convert: Call
 def _part_of(path: str, start: int, rows: int) -> Iterator[pa.Table]:
     """Rows [start, start + rows) of a Parquet file, few at a time; row groups before and after are not read."""
     fs, inner = url_to_fs(path)
-    with fs.open(inner, "rb") as handle:
-        file = pq.ParquetFile(handle)
+    with readable(path):
+        handle = fs.open(inner, "rb")
+    with handle:
+        with readable(path):
+            file = pq.ParquetFile(handle, page_checksum_verification=True)
         first = 0
         for group in range(file.num_row_groups):
             length = file.metadata.row_group(group).num_rows
             low, high = max(start, first), min(start + rows, first + length)
             if low < high:
-                table = file.read_row_group(group).slice(low - first, high - low)
+                with readable(path):
+                    table = file.read_row_group(group)
+                table = table.slice(low - first, high - low)
                 yield from (table.slice(at, READ_ROWS) for at in range(0, table.num_rows, READ_ROWS))
             first += length
 

@@ -116,11 +116,15 @@ def samples_of(run: Run, config: EvaluateJobConfig, name: str, source: str) -> t
     data = config.data.model_copy(update={"source": source, "format": benchmark.format, "testbed_val_fraction": 0.0})
     if benchmark.files:
         data = data.model_copy(update={"source": _beside(source, benchmark.files), "images": config.data.images or source})
-    index = run.stage(f"00-{name}-index", index_inputs(data), lambda stage: write_index(stage, data))
-    samples = run.stage(
-        f"01-{name}-samples", {"index": index["hash"], "limits": data.model_dump(include=LIMITS)},
-        lambda stage: checked_samples(stage, config, write_samples(stage, data, index["outputs"]["rows"], benchmark.format, stage.path("rows"))),
-    )
+
+    def read() -> dict[str, Any]:
+        index = run.stage(f"00-{name}-index", index_inputs(data), lambda stage: write_index(stage, data))
+        return run.stage(
+            f"01-{name}-samples", {"index": index["hash"], "limits": data.model_dump(include=LIMITS)},
+            lambda stage: checked_samples(stage, config, write_samples(stage, data, index["outputs"]["rows"], benchmark.format, stage.path("rows"))),
+        )
+
+    samples = run.reread(read, f"00-{name}-index", f"01-{name}-samples")
     return samples["outputs"]["rows"], samples["hash"]
 
 

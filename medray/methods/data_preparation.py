@@ -63,11 +63,8 @@ def prepare_dataset(config: PrepareDataConfig, run_uri: str) -> dict[str, Any]:
     run = Run(run_uri)
     with held(run), ray_session(config.cluster):
         run.write_config(config)
-        index = run.stage("01-index", index_inputs(config.data), lambda stage: write_index(stage, config.data))
+        index, shards, account = run.reread(lambda: read_source(run, config), "01-index", "02-shards")
         kind = index["outputs"]["format"]
-        limits = config.data.model_dump(include=LIMITS)
-        shards = run.stage("02-shards", {"index": index["hash"], "limits": limits}, lambda stage: write_samples(stage, config.data, index["outputs"]["rows"], kind, run.path("shards")))
-        account = run.stage("03-account", {"shards": shards["hash"]}, lambda stage: take_account(stage, config.max_quarantined))
         if not account["outputs"]["counts"]["images"]:
             raise DataError(f"data.source: nothing in {config.data.source} can be used; {run.path('quarantine')} says why: {account['outputs']['reasons']}")
         leaks = run.stage("04-leaks", {"shards": shards["hash"], "config": config.leaks}, lambda stage: search_leaks(stage, config))
@@ -79,6 +76,15 @@ def prepare_dataset(config: PrepareDataConfig, run_uri: str) -> dict[str, Any]:
         "run": run.uri, "format": kind, **account["outputs"]["counts"], **seen, "leaks": leaks["outputs"]["counts"],
         "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1), "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"),
     }
+
+
+def read_source(run: Run, config: PrepareDataConfig) -> tuple[dict[str, Any], ...]:
+    """The manifests of the stages that read the source: index, shards, account."""
+    index = run.stage("01-index", index_inputs(config.data), lambda stage: write_index(stage, config.data))
+    kind, limits = index["outputs"]["format"], config.data.model_dump(include=LIMITS)
+    shards = run.stage(
+        "02-shards", {"index": index["hash"], "limits": limits}, lambda stage: write_samples(stage, config.data, index["outputs"]["rows"], kind, run.path("shards")))
+    return index, shards, run.stage("03-account", {"shards": shards["hash"]}, lambda stage: take_account(stage, config.max_quarantined))
 
 
 def index_inputs(data: DataConfig) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def take_account(stage: Stage, max_quarantined: float = 1.0) -> dict[str, Any]:
     return {
         "counts": {**fixed, "splits": dict(sorted(tallies.pop("splits").items()))},
         "tallies": {name: dict(tally.most_common(200)) for name, tally in tallies.items()},
-        "reasons": dict(reasons.most_common(50)), "longest_side": percentiles(sizes),
+        "reasons": dict(reasons.most_common(50)), "longest_side": percentiles(sizes), "quarantine": stage.run.path("quarantine"),
     }
 
 
@@ -227,7 +233,7 @@ def search_leaks(stage: Stage, config: PrepareDataConfig) -> dict[str, Any]:
         stage.run.write_bytes(leak_picture(leaks, images.__getitem__), "leaks", "pairs.png")
         picture = stage.run.path("leaks", "pairs.png")
     counts = {f"{held} also in {other}": {**asdict(found), "leaked": found.leaked} for (held, other), found in leaks.overlaps.items()}
-    return {"counts": counts, "table": leak_table_markdown(leaks), "picture": picture}
+    return {"counts": counts, "table": leak_table_markdown(leaks), "picture": picture, "folder": stage.run.path("leaks")}
 
 
 def images_of(uri: str, wanted: set[str]) -> Iterator[tuple[str, bytes]]:

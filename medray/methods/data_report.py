@@ -5,14 +5,17 @@ from __future__ import annotations
 import html
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from medray.config import PrepareDataConfig
 from medray.data.unread import unread_line
 from medray.evaluation import report
+from medray.private_files import write_private
 from medray.run import Run
 
 _SHEET_COLUMNS = ["sample_id", "split", "modality", "image", "width", "height", "attributes", "captions", "dialogues", "questions", "preferences", "error"]
@@ -139,6 +142,8 @@ def inspect(uri: str, rows: int, out: str | None = None) -> dict[str, Any]:
     page = report.page("Samples", [("Samples", sheet(f"{uri.rstrip('/')}/shards", rows))], f"{manifest['format']}, {manifest['images']} images")
     target = out or f"{uri.rstrip('/')}/sheet.html"
     fs, path = url_to_fs(target)
-    with fs.open(path, "wb") as handle:
-        handle.write(page.encode())
+    if isinstance(fs, LocalFileSystem):
+        write_private(Path(path), page)  # it shows patients' images
+    else:
+        fs.pipe_file(path, page.encode())
     return {**manifest, "sheet": target}

@@ -14,6 +14,7 @@ from typing import Any
 from medray.config import ClusterConfig
 from medray.failures import error_of_ours
 from medray.interrupts import handlers_kept
+from medray.terminal import without_tracebacks
 
 logger = logging.getLogger("medray")
 
@@ -114,7 +115,8 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.INFO if terminal else logging.WARNING)
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     try:
-        yield
+        with without_tracebacks():
+            yield
     except ray.exceptions.RayError as error:
         ours = error_of_ours(error)
         if ours is None:

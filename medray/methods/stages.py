@@ -173,6 +173,7 @@ def checked_account(stage: Stage, config: AnyMethodConfig, *folder: str) -> dict
     account = read_account(stage.path(*folder))
     logger.info("what the images%s serve for:\n%s", "".join(f" of {name}" for name in folder), account["uses"])
     found = set_aside_in(stage.path(*folder, "quarantine"), lambda row: (None if is_duplicate(row["reason"]) else row["reason"],), ("reason",))
+    found.files.clear()  # each attempt reads the source anew
     numbers = account["set_aside"]
     for what, rows, bad in (("records of the source", RECORDS, BAD_RECORDS), ("records whose image was read", READ, BAD_IMAGES)):
         check_set_aside(what, numbers[rows], found, config.max_quarantined, stage.path(*folder, "quarantine"), number=numbers[bad])
@@ -355,16 +356,17 @@ def check_judged(stage: Stage, config: SelfTrainingConfig | ClinicianPreferenceC
     Args:
         differ: whether some answers must differ.
     """
-    from medray.data.shards import stored_rows
+    from medray.data.shards import rows_with_files
     from medray.inference.pairs import EMPTY, IDENTICAL
 
     found, asked, given = SetAside(), 0, 0
-    for row in stored_rows(stage.path("rows"), ["sample_id", "error", "verdicts"]):
+    for file, row in rows_with_files(stage.path("rows"), ["sample_id", "error", "verdicts"]):
         reasons = [row["error"]] if row["error"] is not None else [one["error"] for one in row["verdicts"] or ()]
         for reason in reasons:
             given += reason is None
             if reason is not None and reason not in (EMPTY, IDENTICAL):
                 found.add(reason, row["sample_id"])
+                found.files.add(file)
             asked += reason not in (EMPTY, IDENTICAL)
     if asked or differ:
         check_something("verdict", given, found, "no two answers to a question differ; raise self_play.answer.temperature or question more images")

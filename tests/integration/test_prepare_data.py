@@ -130,6 +130,7 @@ def test_export_and_inspect(prepared, tmp_path, capsys, ray_cluster):
         export_dataset("trl", str(out), str(tmp_path / "trl"))
     assert main(["--inspect", str(out), "--rows", "3", "--to", str(tmp_path / "sheet.html")]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 12
+    assert (tmp_path / "sheet.html").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "sheet.html").read_text().count('class="card"') == 3
 
 
