@@ -34,7 +34,7 @@ from fsspec.core import url_to_fs
 
 from medray.config import DataConfig
 from medray.data.images import ImageError
-from medray.data.inline_images import PREFIX, take_out
+from medray.data.inline_images import PREFIX, named_file, take_out
 from medray.data.notes import UNUSED, Notes
 from medray.data.pseudonyms import file_name, patient_key, patients_of, shortened, shown_path
 from medray.data.readers import (
@@ -48,7 +48,17 @@ from medray.data.readers import (
     vqa,
     webdataset,
 )
-from medray.data.readers.common import IMAGE_TOKEN, BadRecord, Place, Row, as_unicode, error_row, inside
+from medray.data.readers.common import (
+    IMAGE_TOKEN,
+    BadRecord,
+    Place,
+    Row,
+    as_unicode,
+    digest,
+    error_row,
+    inside,
+)
+from medray.data.readers.conversations import one_image
 from medray.data.readers.files import Member, Rest, readable
 from medray.data.readers.layout import HEAD_BYTES, layout_of, records
 from medray.data.readers.skim import skim
@@ -84,6 +94,7 @@ _IMAGE_FOLDERS = {
 _FRAME = "#frame="  # of a DICOM file, in image_file
 # Folders that images are in, in the source, beside the file that names them, or in data.images.
 _USUAL_FOLDERS = ("", "images", "VQA_RAD Image Folder", "imgs", "image", "img", "figures", "Images")
+_COLUMNS = "the file holds columns and no records; write it with DataFrame.to_json(orient='records')"
 _SHARD = re.compile(r"-\d{5,6}-of-\d{5,6}(?=\.[A-Za-z.]+$)")
 _RANGE = re.compile(r"^(.*\.tar)#offset=(\d+)&size=(\d+)$", re.DOTALL)
 
@@ -139,7 +150,8 @@ def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[st
     named = _uri(*url_to_fs(config.images)) if config.images else _uri(fs, top)
     shards = [path for path in files if suffix_of(path) == ".parquet"]
     for path, ranges in zip(shards, in_threads(partial(parquet.row_group_ranges, fs), shards), strict=True):
-        yield from ({**common, "path": _uri(fs, path), "images": named, "start": start, "end": end} for start, end in ranges)
+        images = named if config.images else _beside_shard(fs, path, top)
+        yield from ({**common, "path": _uri(fs, path), "images": images, "start": start, "end": end} for start, end in ranges)
     several = len({posixpath.dirname(path) for path in files}) > 1
     for path in files:
         size = fs.size(path)
@@ -155,6 +167,17 @@ def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[st
         prefix = _relative(own, common["root"]) if several and f"{images}/".startswith(f"{own}/") and own != common["root"] else ""
         place = {**common, "path": _uri(fs, path), "images": images, "prefix": prefix}
         yield from ({**place, "start": at, "end": min(at + step, size)} for at in range(0, size, step))
+
+
+def _beside_shard(fs: Any, path: str, top: str) -> str:
+    """The folder that the image files of a Parquet file lie in: its own, if the first that it names is there, else the source's."""
+    own = posixpath.dirname(path)
+    try:
+        first = next(parquet.rows_of_groups(_uri(fs, path), 0, 1), None) if own != top else None
+        name = named_file(one_image(first[1])) if first is not None else None
+    except (pa.ArrowException, OSError, BadRecord):  # its rows say what is wrong
+        name = None
+    return _uri(fs, own if isinstance(name, str) and _exists(fs, posixpath.join(own, name)) else top)
 
 
 def _in_ranges(path: str) -> bool:
@@ -174,7 +197,8 @@ def _images_at(kind: str, config: DataConfig, fs: Any, path: str, root: str) -> 
         bases = [default.rstrip("/")]
     else:
         fs_images, default = fs, _image_folder(fs, kind, path, root)
-        bases = list(dict.fromkeys([default, own, top]))
+        # Where the set is published with no folder for them, images lie beside the table that names them.
+        bases = list(dict.fromkeys([default, own, top] if default != top else [own, top]))
     if kind == "cbis-ddsm":  # looks for a series, not for a file
         return fs_images, default
     wanted = _first_images(kind, fs, path)
@@ -321,7 +345,7 @@ def _record_rows(
             # All rows of a record or none.
             made = list(READERS[kind](tracked, place))
         except (BadRecord, UnknownSplit) as bad:
-            error = str(bad)
+            error = _COLUMNS if _is_columns(record) else str(bad)
         except MemoryError:
             raise
         except Exception as odd:  # one record in a shape that no reader thought of
@@ -329,7 +353,7 @@ def _record_rows(
         else:
             patients = patients_of(record)
             for row in made:
-                named = _with_image(row, place, inline, patients, key)
+                named = _grouped(_with_image(row, place, inline, patients, key), patients)
                 if place.prefix and kind != "captions":
                     named["image_id"] = posixpath.join(place.prefix, named["image_id"])
                 split = own or row["split"] or place.split or _split_of_image(row, place)
@@ -338,6 +362,16 @@ def _record_rows(
     known = record if isinstance(record, dict) else {}
     own = next((known[name] for name in ("qid", "img_name", "sample_id", "id", "question_id", "pair_id") if known.get(name) is not None), None)
     yield error_row(where if own is None else shortened(str(own)), where, error)
+
+
+def _grouped(row: Row, patients: list[str]) -> Row:
+    """The row with a hash of its patient as its group, where the reader knows no other: images of a patient share a split."""
+    return {**row, "group_id": digest(patients[0])} if patients and row.get("error") is None and row["group_id"] is None else row
+
+
+def _is_columns(record: dict[str, Any]) -> bool:
+    """Whether an object holds columns, {"image": {"0": ...}, "answer": {"0": ...}}, as pandas writes a table."""
+    return len(record) > 1 and all(isinstance(value, dict) and value.keys() == next(iter(record.values())).keys() for value in record.values())
 
 
 def _split_of_image(row: Row, place: Place) -> str | None:
@@ -371,7 +405,8 @@ def _parquet_rows(
             else:
                 where = f"{_table_name(posixpath.basename(path), key)} row {number}"
                 made = parquet.hugging_face(use.tracked(record), split, images, splits, where)
-                yield _with_image(made, Place(images, path), {}, patients_of(record), key)
+                patients = patients_of(record)
+                yield _grouped(_with_image(made, Place(images, path), {}, patients, key), patients)
     except pa.ArrowException as error:
         where = f"{posixpath.basename(path)} row groups {start} to {end}"
         yield error_row(where, where, f"the file cannot be read on as Parquet: {str(error)[:200]}")

@@ -97,9 +97,10 @@ def survey(config: DataConfig) -> Survey:
         return _named(fs, root, config)
     unknown: list[Table] = []
     unread: list[str] = []
+    deeper: list[str] = []
     for depth, level in enumerate(_levels(fs, root)):
-        # Deeper ones are counted among the files that are not read.
-        unread += [path for path in level if depth == 0 and suffix_of(path) in UNREAD_TABLES]
+        # Beside tables that are read, deeper ones are counted among the files that are not read.
+        (deeper if depth else unread).extend(path for path in level if suffix_of(path) in UNREAD_TABLES)
         level = [path for path in level if suffix_of(path) in TABLES]
         for suffixes in ((".parquet",), (".json", ".jsonl", ".csv"), (".tar",)):
             tables = _tables(fs, [path for path in level if suffix_of(path) in suffixes])
@@ -122,6 +123,7 @@ def survey(config: DataConfig) -> Survey:
     for table in unknown:
         if table.kind == _BROKEN:
             raise DataError(f"data.source: {table.path} cannot be read as Parquet: {' '.join(table.names)}")
+    unread += deeper
     kind = None if unknown or unread else _folder_format(config.source)
     if kind is None:
         raise DataError(_unknown_source(config.source, root, unknown, unread))
@@ -151,6 +153,7 @@ def _named(fs: Any, root: str, config: DataConfig) -> Survey:
     for level in levels:
         tables = _tables(fs, level)
         if any(table.kind == config.format for table in tables):
+            _check_columns(config, tables, config.format, labels=False)
             return _chosen(fs, root, config.format, tables, [], [])
     found = next((level for level in levels if level), None)
     if found is None:
@@ -230,7 +233,7 @@ def _in_other_splits(fs: Any, root: str, kind: str, chosen: Sequence[str]) -> It
                 yield from chosen_files(kind, [table.path for table in tables if table.kind == kind])
 
 
-def _check_columns(config: DataConfig, tables: Iterable[Table], kind: str) -> None:
+def _check_columns(config: DataConfig, tables: Iterable[Table], kind: str, labels: bool = True) -> None:
     """Raise DataError for a table of the set that could be read only in part, without a word about the
     rest."""
     for table in tables:
@@ -239,10 +242,10 @@ def _check_columns(config: DataConfig, tables: Iterable[Table], kind: str) -> No
         twice = [name for name, count in Counter(table.names).items() if count > 1 and name.strip()]
         if twice:
             raise DataError(f"data.source: {table.path} names the column {twice[0]!r} twice; rename one")
-        labels = unread_labels(table.names) if kind == "hf-parquet" else []
-        if labels:
+        unread = unread_labels(table.names) if labels and kind == "hf-parquet" else []
+        if unread:
             raise DataError(
-                f"data.source: {table.path} has the columns {', '.join(labels[:20])} beside the image, and "
+                f"data.source: {table.path} has the columns {', '.join(unread[:20])} beside the image, and "
                 "none that is read (question and answer, messages, "
                 "conversations, prompt and completion, chosen and rejected, caption, text, report); rename "
                 "them, or read the images alone with data.format hf-parquet"
@@ -376,7 +379,9 @@ def _folder_format(source: str) -> str | None:
 
 
 def _check_texts(source: str, stems: set[str], texts: dict[str, str]) -> None:
-    both = sorted(stems & texts.keys())
+    # 1.txt beside 1.png, or in a folder of its own (reports/1.txt).
+    by_name = {posixpath.basename(stem): stem for stem in sorted(texts)}
+    both = sorted(stems & texts.keys()) or [by_name[name] for name in sorted(by_name.keys() & {posixpath.basename(stem) for stem in stems})]
     if both:
         raise DataError(
             f"data.source: {source} has texts beside its images, such as "

@@ -33,10 +33,10 @@ def picture(path):
 
 
 def test_image_folder_counts_what_it_leaves(tmp_path):
-    for name in ("a.png", "train/b.PNG", "c.heic", "C.HEIC", "notes.xyz", ".DS_Store", "LICENSE", "train/README.md", "deep/er/labels.xlsx"):
+    for name in ("a.png", "train/b.PNG", "c.heic", "C.HEIC", "notes.xyz", ".DS_Store", "LICENSE", "train/README.md", "deep/er/slides.pptx"):
         picture(tmp_path / "in" / name)
     found, rows = account(tmp_path / "in", tmp_path / "notes")
-    assert found["unread"] == {"(none)": 2, ".heic": 2, ".md": 1, ".xlsx": 1, ".xyz": 1}
+    assert found["unread"] == {"(none)": 2, ".heic": 2, ".md": 1, ".pptx": 1, ".xyz": 1}
     assert len(rows) == 2
 
 

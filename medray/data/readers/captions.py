@@ -20,7 +20,9 @@ from medray.data.readers.common import (
     text_of,
 )
 from medray.data.readers.markers import asked, check_no_marker
+from medray.data.readers.messages import listed
 
+INLINE = "inline-"  # begins the names that stand for images which records hold themselves (medray.data.inline_images)
 IMAGE_COLUMNS = ("file_name", "image_file", "image_path", "image", "filename", "file", "path")
 TEXT_COLUMNS = ("caption", "text", "report")
 
@@ -94,6 +96,11 @@ _NO_CAPTION = {"none", "n/a", "na", "-", "."}
 
 def caption_of(record: Mapping[str, Any], field: str) -> str:
     """The caption in a field. Raises BadRecord for one that says nothing, or that holds an image marker."""
+    value = listed(record.get(field))
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise BadRecord(f"field {field!r} holds {len(value)} texts; a row has one: write a row for each")
+        record = {field: value[0]}
     text = need_text(record, field)
     if text.lower() in _NO_CAPTION:
         raise BadRecord(f"field {field!r} is empty ({text!r})")
@@ -107,9 +114,16 @@ def column(names: Iterable[str], wanted: tuple[str, ...]) -> str | None:
     return next((there[name] for name in wanted if name in there), None)
 
 
+def image_column(record: Mapping[str, Any]) -> str | None:
+    """The field that names the image's file; of several the one that holds the image itself (VLMEvalKit: image beside image_path)."""
+    fields = [name for name in record if str(name).strip().lower() in IMAGE_COLUMNS]
+    inline = (name for name in fields if str(record[name]).startswith(INLINE)) if len(fields) > 1 else ()
+    return next(iter(inline), None) or column(record, IMAGE_COLUMNS)
+
+
 def file_in(record: Mapping[str, Any], field: str) -> str:
     """The file's name in a field, also as a list of one. Raises BadRecord for none or several."""
-    value = record.get(field)
+    value = listed(record.get(field))
     if isinstance(value, list) and value:
         if len(value) > 1:
             raise BadRecord(f"field {field!r} holds {len(value)} images; a row must have one")
@@ -120,7 +134,7 @@ def file_in(record: Mapping[str, Any], field: str) -> str:
 def captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
     """A table of images and texts: Hugging Face's imagefolder metadata.csv or .jsonl (file_name relative to that file) or
     any table with one of IMAGE_COLUMNS and one of TEXT_COLUMNS."""
-    fields = [column(record, wanted) for wanted in (IMAGE_COLUMNS, TEXT_COLUMNS)]
+    fields = [image_column(record), column(record, TEXT_COLUMNS)]
     for field, wanted in zip(fields, (IMAGE_COLUMNS, TEXT_COLUMNS)):
         if field is None:
             raise BadRecord(f"none of the fields {', '.join(wanted)} is there")

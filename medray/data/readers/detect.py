@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from medray import records
 from medray.data.readers.captions import IMAGE_COLUMNS, TEXT_COLUMNS, column
 from medray.data.readers.suffixes import suffix_of
 
@@ -16,6 +17,14 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 }
 """The files of each format (readers.suffixes.suffix_of); "images" and "dicom" are folders."""
 
+_OWN = {"split", "group_id"}.union(*(
+    schema.names
+    for schema in (
+        records.SAMPLE, records.CONVERSATION, records.QUESTION, records.IMAGE_TEXT, records.PREFERENCE, records.PREFERENCE_WITH_REFERENCE, records.DESCRIPTION,
+    )
+))
+"""What medray's own shards hold; a table of other columns is somebody else's, whatever it calls its ids."""
+
 TABLES = tuple(sorted({suffix for suffixes in SUFFIXES.values() for suffix in suffixes}))
 
 # In this order: SLAKE has VQA-RAD's names too, and LLaVA-Med's conversations and questions may carry their figures' captions.
@@ -26,7 +35,7 @@ _NAMES: dict[str, tuple[set[str], ...]] = {
     "pmc-vqa": ({"Figure_path", "Choice A"},),
     "omnimedvqa": ({"gt_answer", "option_A"},),
     "slake": ({"img_name", "q_lang"},),
-    "vqa-rad": ({"qid", "question"},),
+    "vqa-rad": ({"qid", "question", "image_name"}, {"qid", "question", "answer_type"}),
     "preference": ({"chosen", "rejected"},),
     "llava": ({"conversations"}, {"conversatons"}, {"messages"}, {"prompt", "completion"}),
     "llava-med-qa": ({"question_id", "gpt4_answer"},),
@@ -34,7 +43,7 @@ _NAMES: dict[str, tuple[set[str], ...]] = {
 }
 
 LOOKED_FOR = (
-    "Parquet with sample_id and image (own shards), with chosen and rejected (preference) or with an image column (hf-parquet); "
+    "Parquet with the columns of medray's own shards, with chosen and rejected (preference) or with an image column (hf-parquet); "
     + "; ".join(f"{kind} ({' or '.join(', '.join(sorted(names)) for names in alternatives)})" for kind, alternatives in _NAMES.items())
     + f"; questions (question, answer and a column of the image files); captions (a column of {', '.join(IMAGE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}); webdataset (*.tar); "
     "dicom (*.dcm or DICM at byte 128); images (*.jpg, *.png, ...)"
@@ -51,8 +60,14 @@ def table_format(names: Iterable[str], path: str) -> str | None:
     image = column(names, (*IMAGE_COLUMNS, "images")) is not None
     if image and suffix in SUFFIXES["questions"] and column(names, ("question",)) and column(names, ("answer", "answers")):
         return "questions"
-    both = column(names, IMAGE_COLUMNS) is not None and column(names, TEXT_COLUMNS) is not None
+    # LLaVA-Bench's questions: `text` is what is asked, and the answers are somewhere else.
+    both = column(names, IMAGE_COLUMNS) is not None and column(names, TEXT_COLUMNS) is not None and not _asks(names)
     return "captions" if both and suffix in SUFFIXES["captions"] else None
+
+
+def _asks(names: Iterable[str]) -> bool:
+    lower = {str(name).strip().lower() for name in names}
+    return "question_id" in lower and "text" in lower and "caption" not in lower
 
 
 def alike(kind: str, names: Iterable[str]) -> bool:
@@ -68,7 +83,7 @@ def alike(kind: str, names: Iterable[str]) -> bool:
 def parquet_format(names: Iterable[str]) -> str | None:
     """The format of a Parquet file with these columns; None for none."""
     names = list(names)
-    if {"sample_id", "image"} <= set(names):
+    if {"sample_id", "image"} <= set(names) and set(names) <= _OWN:
         return "shards"
     lower = {name.strip().lower() for name in names}
     if {"chosen", "rejected"} <= lower:
@@ -81,6 +96,8 @@ def missing_columns(names: Iterable[str]) -> str:
     names = list(names)
     if not names:
         return "no columns or keys were found in it"
+    if _asks(names):
+        return "its texts are questions (question_id, text) without answers; write the answers beside them, with columns question and answer"
     said = f"it has {', '.join(str(name)[:60] for name in names[:30])}{', ...' if len(names) > 30 else ''}"
     image, text = column(names, IMAGE_COLUMNS), column(names, (*TEXT_COLUMNS, "question"))
     if image is None and text is not None:

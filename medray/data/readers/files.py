@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from medray.data.readers.common import is_empty
-from medray.data.readers.splits import as_split, split_in
+from medray.data.readers.splits import as_split, split_in, split_of_folder
 from medray.data.reading import failure
 from medray.errors import DataError
 
@@ -84,7 +84,7 @@ def csv_records(handle: BinaryIO, encoding: str = "utf-8-sig", delimiter: str = 
     text = io.TextIOWrapper(handle, encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors=errors, newline="")
     for _ in range(skipped):
         text.readline()
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
     number = 0
     while True:
         line = reader.reader.line_num
@@ -167,7 +167,7 @@ def _members(text: _Text, name: str, split: str | None, is_record: IsRecord | No
     for _ in text.parts("{", "}"):
         key = str(text.value())
         text.expect(":")
-        full, section = f"{name}{key}", as_split(key) or split
+        full, section = f"{name}{key}", as_split(key) or split_of_folder(key) or split
         first = text.peek()
         if first in ("[", "{"):
             read_as.add(section)

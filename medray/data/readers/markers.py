@@ -9,23 +9,29 @@ from medray.data.readers.common import BadRecord
 
 # A marker left in a text would become a second image token in a model's prompt.
 _MARKER = re.compile(
-    # <image>, <img></img>, <image 1>
-    r"<\s*(?:image|img)(?:[ _-]?\d+)?\s*/?\s*>(?:\s*<\s*/\s*(?:image|img)\s*>)?"
+    # Qwen-VL's <img>path</img>; <image>, <img></img>, <image 1>
+    r"<img>[^<>]{1,512}</img>|<\s*(?:image|img)(?:[ _-]?\d+)?\s*/?\s*>(?:\s*<\s*/\s*(?:image|img)\s*>)?"
     # Qwen-VL, Phi-3-vision
     r"|<\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|>|<\|image(?:_pad|_\d+)?\|>"
-    r"|<(?:ImageHere|image_placeholder|image_soft_token|start_of_image|im_patch|image_token)>|\[(?:IMG|IMAGE)\]",
+    r"|<(?:IMG_CONTEXT|ImageHere|image_placeholder|image_soft_token|start_of_image|im_patch|image_token)>|\[(?:IMG|IMAGE)\]",
     re.IGNORECASE,
 )
 _OTHER_MEDIA = re.compile(r"<\s*(?:video|audio)\s*/?\s*>", re.IGNORECASE)
+# ms-swift's: what stands there is in another field of the record.
+_PLACEHOLDER = re.compile(r"<\s*(?:bbox|ref-object|cot-process)\s*>", re.IGNORECASE)
 
 
 def markers_in(text: str) -> int:
     """Number of image markers in a text."""
+    if "<" not in text and "[" not in text:
+        return 0
     return len(_MARKER.findall(text))
 
 
 def without_marker(text: str) -> str:
     """The text without its image markers, wherever they stand; the words around one stay apart."""
+    if "<" not in text and "[" not in text:
+        return text.strip()
     parts = _MARKER.split(text)
     said = parts[0]
     for part in parts[1:]:
@@ -52,7 +58,11 @@ def asked(text: str, field: str) -> str:
 
 
 def check_media(text: str, field: str) -> None:
-    """Raise BadRecord for a marker of a video or sound."""
+    """Raise BadRecord for a marker of a video or sound, and for a placeholder of what another field holds."""
+    if "<" not in text:
+        return
+    if placeholder := _PLACEHOLDER.search(text):
+        raise BadRecord(f"field {field!r} contains {placeholder[0]}, which stands for a value of another field (objects); write the value into the text")
     other = _OTHER_MEDIA.search(text)
     if other:
         raise BadRecord(f"field {field!r} contains {other[0]}; only images are read")

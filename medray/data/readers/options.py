@@ -11,22 +11,27 @@ from typing import Any
 from medray.data.readers.common import BadRecord, is_empty, text_of
 from medray.data.readers.messages import listed
 
-OPTION_FIELDS = ("options", "choices")
+OPTION_FIELDS = ("options", "choices", "candidates", "answer_choices", "multiple_choices")
 _OPTION_COLUMN = re.compile(r"(?:options?|choices?|op|opt)?[ _-]?([a-j])", re.IGNORECASE)
+_NUMBERED_COLUMN = re.compile(r"(?:options?|choices?|op|opt|candidates?)[ _-]?([0-9])", re.IGNORECASE)
 _LETTER = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*[.:)]?")
 _LETTERED = re.compile(r"^\s*\(?\s*([A-Za-z])\s*[.:)]\)?\s*")
 
 
 def option_columns(names: Sequence[str]) -> list[str]:
-    """Columns that hold an option each (A, B, ...; option_a; Choice A; opa), in the order of their letters;
-    [] unless the
-    first two letters are there."""
+    """Columns that hold an option each (A, B, ...; option_a; Choice A; opa; option1), in the order of their
+    letters or numbers; [] unless the first two are there."""
     by_letter: dict[str, str] = {}
     for name in names:
         match = _OPTION_COLUMN.fullmatch(name.strip())
         if match:
             by_letter.setdefault(match[1].lower(), name)
-    return [by_letter[letter] for letter in sorted(by_letter)] if {"a", "b"} <= by_letter.keys() else []
+    if {"a", "b"} <= by_letter.keys():
+        return [by_letter[letter] for letter in sorted(by_letter)]
+    by_number = {match[1]: name for name in reversed(names) if (match := _NUMBERED_COLUMN.fullmatch(name.strip()))}
+    if {"1", "2"} <= by_number.keys() or {"0", "1"} <= by_number.keys():
+        return [by_number[number] for number in sorted(by_number)]
+    return []
 
 
 def options_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -44,8 +49,8 @@ def options_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
                 return found
     columns = option_columns(list(record))
     found = [
-        (column.strip()[-1].upper(), text_of(record[column], column))
-        for column in columns
+        (end if (end := column.strip()[-1].upper()).isalpha() else ascii_uppercase[number], text_of(record[column], column))
+        for number, column in enumerate(columns)
         if not is_empty(record[column])
     ]
     return _without_letters(found)
@@ -85,6 +90,18 @@ def _listed_options(value: Any, field: str) -> list[tuple[str, str]]:
     )
 
 
+def options_in(question: str) -> tuple[str, list[tuple[str, str]]]:
+    """(the question without them, options) of a question that ends in lines "A. ...", "B. ..."; no options if it
+    does not."""
+    lines = question.splitlines()
+    found: list[tuple[str, str]] = []
+    while lines and (match := _LETTERED.match(lines[-1])) and lines[-1][match.end() :].strip():
+        found.insert(0, (match[1].upper(), lines.pop()[match.end() :].strip()))
+    wanted = list(ascii_uppercase[: len(found)])
+    stem = "\n".join(lines).strip()
+    return (stem, found) if len(found) > 1 and [key for key, _ in found] == wanted and stem else (question, [])
+
+
 def _without_letters(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Options without the letter before their text ("A. liver") if each has its own."""
     matches = [_LETTERED.match(text) for _, text in pairs]
@@ -110,6 +127,7 @@ def right_option(
     if is_empty(answer):
         raise BadRecord(f"field {field!r} is empty")
     text = text_of(answer, field)
+    _check_one_meaning(answer, text, options, field)
     for same in (text.__eq__, lambda option: _plain(option) == _plain(text)):
         found = [number for number, (_, option) in enumerate(options) if same(option)]
         if found:
@@ -133,6 +151,21 @@ def right_option(
             "or from 1; write the option's letter or text"
         )
     raise BadRecord(f"field {field!r} is {text[:60]!r}, which is none of the {len(options)} options")
+
+
+def _check_one_meaning(answer: Any, text: str, options: Sequence[tuple[str, str]], field: str) -> None:
+    """Raise BadRecord for an answer that is an option's text and another option's letter or number."""
+    texts = [_plain(option) for _, option in options]
+    if _plain(text) not in texts:
+        return
+    place = texts.index(_plain(text))
+    keys = [key.upper() for key, _ in options]
+    if text.upper() in keys and keys.index(text.upper()) != place:
+        raise BadRecord(f"field {field!r} is {text!r}, the text of option {keys[place]} and the letter of another; write the option's text with its letter")
+    if isinstance(answer, int) and not isinstance(answer, bool) and all(option.isdigit() for option in texts) and answer not in (place, place + 1):
+        raise BadRecord(
+            f"field {field!r} is the number {text}, which may be an option's text or its place; write it as text, in quotation marks, or write the option's letter"
+        )
 
 
 def _plain(text: str) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from medray.data.readers.captions import IMAGE_COLUMNS, column, file_in
+from medray.data.readers.captions import file_in, image_column
 from medray.data.readers.common import (
     BadRecord,
     Place,
@@ -25,7 +25,7 @@ from medray.data.readers.common import (
 from medray.data.readers.conversations import image_name
 from medray.data.readers.markers import asked, check_no_marker
 from medray.data.readers.messages import listed
-from medray.data.readers.options import options_of, right_option
+from medray.data.readers.options import options_in, options_of, right_option
 
 # Fields that may name the right option.
 _ANSWERS = (
@@ -64,7 +64,7 @@ def questions(record: dict[str, Any], place: Place) -> Iterator[Row]:
     """A row of a table of images, questions and answers; see question_of. The id is of the image and the
     texts."""
     named = Named(record)
-    field = column(record, IMAGE_COLUMNS)
+    field = image_column(record)
     image = image_name(named) if field is None or "images" in named else file_in(record, field)
     name, payload = question_of(named)
     yield row(f"{image}:{name}", image, inside(place.images, image), payload)
@@ -76,6 +76,8 @@ def question_of(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     choice if there are options, closed if the answer is yes or no, else open."""
     question = asked(need_text(record, "question"), "question")
     options = options_of(record)
+    if not options:
+        question, options = options_in(question)
     names = ("answer", "answers", "reference", *(_ANSWERS if options else ()))
     field = next((name for name in names if given(record, name) is not None), "answer")
     answer = record.get(field)

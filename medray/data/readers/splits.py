@@ -31,6 +31,14 @@ _WORDS = {
 _SPLITS = {word + more: split for split, words in _WORDS.items() for word in words for more in ("", "set")}
 # What a folder's name may say beside its split: train_images, Test Data.
 _BESIDE = re.compile(r"(sets?|data|dataset|split|images?|imgs?|files?|records)$")
+# Words that a folder or a section may have beside its split and say nothing else: VQA_test, partial-train. With others a "test" may be anything:
+# test-project, blood_test.
+_NEUTRAL = frozenset((
+    "set", "sets", "data", "dataset", "split", "splits", "image", "images", "img", "imgs", "picture", "pictures", "file", "files", "record", "records", "item", "items",
+    "sample", "samples", "vqa", "qa", "question", "questions", "answer", "answers", "caption", "captions", "annotation", "annotations", "label", "labels", "metadata",
+    "json", "jsonl", "csv", "jpg", "jpeg", "png", "dicom", "dcm", "shard", "shards", "part", "parts", "partial", "full", "all", "final", "official", "public", "clean",
+    "raw", "processed", "resized", "subset", "small", "new", "v", "the", "for", "of",
+))
 # Fields that may hold a split under another name; they are heeded if their value is a known word.
 _OTHER_FIELDS = ("subset", "partition", "set", "datasplit", "datasetsplit", "splitname", "splittype", "phase")
 
@@ -56,9 +64,14 @@ def split_of_name(name: str) -> str | None:
 
 
 def split_of_folder(name: str) -> str | None:
-    """The split that is a folder's whole name, apart from words such as "set" and "images"; else None."""
+    """The split that a folder's or a section's name is, apart from words that say nothing else: test, testImages, VQA_test, partial-train. None for
+    others, and for several."""
     word = re.sub(r"[^a-z]+", "", name.lower())
-    return _SPLITS.get(word) or _SPLITS.get(_BESIDE.sub("", word))
+    whole = _SPLITS.get(word) or _SPLITS.get(_BESIDE.sub("", word))
+    if whole or not word:
+        return whole
+    words = [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+    return split_of_name(name) if all(word in _NEUTRAL or word in _SPLITS for word in words) else None
 
 
 def split_of_folders(relative: str) -> str | None:
@@ -133,13 +146,31 @@ def record_split(record: Mapping[str, Any], more: Collection[str] = ()) -> str |
     """The split that a record names in a field `split`, in whatever case, or in a field such as `subset` if
     that holds a known word. Raises UnknownSplit."""
     names = _plain_names(tuple(record))
-    if "split" in names:
+    if "split" in names and isinstance(names["split"], str):
         return known_split(record[names["split"]], more)
     for field in _OTHER_FIELDS:
         # The names are read without a look at the record's value, which would count as used.
         value = dict.get(record, names[field]) if field in names and isinstance(record, dict) else None
         if isinstance(value, str) and (as_split(value) or value.strip() in more):
             return known_split(record[names[field]], more)
+    return _flagged(record, names) or _nested(record, names, more)
+
+
+def _flagged(record: Mapping[str, Any], names: Mapping[str, Any]) -> str | None:
+    """The split of a field such as is_test that is true."""
+    for plain, name in names.items():
+        split = _SPLITS.get(plain[2:]) if plain.startswith(("is", "in")) else None
+        if split is not None and str(record[name]).strip().lower() in ("true", "1", "1.0", "yes"):
+            return split
+    return None
+
+
+def _nested(record: Mapping[str, Any], names: Mapping[str, Any], more: Collection[str]) -> str | None:
+    """The split within a record's `metadata`."""
+    for field in ("metadata", "meta", "info"):
+        value = dict.get(record, names[field]) if field in names and isinstance(record, dict) else None
+        if isinstance(value, dict) and any(str(name).strip().lower() == "split" for name in value):
+            return record_split(value, more)
     return None
 
 

@@ -20,6 +20,7 @@ from medray.data.readers.common import (
     digest,
     error_row,
     identity_of,
+    is_empty,
     row,
 )
 from medray.data.readers.splits import UnknownSplit, record_split, split_of
@@ -41,15 +42,15 @@ def tar_rows(
     """Index rows of a tar's samples, read once from begin to end; the members of a sample stand together. Members that
     nothing is read from are noted by their suffix, fields that are not used by their name.
 
-    `image_file` is "<path>#offset=<byte>&size=<bytes>". The id is the JSON's sample_id, else "<tar's name>/<key>".
+    `image_file` is "<path>#offset=<byte>&size=<bytes>". The id is the JSON's sample_id, else "<tar's path below root>/<key>".
 
     Args:
         root, more: see readers.splits.split_of and known_split.
     """
-    name = posixpath.basename(path)
+    name = _below(path, root)
     sample: dict[str, Any] = {}
     use = FieldUse()
-    rows = partial(_sample_rows, path=path, patient_key=patient_key, split=split_of(path, root), more=more, use=use)
+    rows = partial(_sample_rows, path=path, name=name, patient_key=patient_key, split=split_of(path, root), more=more, use=use)
     try:
         with open_file(path) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
             for member in tar:
@@ -77,17 +78,22 @@ def tar_rows(
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         why = str(error) if isinstance(error, tarfile.TarError) else f"it {failure(error)}"
         after = shown_path(sample.get("key", "its begin"), key=patient_key)
-        yield error_row(f"{name}@end", f"{name} after {after}", f"the tar cannot be read on: {why}")
+        yield error_row(f"{name}@end", f"{shown_path(name, key=patient_key)} after {after}", f"the tar cannot be read on: {why}")
     if sample:
         yield from rows(sample)
     use.note(notes, name)
 
 
+def _below(path: str, root: str | None) -> str:
+    """A tar's path below the source: two folders may each hold a 000.tar."""
+    inside = root is not None and path.startswith(root.rstrip("/") + "/")
+    return path[len(root.rstrip("/")) + 1 :] if inside else posixpath.basename(path)
+
+
 def _sample_rows(
-    sample: dict[str, Any], path: str, patient_key: bytes | None, split: str | None, more: Collection[str], use: FieldUse,
+    sample: dict[str, Any], path: str, name: str, patient_key: bytes | None, split: str | None, more: Collection[str], use: FieldUse,
 ) -> Iterator[Row]:
-    name = posixpath.basename(path)
-    where = f"{name} {shown_path(sample['key'], key=patient_key)}"
+    where = f"{shown_path(name, key=patient_key)} {shown_path(sample['key'], key=patient_key)}"
     identity = f"{name.removesuffix('.tar')}/{sample['key']}"
     try:
         record = use.tracked(_record(sample["texts"]))
@@ -129,8 +135,10 @@ def _record(texts: dict[str, bytes | None]) -> dict[str, Any]:
         raise BadRecord(f"the sample's text cannot be read: {error}") from None
     if not isinstance(record, dict):
         raise BadRecord(f"the sample's JSON is a {type(record).__name__}, not an object")
-    if caption and not record.get("caption"):
+    if caption and is_empty(record.get("caption")):
         record["caption"] = caption
+    elif caption and caption != str(record["caption"]).strip():
+        raise BadRecord("the sample's text file says something else than field 'caption' of its JSON; leave one of them out")
     return record
 
 
