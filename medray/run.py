@@ -215,6 +215,8 @@ class Run:
             attempts = 1
             if self.exists(folder):
                 logger.info("stage %s: %s, restarting", name, "inputs changed" if before["hash"] else f"no readable {INPUTS}")
+                if isinstance(written, contents.Record):  # of a version that did not remember it when the stage was done
+                    contents.remember(self.fs, self._root, folder, written)
                 self.remove(folder, INPUTS)  # first: a folder without them that a killed run was emptying is not gone on with
                 self.remove(folder)
                 if kept is not None:  # what inputs.json said is lost; later stages were made of these files
