@@ -338,12 +338,17 @@ def test_what_a_killed_job_left_half_written_is_removed(tmp_path):
         ".part-abc",
         "stages/15-dpo/.part-model-x/weights",
         "stages/15-dpo/rows/a.parquet.0a1b2c3d.part",
+        "stages/15-dpo/model/a/b/c/d/e/.part-x",
     ):
         path = tmp_path / "run" / left
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     (tmp_path / "run" / "stages/15-dpo/rows/a.parquet").write_text("x")
+    waiting = tmp_path / "run" / "lock" / ".part-of-another-job"
+    waiting.parent.mkdir()
+    waiting.write_text("x")
     with held(run):
+        assert waiting.exists()
         assert [path.name for path in (tmp_path / "run" / "stages").rglob("*") if path.is_file()] == [
             "a.parquet"
         ]
