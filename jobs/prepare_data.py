@@ -10,6 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
 
+from medray.beginning import end_at_signals
+
+if __name__ == "__main__":
+    end_at_signals()  # before the imports that take seconds
+
 from medray.config import PrepareDataConfig, load_config
 from medray.errors import ConfigError, MedrayError
 from medray.job import ended, run_job

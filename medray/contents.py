@@ -136,9 +136,12 @@ def record(fs: Any, root: str, stage: str, folders: list[str], key: str) -> Reco
         key: digest of the stage's inputs.
     """
     before = recorded(fs, root, stage)
-    results = _results(fs, root, stage)
-    if (before is None or (isinstance(before, Record) and before.key != key)) and key in results:
-        before = Record(key, **results[key], files=[])
+    if before is None or (isinstance(before, Record) and before.key != key):
+        results, complete = _results(fs, root, stage)
+        if key in results:
+            before = Record(key, **results[key], files=[])
+        elif not complete:
+            before = "is forgotten"
     files = hashed(fs, root, listed(fs, root, folders))
     content = content_of(files)
     if before is None or (isinstance(before, Record) and before.key != key):
@@ -148,27 +151,36 @@ def record(fs: Any, root: str, stage: str, folders: list[str], key: str) -> Reco
     else:  # finished before, and other files now: what was made of the former ones is not made of these
         made = Record(key, xxhash.xxh3_64_hexdigest(f"{key} {content}".encode()), content, files)
     write(fs, root, stage, made)
-    results.pop(key, None)
-    kept = dict(list(results.items())[-_RESULTS + 1 :]) | {key: {"hash": made.hash, "content": made.content}}
+    remember(fs, root, stage, made)
+    return made
+
+
+def remember(fs: Any, root: str, stage: str, made: Record) -> None:
+    """Keep what a stage came out as with its inputs, outside of its folder."""
+    results, complete = _results(fs, root, stage)
+    results.pop(made.key, None)
+    kept = dict(list(results.items())[-_RESULTS + 1 :])
+    complete = complete and len(kept) == len(results)
+    kept[made.key] = {"hash": made.hash, "content": made.content}
     path = _results_path(root, stage)
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
-    write_whole(fs, path, seal({"results": kept}))
-    return made
+    write_whole(fs, path, seal({"results": kept, "complete": complete}))
 
 
 def _results_path(root: str, stage: str) -> str:
     return posixpath.join(root, RESULTS, f"{posixpath.basename(stage)}.json")
 
 
-def _results(fs: Any, root: str, stage: str) -> dict[str, dict[str, str]]:
-    """By key, hash and content of what the stage came out as; those of damaged files are forgotten."""
+def _results(fs: Any, root: str, stage: str) -> tuple[dict[str, dict[str, str]], bool]:
+    """By key, hash and content of what the stage came out as, and whether none of them was forgotten (a damaged file, or many)."""
     try:
-        return unseal(fs.cat_file(_results_path(root, stage)))["results"]
+        kept = unseal(fs.cat_file(_results_path(root, stage)))
+        return kept["results"], kept.get("complete", True)
     except FileNotFoundError:
-        return {}
+        return {}, True
     except (ValueError, KeyError) as error:
         logger.warning("%s: damaged, %s", _results_path(root, stage), error)
-        return {}
+        return {}, False
 
 
 def write(fs: Any, root: str, stage: str, made: Record) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from medray import run_hold
+from medray import beginning, run_hold
 from medray.config import ConfigT, LoopConfig, Section, load_config
 from medray.errors import ConfigError, MedrayError, RunHeld, RunLost, Waiting
 from medray.failures import describe
@@ -113,8 +113,9 @@ def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict
         again: the argument with which the same command resumes the run, for example "--run runs/a".
         show: may take entries out of the summary that are for reading only.
 
-    Returns the exit status: 0 done, 1 failed, 3 the run waits for people, 4 another job holds the run. Interrupted, or taken over
-    by another job, the process ends here with 130 or 4.
+    Returns the exit status: 0 done, 1 failed, 2 bad configuration that was found before any stage began (a run that cannot be
+    written), 3 the run waits for people, 4 another job holds the run. Interrupted, or taken over by another job, the process ends
+    here with 130 or 4.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     ending = _Ending(again)
@@ -138,7 +139,9 @@ def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict
 def ended(main: Callable[[], int]) -> int:
     """What a script in jobs/ exits with: what its main returns, or the status of what ended it before a job was started."""
     try:
-        return main()
+        status = main()
+        beginning.over()
+        return status
     except KeyboardInterrupt:
         _say("\ninterrupted; nothing was started")
         return INTERRUPTED
@@ -180,6 +183,12 @@ class _Ending:
 
     def failed(self, error: BaseException) -> int:
         """Say what failed. Returns the exit status."""
+        try:
+            return self._failed(error)
+        except KeyboardInterrupt:  # nobody reads what it says
+            self.interrupted()
+
+    def _failed(self, error: BaseException) -> int:
         if isinstance(error, Waiting):
             _say(f"\nwaiting: {error}\nthen rerun the same command with {self.again} to resume")
             return WAITING
@@ -187,6 +196,9 @@ class _Ending:
             _say(f"failed: {error}")
             return HELD
         stage = stage_in_progress()
+        if isinstance(error, ConfigError) and stage is None:
+            _say(f"configuration error\n{error}")
+            return BAD_CONFIGURATION
         where = f"stage {stage}: " if stage else ""
         said = str(error) if isinstance(error, MedrayError) else describe(error)
         log = location()
@@ -213,7 +225,8 @@ class _Ending:
         by_force = threading.Timer(RELEASE_SECONDS + 1, os._exit, [status])
         by_force.daemon = True
         by_force.start()
-        self._once.acquire()  # for good: the main thread and that of the signals may both come here
+        if not self._once.acquire(timeout=2 * RELEASE_SECONDS):  # for good: the main thread and that of the signals may both come here
+            os._exit(status)
         processes = descendants() | (self.signals.family if self.signals is not None else set())
         kill({process for process in processes if process.pid != self._watcher.pid})
         release_all(RELEASE_SECONDS)

@@ -215,6 +215,8 @@ class Run:
             attempts = 1
             if self.exists(folder):
                 logger.info("stage %s: %s, restarting", name, "inputs changed" if before["hash"] else f"no readable {INPUTS}")
+                if isinstance(written, contents.Record):  # of a version that did not remember it when the stage was done
+                    contents.remember(self.fs, self._root, folder, written)
                 self.remove(folder, INPUTS)  # first: a folder without them that a killed run was emptying is not gone on with
                 self.remove(folder)
                 if kept is not None:  # what inputs.json said is lost; later stages were made of these files
@@ -252,9 +254,14 @@ class Run:
         inner = [uri.removeprefix(f"{self.uri}/") for uri in uris]
         return [folder, *sorted({path for path in inner if not path.startswith("stages/")})]
 
-    def reread(self, read: Callable[[], Any], *stages: str) -> Any:
+    def reread(self, read: Callable[[], Any], index: str, rows: str) -> Any:
         """What `read` returns, which runs stages that read a source. Where more is set aside than allowed of what an earlier job read,
-        the stages named start over, once: the source may be mended by now."""
+        they read it again, once: the source may be mended by now.
+
+        Args:
+            index: the stage that lists the source, which starts over.
+            rows: the stage that makes rows of that list; as long as the list is the same, only its files with rows set aside are made again.
+        """
         before = len(self.timeline)
         try:
             return read()
@@ -263,8 +270,11 @@ class Run:
                 raise
             logger.warning("%s\nthis was read by an earlier job; reading the source again", error)
             del self.timeline[before:]
-            for name in stages:
-                self.remove("stages", name)
+            self.remove("stages", index)
+            self.remove("stages", rows, MANIFEST)
+            for path in (url_to_fs(file)[1] for file in error.files):
+                if self.fs.exists(path):
+                    self.fs.rm_file(path)
             return read()
 
     def remove(self, *parts: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import logging
 import os
 import shutil
@@ -19,7 +20,6 @@ from medray.run_log import RunLog
 logger = logging.getLogger("medray")
 
 UMASK = 0o077
-_LEFTOVER_DEPTH = 6  # stages/NAME/FOLDER/CHECKPOINT/FILE: what is written whole or not at all lies no deeper
 _LEFTOVERS = (f"{SCRATCH}*", "*.????????.part")  # of this module's kind, and of medray.files.write_whole
 
 announce: Callable[[str], None] | None = None  # a job's way to tell its watcher where the log is
@@ -69,16 +69,14 @@ def remove_leftovers(run: Run) -> None:
     """Remove files that a killed job was writing and had not renamed yet. The run must be held."""
     if not run.is_local:
         return
-    root = Path(run.uri)
-    for depth in range(1, _LEFTOVER_DEPTH + 1):
-        for path in [
-            path
-            for name in _LEFTOVERS
-            for path in root.glob("/".join(["*"] * (depth - 1) + [name]))
-            if path.relative_to(root).parts[0] != LOCK  # what another job writes there while it tries to take the run
-        ]:
+    for folder, folders, files in os.walk(run.uri):
+        if folder == run.uri and LOCK in folders:
+            folders.remove(LOCK)  # other jobs write there while they try to take the run
+        left = [name for name in (*folders, *files) if any(fnmatch.fnmatchcase(name, pattern) for pattern in _LEFTOVERS)]
+        for path in (Path(folder, name) for name in left):
             logger.info("removing %s, which a killed job left", path)
             if path.is_dir() and not path.is_symlink():
+                folders.remove(path.name)
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)

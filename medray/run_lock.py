@@ -11,8 +11,8 @@ A run is free when its owner released it, or is dead:
 
 - On the same machine (one boot, one namespace of process ids) its process is looked up, so a dead owner is
   noticed at once.
-- On another machine its heartbeat is watched. An owner whose heartbeat does not change for LOST_SECONDS is
-  dead. Clocks are never compared.
+- On another machine, or where the system hides the processes of other users, its heartbeat is watched. An
+  owner whose heartbeat does not change for LOST_SECONDS is dead. Clocks are never compared.
 
 An owner that was taken over (a laptop that slept, a network that was cut) finds a higher number at its next
 heartbeat, or before its next write, whichever comes first, and stops.
@@ -37,10 +37,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from medray.config.section import without_passwords
 from medray.errors import ConfigError, RunHeld, RunLost, StageError
+from medray.run_owner import HIDDEN, machine, process_start
 
 logger = logging.getLogger("medray")
 
@@ -49,44 +48,10 @@ BEAT_SECONDS = 10.0
 LOST_SECONDS = 60.0
 SETTLE_SECONDS = 1.0
 WATCH_SECONDS = 0.5
-HIDDEN = "hidden"
 SCRATCH = ".part-"  # begins the name of every file that is renamed when it is whole
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _FIELDS = {"token", "host", "machine", "pid", "process_started", "command", "started"}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-
-
-def machine() -> str:
-    """Where process ids mean the same as here: the boot of the kernel and the namespace of process ids."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # no Linux
-        return f"{socket.gethostname()}/{int(psutil.boot_time())}"
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True
-
-
-def process_start(pid: int) -> str | None:
-    """Start of the process in the system's own count; None if there is none, or it is dead and not reaped, HIDDEN where
-    only its existence can be seen."""
-    if sys.platform == "linux":
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return HIDDEN if _exists(pid) else None  # /proc may hide the processes of other users (hidepid)
-        return None if fields[0] in "ZX" else fields[19]
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
-    except psutil.Error:
-        return None
 
 
 def _clocks() -> tuple[float, float]:
@@ -138,7 +103,8 @@ class _Folder:
             with contextlib.suppress(FileExistsError), open(self._file(number), "xb") as file:
                 file.write(data)
         finally:
-            os.unlink(scratch)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(scratch)
 
     def write(self, number: int, data: bytes) -> None:
         os.replace(self._scratch(data), self._file(number))
@@ -150,6 +116,13 @@ class _Folder:
     def remove(self, number: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._file(number))
+
+    def tidy(self, seconds: float) -> None:
+        """Remove what jobs that were killed while they took the run left half written, so long ago."""
+        for path in Path(self.path).glob(f"{SCRATCH}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > seconds:
+                    path.unlink()
 
     def drop(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -211,6 +184,9 @@ class _Store:
     def remove(self, number: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self._file(number))
+
+    def tidy(self, seconds: float) -> None:
+        """Nothing: a store shows whole objects only."""
 
     def drop(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -282,9 +258,9 @@ class RunLock:
             for number in self._place.numbers():
                 if number < self.number:
                     self._place.remove(number)
+            self._place.tidy(self._lost_after)
         except OSError as error:
             raise unwritable(self.uri, error) from error
-        self._confirmed = _clocks()
         _held_here.add(self)
         threading.Thread(target=self._keep_alive, name="run-lock", daemon=True).start()
 
@@ -331,6 +307,7 @@ class RunLock:
             self._wait_until_free(top)
         if self._place.numbers()[-1:] != numbers[-1:]:
             return  # somebody else was faster
+        now = _clocks()
         try:
             self._place.create(top + 1, self._data())
         except FileNotFoundError:  # the last owner has removed the folder with its lock
@@ -341,7 +318,7 @@ class RunLock:
         if self._owner(top + 1).get("token") != self._record["token"]:
             return
         if self._place.numbers()[-1:] == [top + 1]:
-            self.number = top + 1
+            self.number, self._confirmed = top + 1, now
         else:
             self._place.remove(top + 1)
 
@@ -351,10 +328,12 @@ class RunLock:
         if owner is None or owner.get("released"):
             return
         if owner.get("machine") == self._record["machine"]:
-            if process_start(owner["pid"]) in (owner["process_started"], HIDDEN):
+            started = process_start(owner["pid"])
+            if started == owner["process_started"]:
                 raise _held(self.uri, owner, time.time() - mark / 1e9 if isinstance(mark, int) else None)
-            logger.info("run %s: its last job (process %s) is dead; taking over", self.uri, owner["pid"])
-            return
+            if started != HIDDEN:  # else it is the owner, or another process that got its id: the heartbeat tells
+                logger.info("run %s: its last job (process %s) is dead; taking over", self.uri, owner["pid"])
+                return
         who = f"host {owner['host']}, process {owner['pid']}" if owner else "an unknown host"
         logger.info(
             "run %s is held by %s; waiting up to %.0f s for a sign of life", self.uri, who, self._lost_after

@@ -100,6 +100,20 @@ def nobody_reads():
         os.write(2, b"x" * 65536)
 
 
+def nobody_reads_why_it_failed():
+    """The pipe is full when the job has failed."""
+    pipe = os.pipe()[1]
+    os.dup2(pipe, 2)
+    os.set_blocking(2, False)
+    try:
+        while True:
+            os.write(2, b"x" * 4096)
+    except BlockingIOError:
+        os.set_blocking(2, True)
+    now()
+    raise StageError("no pair is left")
+
+
 def with_a_child():
     subprocess.Popen(["sleep", "614"])
     sleeping()

@@ -233,6 +233,17 @@ def test_former_inputs_with_another_outcome_reach_the_stages_after(job):
     assert (job.calls, again["hash"]) == (["a"], a["hash"]), "the same outcome as the last time"
 
 
+@pytest.mark.parametrize("damage", [cut, empty, flip, delete])
+def test_an_outcome_that_was_forgotten_is_not_taken_for_the_former_one(job, damage):
+    """The file that remembers it is damaged, or of a version that had none; the stage's own record is emptied with its folder."""
+    damage(Path(job.folder, "results/a.json"))
+    run = Run(job.folder)
+    run.stage("a", {"x": 2}, job.first)
+    job.text = "z"
+    _, b = job()
+    assert (job.calls, b["outputs"]["text"]) == (["a", "b"], "z")
+
+
 def test_a_repair_that_was_interrupted_keeps_what_it_had_made(job):
     made = f"{job.folder}/stages/a/rows/more-000000.parquet"
     (Path(job.folder) / ROWS).unlink()

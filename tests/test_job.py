@@ -100,8 +100,9 @@ def test_a_signal_that_the_work_does_not_heed_ends_it_by_force(tmp_path, case, e
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "job stop"])
-def test_a_job_whose_lines_nobody_reads_ends_too(tmp_path, end):
-    job = Started("nobody_reads", tmp_path / "run", grace=1)
+@pytest.mark.parametrize("case", ["nobody_reads", "nobody_reads_why_it_failed"])
+def test_a_job_whose_lines_nobody_reads_ends_too(tmp_path, case, end):
+    job = Started(case, tmp_path / "run", grace=1)
     job.wait_until_there()
     job.process.send_signal(ENDS[end])
     assert job.process.wait(120) == 130
@@ -258,9 +259,11 @@ def test_an_error_before_a_run_is_open_has_its_traceback_in_a_file(capsys, monke
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(Waiting("judge more"), 3), (ConfigError("--run x: cannot be written"), 1)]
+    ("error", "status"), [(Waiting("judge more"), 3), (ConfigError("--run x: cannot be written"), 2)]
 )
-def test_statuses_of_known_endings(capsys, error, status):
+def test_statuses_of_known_endings(capsys, monkeypatch, error, status):
+    monkeypatch.setattr("medray.run._in_progress", None)
+
     def work():
         raise error
 
@@ -335,12 +338,17 @@ def test_what_a_killed_job_left_half_written_is_removed(tmp_path):
         ".part-abc",
         "stages/15-dpo/.part-model-x/weights",
         "stages/15-dpo/rows/a.parquet.0a1b2c3d.part",
+        "stages/15-dpo/model/a/b/c/d/e/.part-x",
     ):
         path = tmp_path / "run" / left
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     (tmp_path / "run" / "stages/15-dpo/rows/a.parquet").write_text("x")
+    waiting = tmp_path / "run" / "lock" / ".part-of-another-job"
+    waiting.parent.mkdir()
+    waiting.write_text("x")
     with held(run):
+        assert waiting.exists()
         assert [path.name for path in (tmp_path / "run" / "stages").rglob("*") if path.is_file()] == [
             "a.parquet"
         ]
@@ -359,10 +367,11 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize(
     "script", ["self_train", "instruction_free", "clinician_preference", "evaluate", "prepare_data"]
 )
-def test_ctrl_c_before_a_job_is_started(tmp_path, script):
+def test_a_signal_before_a_job_is_started(tmp_path, script, end):
     """While its configuration is read, here from a pipe that nobody writes."""
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
@@ -377,6 +386,24 @@ def test_ctrl_c_before_a_job_is_started(tmp_path, script):
     )
     with pipe.open("w"):  # opened when the job has opened it
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        assert "interrupted; nothing was started" in process.communicate(timeout=60)[1]
+        process.send_signal(ENDS[end])
+        assert process.communicate(timeout=60)[1] == "\ninterrupted; nothing was started\n"
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_signal_while_a_job_imports(tmp_path, end):
+    """A module that waits stands in for one that takes seconds."""
+    (tmp_path / "yaml.py").write_text("import time\nprint('now', flush=True)\ntime.sleep(600)\n")
+    process = subprocess.Popen(
+        [sys.executable, "jobs/self_train.py", "--check"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(ENDS[end])
+    assert process.communicate(timeout=60)[1] == "\ninterrupted; nothing was started\n"
     assert process.returncode == 130

@@ -125,14 +125,53 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path, reaped):
         holder.wait()
 
 
-def test_an_owner_that_proc_hides_is_alive(tmp_path, monkeypatch):
-    """hidepid shows the processes of other users to nobody."""
-    def hidden(path, *_, **__):
+@pytest.fixture
+def hidden(monkeypatch):
+    """The processes of other users, as hidepid hides them."""
+
+    def read_text(path, *_, **__):
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(run_lock.Path, "read_text", hidden)
+    here = run_lock.machine()
+    monkeypatch.setattr(run_lock.Path, "read_text", read_text)
+    monkeypatch.setattr(run_lock, "machine", lambda: here)
+    return here
+
+
+def test_an_owner_that_proc_hides_is_alive(hidden):
     assert run_lock.process_start(os.getpid()) == run_lock.HIDDEN
     assert run_lock.process_start(2**22 + 1) is None
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_an_owner_that_proc_hides_is_told_by_its_heartbeat(tmp_path, hidden, alive):
+    """Else a process that got its id later would hold the run for good."""
+    file = written_by(tmp_path, machine=hidden, process_started="12")
+    ended = threading.Event()
+
+    def touch():
+        while alive and not ended.wait(0.05):
+            os.utime(file)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(RunHeld) if alive else contextlib.nullcontext():
+            lock_of(tmp_path, lost=1).acquire()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_what_a_job_leaves_that_was_killed_while_it_took_the_run_is_removed(tmp_path):
+    """Not what another one writes now."""
+    file = written_by(tmp_path, released=True)
+    for name, age in (("old", 7200), ("new", 0)):
+        left = file.with_name(f"{run_lock.SCRATCH}{name}")
+        left.write_text("x")
+        os.utime(left, (time.time() - age, time.time() - age))
+    lock_of(tmp_path, lost=3600).acquire()
+    assert [path.name for path in file.parent.glob(f"{run_lock.SCRATCH}*")] == [f"{run_lock.SCRATCH}new"]
 
 
 def test_a_process_that_got_the_dead_owners_id_is_not_its_owner(tmp_path):

@@ -67,8 +67,14 @@ def readable(path: str) -> Iterator[None]:
 
 def tables(uri: str, columns: list[str] | None = None, rows: int = 1024) -> Iterator[pa.Table]:
     """Columns of a folder of shards, in order of file name, `rows` at a time."""
+    return (table for _, table in tables_with_files(uri, columns, rows))
+
+
+def tables_with_files(uri: str, columns: list[str] | None = None, rows: int = 1024) -> Iterator[tuple[str, pa.Table]]:
+    """(address of the shard, some of its rows) of a folder of shards, in order of file name."""
     for path in parquet_files(uri):
-        yield from _tables_of_file(path, columns, rows)
+        for table in _tables_of_file(path, columns, rows):
+            yield path, table
 
 
 def _tables_of_file(path: str, columns: list[str] | None, rows: int) -> Iterator[pa.Table]:
@@ -99,10 +105,9 @@ def stored_rows(uri: str, columns: list[str] | None = None) -> Iterator[dict[str
 
 def rows_with_files(uri: str, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """(address of the shard, row) of a folder of shards, few in memory at a time."""
-    for path in parquet_files(uri):
-        for table in _tables_of_file(path, columns, 64):
-            for row in table.to_pylist():
-                yield path, row
+    for path, table in tables_with_files(uri, columns, 64):
+        for row in table.to_pylist():
+            yield path, row
 
 
 @contextlib.contextmanager
@@ -293,6 +298,8 @@ def _ready(done_fs: Any, done: str, fs: Any, root: str) -> dict[str, set[str]]:
         changed = [name for name, size in files.items() if sizes.get(name) != size]
         if changed:
             logger.warning("%s/%s is missing or cut; writing it again", root, changed[0])
+            for name in files.keys() & sizes.keys():  # the new ones may be fewer
+                fs.rm_file(f"{root}/{name}")
         else:
             ready[number] = set(files)
     return ready

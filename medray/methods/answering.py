@@ -6,18 +6,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from medray.config import EvaluateJobConfig
 from medray.errors import StageError
 from medray.evaluation.benchmarks import BENCHMARKS
 from medray.methods.stages import Model, asked_inputs, check_answered, engine_arguments
-from medray.records import PREDICTION, conform
+from medray.records import ANSWERED, PREDICTION, conform
 from medray.run import Run, Stage
 
 
@@ -40,10 +42,16 @@ def predict(run: Run, config: EvaluateJobConfig, questions: Mapping[str, dict[st
     """
     settings, mapped = worker_of(config, model)
     parts = {name: made["hash"] for name, made in questions.items()}
-    answers = run.stage(f"05-answers-{model.name}", settings, lambda stage: ask(stage, config, questions, mapped), parts)["outputs"]["rows"]
+    asked = run.stage(f"05-answers-{model.name}", settings, lambda stage: ask(stage, config, questions, mapped), parts)["outputs"]
+    answers = asked["rows"]
+    try:
+        outcome = asked["digests"]
+    except KeyError:  # of an older version
+        outcome = digests_of(answers, questions)
 
     def own(name: str) -> dict[str, Any]:
-        inputs = {**settings, "questions": parts[name]}
+        # Not the stage's hash: it changes when another benchmark is added, and the answers to this one stay.
+        inputs = {**settings, "questions": parts[name], "answers": outcome[name]}
         return run.stage(f"10-{name}-{model.name}", inputs, lambda stage: take(stage, answers, questions[name]["outputs"]))
 
     return {name: own(name) for name in questions}
@@ -82,7 +90,22 @@ def ask(stage: Stage, config: EvaluateJobConfig, questions: Mapping[str, dict[st
         lambda rows: rows.map_batches(**mapped), 8 * config.engine.rows_per_task, config.data.read_cpus, id_column="key",
     )
     check_answered(stage.path("rows"), rows, config.max_quarantined, "key")
-    return {"rows": stage.path("rows"), "counts": {"answers": rows, **again}}
+    return {"rows": stage.path("rows"), "digests": digests_of(stage.path("rows"), questions), "counts": {"answers": rows, **again}}
+
+
+def digests_of(answers: str, questions: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """By benchmark a digest of a model's answers to it, whatever their order."""
+    from medray.data.ids import digests
+    from medray.data.shards import tables
+
+    prefixes = {made["outputs"]["prefix"]: name for name, made in questions.items()}
+    rows: dict[str, list[str]] = {name: [] for name in questions}
+    for table in tables(answers, rows=2**12):
+        for row in conform(table, ANSWERED).to_pylist():
+            name = prefixes.get(f"{row['key'].partition('/')[0]}/")
+            if name is not None:  # else of a benchmark that is no longer asked for
+                rows[name].append(json.dumps(row, sort_keys=True))
+    return {name: xxhash.xxh3_64_hexdigest(digests(own).tobytes()) for name, own in rows.items()}
 
 
 def take(stage: Stage, answers: str, questions: dict[str, Any]) -> dict[str, Any]:

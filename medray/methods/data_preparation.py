@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from medray.config import DataConfig, PrepareDataConfig
-from medray.data.shards import parquet_files, tables
+from medray.data.shards import parquet_files, tables, tables_with_files
 from medray.data.uses import is_duplicate
 from medray.errors import DataError
 from medray.methods.data_report import write_report
@@ -82,8 +82,12 @@ def read_source(run: Run, config: PrepareDataConfig) -> tuple[dict[str, Any], ..
     """The manifests of the stages that read the source: index, shards, account."""
     index = run.stage("01-index", index_inputs(config.data), lambda stage: write_index(stage, config.data))
     kind, limits = index["outputs"]["format"], config.data.model_dump(include=LIMITS)
-    shards = run.stage(
-        "02-shards", {"index": index["hash"], "limits": limits}, lambda stage: write_samples(stage, config.data, index["outputs"]["rows"], kind, run.path("shards")))
+
+    def written(stage: Stage) -> dict[str, Any]:
+        run.remove("manifest.json")  # until the end it would say that the dataset is whole
+        return write_samples(stage, config.data, index["outputs"]["rows"], kind, run.path("shards"))
+
+    shards = run.stage("02-shards", {"index": index["hash"], "limits": limits}, written)
     return index, shards, run.stage("03-account", {"shards": shards["hash"]}, lambda stage: take_account(stage, config.max_quarantined))
 
 
@@ -132,11 +136,12 @@ def write_samples(stage: Stage, data: DataConfig, index_uri: str, kind: str, out
 def check_samples(uri: str, max_quarantined: float) -> None:
     """Raise StageError if more of the records of SAMPLE shards were set aside than the job allows."""
     found, good = SetAside(), 0
-    for table in tables(uri, ["error", "set_aside", *PARTS_OF_A_RECORD]):
+    for path, table in tables_with_files(uri, ["error", "set_aside", *PARTS_OF_A_RECORD]):
         for row in table.to_pylist():
             for one in row["set_aside"] or ():
                 if not is_duplicate(one["reason"]):
                     found.add(one["reason"], one["sample_id"])
+                    found.files.add(path)
             good += 0 if row["error"] is not None else max(1, sum(len(row[name] or ()) for name in PARTS_OF_A_RECORD))
     check_set_aside("records", good + found.total, found, max_quarantined)
 
@@ -155,7 +160,7 @@ def take_account(stage: Stage, max_quarantined: float = 1.0) -> dict[str, Any]:
     tallies: dict[str, Counter[str]] = {name: Counter() for name in ("splits", "modalities", "formats", "answer_types", "attributes", "warnings", "languages")}
     sizes: Counter[int] = Counter()
     with stage.run.fs.open(stage.run.path("quarantine", "part-000000.parquet"), "wb") as handle, pq.ParquetWriter(handle, QUARANTINE) as quarantine:
-        for table in tables(stage.run.path("shards"), _TEXT_COLUMNS):
+        for path, table in tables_with_files(stage.run.path("shards"), _TEXT_COLUMNS):
             bad = []
             for row in table.to_pylist():
                 bad += [{**one, "stage": "prepare_data"} for one in row["set_aside"] or ()]
@@ -170,6 +175,7 @@ def take_account(stage: Stage, max_quarantined: float = 1.0) -> dict[str, Any]:
                 counts["duplicates" if duplicate else "quarantined"] += 1
                 if not duplicate:
                     found.add(one["reason"], one["sample_id"])
+                    found.files.add(path)
                 reasons[kind_of_reason(one["reason"])] += 1
             if bad:
                 quarantine.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE))

@@ -4,7 +4,7 @@ import pytest
 
 from medray.errors import StageError
 from medray.evaluation.predict import question_text
-from medray.methods.answering import take
+from medray.methods.answering import digests_of, take
 from medray.records import ANSWERED, PREDICTION
 from medray.run import Run
 
@@ -34,3 +34,23 @@ def test_a_benchmark_takes_its_own_rows_among_the_answers(tmp_path):
     assert table.select(["sample_id", "answer"]).to_pylist() == [{"sample_id": "a", "answer": "slake-1/a"}, {"sample_id": "b", "answer": "slake-1/b"}]
     with pytest.raises(StageError, match="2 answers to 3 questions"):
         taken("10-slake-other", 3)
+
+
+def test_answers_that_were_asked_again_reach_the_scores_of_their_benchmark_alone(tmp_path):
+    """Neither their order nor another benchmark's answers count."""
+    questions = {name: {"outputs": {"prefix": f"{name}-1/"}} for name in ("slake", "slake-zh")}
+
+    def digests(*answers, last=False):
+        folder = tmp_path / f"{'-'.join(answers)}{last}"
+        folder.mkdir()
+        for number, (key, answer) in enumerate(zip(("slake-1/a", "slake-zh-1/a", "slake-1/b", "vqa-rad-1/a"), answers)):
+            rows = [{"sample_id": "a", "answer": answer, "option_logps": [-0.5], "key": key}]
+            pq.write_table(pa.Table.from_pylist(rows, schema=ANSWERED), folder / f"{9 - number if last else number}.parquet")
+        return digests_of(str(folder), questions)
+
+    first = digests("no", "no", "no", "no")
+    assert first["slake"] != first["slake-zh"]
+    assert digests("no", "no", "no", "yes") == first, "a benchmark that is no longer asked for"
+    assert digests("no", "no", "no", "no", last=True) == first
+    other = digests("no", "no", "yes", "no")
+    assert (other["slake"] != first["slake"], other["slake-zh"]) == (True, first["slake-zh"])

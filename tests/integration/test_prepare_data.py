@@ -13,7 +13,7 @@ from PIL import Image
 from jobs.prepare_data import main
 from medray.config import DataConfig, PrepareDataConfig
 from medray.data.sources import read_index
-from medray.errors import DataError
+from medray.errors import DataError, TooManySetAside
 from medray.methods.data_export import export_dataset
 from medray.methods.data_preparation import prepare_dataset
 from medray.methods.data_report import prepared_lines
@@ -108,6 +108,45 @@ def test_the_same_command_continues(prepared, caplog):
     again = prepare_dataset(config(source), str(out))
     assert {path: path.stat().st_mtime_ns for path in (out / "shards").iterdir()} == before
     assert {**again, "seconds": 0, "wall_seconds": 0} == {**summary, "seconds": 0, "wall_seconds": 0}
+
+
+@pytest.mark.parametrize("fault", ["images", "answers"])
+def test_a_source_that_was_mended_is_read_again_where_rows_were_set_aside(tmp_path, ray_cluster, fault):
+    """In its images, of which only the shards with bad ones are written again, or in its records."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+
+    def write(bad):
+        for number in range(60):
+            (source / f"{number}.png").write_bytes(b"cut" if fault == "images" and number < bad else picture(number))
+        records = [dialogue(f"d{i}", f"{i}.png", "train", answer=" " if fault == "answers" and i < bad else "A cell.") for i in range(60)]
+        (source / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def prepare():
+        settings = config(str(source))
+        settings.data.rows_per_shard = 2
+        return prepare_dataset(settings, str(out))
+
+    write(bad=22)
+    with pytest.raises(TooManySetAside, match="22 of 60"):
+        prepare()
+    whole = {file: file.stat().st_mtime_ns for file in (out / "shards").iterdir() if not any(row["set_aside"] for row in rows(file, "set_aside"))}
+    assert whole or fault == "answers"
+    write(bad=0)
+    summary = prepare()
+    assert (summary["images"], summary["quarantined"], len(rows(out / "shards", "sample_id"))) == (60, 0, 60)
+    if fault == "images":
+        assert {file: file.stat().st_mtime_ns for file in whole} == whole
+    assert prepare()["images"] == 60
+
+
+def test_what_is_lost_of_the_quarantine_and_the_leaks_is_made_again(prepared, tmp_path):
+    shutil.copytree(prepared[0], tmp_path / "out")
+    before = {name: rows(tmp_path / "out" / name) for name in ("quarantine", "leaks/pairs.parquet")}
+    shutil.rmtree(tmp_path / "out/quarantine")
+    (tmp_path / "out/leaks/pairs.parquet").unlink()
+    prepare_dataset(config(prepared[1]), str(tmp_path / "out"))
+    assert {name: rows(tmp_path / "out" / name) for name in before} == before and all(before.values())
 
 
 def test_every_job_reads_the_directory(prepared, ray_cluster):

@@ -42,7 +42,7 @@ class Outputs(dict):
         self.stage = stage
 
     def __missing__(self, name: str) -> Any:
-        return Counts() if name in ("counts", "quality", "account", "tallies") else f"{self.stage}/{name}"
+        return Counts() if name in ("counts", "quality", "account", "tallies", "digests") else f"{self.stage}/{name}"
 
 
 class Counts(dict):
