@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from medray.data.pseudonyms import shown_path
 from medray.errors import TooManySetAside
 
 SHOWN = 5  # reasons in a message
@@ -85,7 +86,7 @@ class SetAside:
         ranked = sorted(self.reasons.values(), key=lambda held: -held.number)
         lines = [
             f"  {held.number:,} x {held.example[:_LONGEST]}"
-            + (f" (row {held.sample_id[:80]})" if held.sample_id else "")
+            + (f" (row {shown_path(held.sample_id[:80])})" if held.sample_id else "")
             for held in ranked[:most]
         ]
         if rest := sum(held.number for held in ranked[most:]):

@@ -22,9 +22,12 @@ TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
 PAD_COLOUR = (122, 116, 104)
 MAX_PAGES = 65_536  # of a TIFF file: each becomes a row
 _NEW_SUBFILE_TYPE = 254
+_DEEP_GREY_WITH_ALPHA = b"\x10\x04"  # bit depth and colour type in a PNG's header; Pillow reads the upper 8 bits
 LARGEST_SQUARE = 178_956_970  # pixels; Pillow opens none larger
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows forty more, one of which (EPS) runs a program of the machine's
 
+# Pillow only warns between one and two times its own limit; ours decides. For the whole process: images are decoded in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _IN_MEMORY = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
@@ -46,16 +49,16 @@ def decode(data: bytes | None, limits: DataConfig, page: int = 0) -> Image.Image
     if len(data) > limits.max_image_bytes:
         raise ImageError(f"image file of {len(data)} bytes is over data.max_image_bytes {limits.max_image_bytes}")
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns between one and two times its own limit; ours decides.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if page:
-                image.seek(page)
-            check_size(image.size, limits)
-            image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format == "TIFF" and not page:
+            page = next(iter(_pages_or_none(data)), 0)  # the first directory may be a thumbnail
+        if page:
+            image.seek(page)
+        check_size(image.size, limits)
+        if data[24:26] == _DEEP_GREY_WITH_ALPHA and image.format == "PNG":
+            raise ImageError("a PNG of 16-bit grey with alpha is not read: half of its bits would be lost; save it without alpha")
+        image.load()
+        return to_rgb(_upright(image))
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -64,6 +67,24 @@ def decode(data: bytes | None, limits: DataConfig, page: int = 0) -> Image.Image
         raise ImageError(f"image cannot be decoded: cannot identify image file; medray reads {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise anything for a damaged file; the caller quarantines the row
         raise ImageError(f"image cannot be decoded: {shortened(_IN_MEMORY.sub('', str(error)).strip())}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data say; as it is where these are damaged."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's readers of EXIF raise anything for damaged data
+        return image
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as above
+        return 1
 
 
 def check_size(size: tuple[int, int], limits: DataConfig) -> None:
@@ -130,7 +151,7 @@ def image_format(data: bytes) -> str:
 def is_plain(data: bytes) -> bool:
     """Whether every program shows the encoded image as `decode` does: 8-bit grey or RGB, upright, no alpha, one frame."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    upright = _orientation(image) == 1
     return image.mode in ("L", "RGB") and upright and "transparency" not in image.info and not getattr(image, "is_animated", False)
 
 

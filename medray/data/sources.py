@@ -302,7 +302,7 @@ def index_rows(
         place = Place(images, path, lru_cache(256)(partial(_names, fs)), partial(_head, fs), root, prefix)
         for where, record, error in readable(records(path, start, end, kind)):
             if isinstance(record, Member):
-                notes.add(UNUSED, _relative(path, root), f"member {as_unicode(record.name)}")
+                notes.add(UNUSED, _relative(path, root), f"member {shown_path(as_unicode(record.name), key=patient_key)}")
             else:
                 if isinstance(error, Rest):
                     notes.add(UNUSED, _relative(path, root), f"what stands {as_unicode(where)}")
@@ -408,10 +408,10 @@ def _parquet_rows(
                 patients = patients_of(record)
                 yield _grouped(_with_image(made, Place(images, path), {}, patients, key), patients)
     except pa.ArrowException as error:
-        where = f"{posixpath.basename(path)} row groups {start} to {end}"
+        where = f"{_table_name(posixpath.basename(path), key)} row groups {start} to {end}"
         yield error_row(where, where, f"the file cannot be read on as Parquet: {str(error)[:200]}")
     except OSError as error:
-        where = f"{posixpath.basename(path)} row groups {start} to {end}"
+        where = f"{_table_name(posixpath.basename(path), key)} row groups {start} to {end}"
         yield error_row(where, where, f"the file {failure(error)}")
 
 

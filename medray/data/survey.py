@@ -20,6 +20,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from medray.config import DataConfig
+from medray.data.pseudonyms import shown_path
 from medray.data.readers import folders
 from medray.data.readers.common import IMAGE_SUFFIXES
 from medray.data.readers.detect import (
@@ -210,7 +211,7 @@ def _chosen(
 
 
 def _below(path: str, root: str) -> str:
-    return path.removeprefix(root).lstrip("/") or posixpath.basename(path)
+    return shown_path(path.removeprefix(root).lstrip("/") or posixpath.basename(path))
 
 
 def _in_other_splits(fs: Any, root: str, kind: str, chosen: Sequence[str]) -> Iterator[str]:
@@ -385,7 +386,7 @@ def _check_texts(source: str, stems: set[str], texts: dict[str, str]) -> None:
     if both:
         raise DataError(
             f"data.source: {source} has texts beside its images, such as "
-            f"{posixpath.basename(texts[both[0]])}, which are not read; write them into a table "
+            f"{shown_path(posixpath.basename(texts[both[0]]))}, which are not read; write them into a table "
             "with the columns file_name and text (metadata.csv), or read the images alone with data.format "
             "images"
         )
@@ -399,7 +400,7 @@ def _check_texts(source: str, stems: set[str], texts: dict[str, str]) -> None:
         words = set(re.split(r"[\s,;|/\\]+|\.(?=[a-z]{2,5}\b)", text))
         if names & words:
             raise DataError(
-                f"data.source: {posixpath.basename(path)} names images of {source}, and is not read; save "
+                f"data.source: {shown_path(posixpath.basename(path))} names images of {source}, and is not read; save "
                 "it as CSV with a header (file_name and text), or read "
                 f"the images alone with data.format images"
             )

@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from medray.errors import DataError
 
 NO_SUFFIX = "(none)"
-_SUFFIX = re.compile(r"\.(?=[^.]*[a-z])[a-z0-9_+~-]{1,10}$")
+_SUFFIX = re.compile(r"\.(?=[^.]*[a-z])(?![^.]*\d{4})[a-z0-9_+~-]{1,10}$")  # four digits in a row may be a patient's number
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 

@@ -159,16 +159,26 @@ def _fits(value: Any, kind: pa.DataType) -> bool:
     return whole or (pa.types.is_floating(kind) and isinstance(value, float))
 
 
+def _once(rows: Iterable[dict[str, Any]], uri: str) -> Iterator[dict[str, Any]]:
+    """The rows. Raises DataError for an id that comes twice: the later answer would take the place of the first."""
+    seen: set[str] = set()
+    for row in rows:
+        if row["sample_id"] in seen:
+            raise DataError(f"{uri}: sample_id {row['sample_id']!r} comes twice; leave one of its answers out")
+        seen.add(row["sample_id"])
+        yield row
+
+
 def by_id(uri: str, columns: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Columns of the predictions that hold an answer, by sample_id."""
     rows = read_predictions(uri, list(dict.fromkeys(["sample_id", "answer", "error", *columns])))
-    return {row["sample_id"]: {name: row[name] for name in columns} for row in rows if row["error"] is None and row["answer"] is not None}
+    return {row["sample_id"]: {name: row[name] for name in columns} for row in _once(rows, uri) if row["error"] is None and row["answer"] is not None}
 
 
 def answers(uri: str, answer_type: str | None = None) -> dict[str, str]:
     """sample_id -> answer of a set of predictions, without the thinking before it, to questions of one type or of all."""
     rows = read_predictions(uri, ["sample_id", "answer", "error", "answer_type"])
-    return {row["sample_id"]: said(row["answer"]).answer for row in rows if row["error"] is None and row["answer"] is not None and answer_type in (None, row["answer_type"])}
+    return {row["sample_id"]: said(row["answer"]).answer for row in _once(rows, uri) if row["error"] is None and row["answer"] is not None and answer_type in (None, row["answer_type"])}
 
 
 def write_predictions(rows: Iterable[dict[str, Any]], folder: str) -> int:
@@ -461,7 +471,7 @@ def _read_table(path: str) -> Iterator[list[str]]:
         kind = "tab" if path.endswith(".tsv") else "comma"
         with _opened(fs, inner, path) as handle:
             try:
-                yield from csv.reader(handle, delimiter="\t" if kind == "tab" else ",")
+                yield from csv.reader(handle, delimiter="\t" if kind == "tab" else ",", strict=True)
             except csv.Error as error:
                 raise DataError(f"{path}: not a table of {kind}-separated values ({error})") from None
             except UnicodeDecodeError as error:

@@ -139,6 +139,7 @@ def _reply(message: dict[str, Any], finish: str | None, tokens: int | None, stat
         or (message.get("refusal") if isinstance(message.get("refusal"), str) else "")
         or ""
     )
+    text = text.encode("utf-8", "replace").decode()  # JSON can write half of a surrogate pair, Arrow cannot
     thought = any(message.get(name) for name in _THINKING_FIELDS) or any(
         isinstance(part, dict) and part.get("type") in _THINKING_FIELDS for part in parts
     )
@@ -232,7 +233,8 @@ def _until(date: str) -> float:
 
 
 def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    # Beyond that no count of tokens is one, and Arrow has no room for it.
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None
 
 
 def how_to_fix(config: EndpointConfig, section: str, problem: Unusable) -> str:

@@ -161,7 +161,8 @@ class Endpoint:
                 self._down = self._why(problem)
             if self._down is not None:
                 raise EndpointDown(self._down)
-            self._failed = 0
+            if self._answered is not None:  # a trial alone does not clear an endpoint that has answered no row
+                self._failed = 0
 
     async def _answers(self) -> bool:
         if self._answered is None and self._failed >= self.config.give_up:

@@ -33,9 +33,15 @@ _CLOSING = (
 _TAG = re.compile(rf"(?P<closing>{_CLOSING})|(?P<opening>{_OPENING})", re.IGNORECASE | re.DOTALL)
 # An answer in tags of its own, and nothing beside them: <answer>B</answer>, LLaVA-CoT's <CONCLUSION>.
 _WRAPPED = re.compile(
-    r"\s*<\s*(answer|final_answer|conclusion)\s*>(?P<answer>.*?)(?:<\s*/\s*\1\s*>\s*)?",
+    r"\s*<\s*(answer|final_answer|conclusion)\s*>(?P<answer>.*?)(?:<\s*/\s*\1\s*>[\s.]*)?",
     re.IGNORECASE | re.DOTALL,
 )
+
+
+# What ends a turn, where special tokens are written out; harmony without them; a tag that opens and closes at once.
+_END = re.compile(r"(?:\s*(?:<\|(?:im_end|eot_id|end|return|endoftext|end_of_text)\|>|</s>|<eos>|<end_of_turn>))+\s*$")
+_BARE_HARMONY = re.compile(r"\s*analysis.*assistantfinal(?P<answer>.*)", re.DOTALL)
+_EMPTY_TAG = re.compile(rf"<\s*{_NAME}\s*/\s*>", re.IGNORECASE)
 
 
 class Said(NamedTuple):
@@ -49,12 +55,18 @@ class Said(NamedTuple):
 
 def said(text: str) -> Said:
     """The answer in a text, without the thinking before it."""
+    text = _EMPTY_TAG.sub("", _END.sub("", text))
+    if bare := _BARE_HARMONY.fullmatch(text):
+        return Said(bare["answer"].strip(), FINISHED)
     tags = list(_TAG.finditer(text))
     if not tags:
         return Said(_unwrapped(text))
     if tags[-1]["opening"]:
         return Said("", UNFINISHED)
-    return Said(_unwrapped(text[tags[-1].end() :]).strip(), FINISHED)
+    after = text[tags[-1].end() :]
+    if not after.strip() and len(tags) > 1 and tags[-2]["closing"]:  # a closing tag too many: <think>x</think>B</think>
+        after = text[tags[-2].end() : tags[-1].start()]
+    return Said(_unwrapped(after).strip(), FINISHED)
 
 
 def without_blocks(text: str) -> Said:

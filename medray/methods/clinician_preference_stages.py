@@ -261,6 +261,7 @@ def evaluate(stage: Stage, config: ClinicianPreferenceConfig, model: Model, name
     from medray.evaluation.scores import score as scored
     from medray.inference.worker import map_options
 
+    stages.check_weights(model)
     arguments = {**stages.engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}
     rows, again = write_resumable(
         data["outputs"]["questions"], stage.path("rows"), stage.path("committed"),

@@ -107,6 +107,7 @@ def evaluate(
     from medray.evaluation.scores import compare, not_scored, score
     from medray.inference.worker import map_options
 
+    stages.check_weights(model)
     found = data["outputs"]
     sets = [one for one in QUESTION_SETS if found["counts"][one]]
     arguments = {

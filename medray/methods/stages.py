@@ -268,6 +268,7 @@ def verify(run: Run, name: str, config: AnyMethodConfig, model: Model, data: dic
     from medray.inference.verify import verify_on_cluster
 
     def work(_: Stage) -> dict[str, Any]:
+        check_weights(model)
         rows = read_rows(data["outputs"]["questions"], ["sample_id", "image", "question"], config.data.read_cpus).take(2 * config.verify.rows)
         report = verify_on_cluster(model.path, rows, config.verify, config.model, config.data, config.engine)
         return {"counts": report}

@@ -16,7 +16,7 @@ from medray.errors import StageError
 
 # A CLIP tower built from its config under transformers 5 is saved as `vision_tower.embeddings...`; hub checkpoints,
 # and vLLM, say `vision_tower.vision_model.embeddings...`. transformers reads both, of CLIP's and SigLIP's towers, and of no others.
-_CLIP_TOWER = re.compile(r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm)\.)")
+_CLIP_TOWER = re.compile(r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)")
 
 
 def save_vlm(model: Any, processor: Any, directory: str | os.PathLike, dtype: Any = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from medray.config import DataConfig, ModelConfig
 from medray.errors import ConfigError
 from medray.models.cache import localize, small_files
-from medray.models.vlm import check_parts, refuse_pickles, resolve_model
+from medray.models.vlm import check_parts, refuse_adapters, refuse_pickles, resolve_model
 
 
 def check_support(path: str, model_config: ModelConfig, questioner: bool, kind: str = "sft") -> None:
@@ -29,6 +29,7 @@ def check_support(path: str, model_config: ModelConfig, questioner: bool, kind: 
         folder = small_files(path, scratch)
         if folder != scratch:
             refuse_pickles(folder, path, "model.path")
+        refuse_adapters(folder, path, "model.path")
         _check(folder, path, model_config, questioner, kind)
 
 
@@ -70,6 +71,9 @@ def _check_modules(config: Any, path: str, trust_remote_code: bool) -> None:
         raise ConfigError(
             f"model.path: {path} is a {config.model_type} model, which takes no images and texts to text; give a LLaVA or Qwen-VL class model"
         )
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        raise ConfigError(f"model.path: {path} ({config.model_type}) is quantised ({method or 'quantization_config'}); give the model in bf16 or fp32 that it was made of")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     check_parts(model)

@@ -114,7 +114,29 @@ def load_vlm(path: str, precision: str = "bf16", trust_remote_code: bool = False
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     model = load_whole(AutoModelForImageTextToText, path, "model.path", dtype=dtype, trust_remote_code=trust_remote_code)
     check_parts(model)
+    make_generation_valid(model, path)
     return model.to(device).eval()
+
+
+def make_generation_valid(model: Any, path: str) -> None:
+    """Let a model's generation settings be written: transformers reads settings of sampling (temperature, top_p) without do_sample, and refuses
+    to save them, which a training would meet at its end.
+
+    Raises ConfigError where that is not what is wrong with them.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+        return
+    except ValueError:
+        settings.do_sample = True
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        raise ConfigError(f"model.path: generation_config.json of {path} cannot be written again: {error}") from error
+    logger.warning("model.path: generation_config.json of %s has settings of sampling without do_sample; exports say do_sample: true", path)
 
 
 def load_whole(auto_class: Any, path: str, field: str, **options: Any) -> Any:
@@ -125,6 +147,7 @@ def load_whole(auto_class: Any, path: str, field: str, **options: Any) -> Any:
     """
     folder = localize(path)
     refuse_pickles(folder, path, field)
+    refuse_adapters(folder, path, field)
     try:
         model, info = auto_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
@@ -139,6 +162,13 @@ def load_whole(auto_class: Any, path: str, field: str, **options: Any) -> Any:
         unused = sorted(info["unexpected_keys"])
         logger.warning("%s: %s holds %d tensors that the model does not use: %s", field, path, len(unused), ", ".join(unused[:3]))
     return model
+
+
+def refuse_adapters(folder: str | os.PathLike, path: str | os.PathLike, field: str) -> None:
+    """Raises ConfigError for a folder with an adapter: transformers would load it into the model without a word."""
+    if Path(folder, "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{field}: {path} holds an adapter (adapter_config.json); merge it into its model (peft's merge_and_unload, then save_pretrained), or remove that file")
 
 
 def refuse_pickles(folder: str | os.PathLike, path: str | os.PathLike, field: str) -> None:

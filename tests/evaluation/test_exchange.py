@@ -3,6 +3,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from medray.config import EvaluateConfig
@@ -261,3 +263,17 @@ def test_what_is_not_read_of_our_own_files_is_named_once(tmp_path, caplog):
 ])
 def test_lettered_options(text, found):
     assert lettered(text) == found
+
+
+def test_a_quotation_mark_that_is_never_closed_swallows_no_rows(tmp_path):
+    (tmp_path / "a.tsv").write_text('index\tquestion\tanswer\tprediction\n1\t"Is it?\tyes\tyes\n2\tIs it?\tyes\tno\n')
+    with pytest.raises(DataError, match="not a table of tab-separated values"):
+        list(read_vlmevalkit(str(tmp_path / "a.tsv")))
+
+
+@pytest.mark.parametrize("read", [answers, lambda uri: by_id(uri, ["answer"])])
+def test_an_answer_that_comes_twice_is_refused(tmp_path, read):
+    row = dict.fromkeys(PREDICTION.names) | {"sample_id": "q", "answer": "yes", "answer_type": "open"}
+    pq.write_table(pa.Table.from_pylist([row, row], schema=PREDICTION), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="'q' comes twice"):
+        read(str(tmp_path))

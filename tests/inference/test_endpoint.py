@@ -1,5 +1,7 @@
 """The endpoint client against a real HTTP server: which rows are set aside, when the stage stops, and what the next start asks."""
 
+import json
+
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -256,3 +258,19 @@ def test_a_key_is_checked_and_never_shown(monkeypatch, api, png):
     monkeypatch.setenv("MEDRAY_NO_KEY", "sk-\u2026")
     with pytest.raises(StageError, match="MEDRAY_NO_KEY holds characters that no key has"):
         api(peer)
+
+
+def test_an_endpoint_that_answers_the_trial_alone_stops_the_stage(api, png):
+    """Questions about images are refused, all of them, for what ends a stage at once; the picture of the trial is small enough."""
+    def respond(_, body):
+        return None if len(body["messages"][0]["content"][0]["image_url"]["url"]) < 300 else (404, {"detail": "no model for images"})
+
+    with pytest.raises(EndpointDown, match="every request to the endpoint fails"):
+        api(Peer(script=lambda text: "Yes", respond=respond))(questions(png, 30))
+
+
+@pytest.mark.parametrize(("content", "tokens", "answer"), [("Yes \ud83d", 3, "Yes ?"), ("Yes", 10**30, "Yes")])
+def test_what_arrow_has_no_room_for_ends_no_stage(api, png, content, tokens, answer):
+    body = completion(content) | {"usage": {"completion_tokens": tokens}}
+    (row,) = api(Peer(respond=lambda *_: (200, json.dumps(body).encode())))(questions(png, 1)).to_pylist()
+    assert (row["error"], row["answer"]) == (None, answer)

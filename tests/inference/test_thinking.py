@@ -16,7 +16,8 @@ from medray.inference.thinking import FINISHED, UNFINISHED, opens, said, without
     "<think>no</think><answer>Yes</answer>", "<think>no</think>\n<answer>Yes", "<seed:think>no</seed:think>Yes", "◁think▷no◁/think▷Yes",
     "<|begin_of_thought|>no<|end_of_thought|>Yes", "<|START_THINKING|>no<|END_THINKING|>Yes", "<unused94>thought\nno<unused95>Yes",
     "<|channel|>analysis<|message|>no<|end|><|start|>assistant<|channel|>final<|message|>Yes",
-    "<SUMMARY>x</SUMMARY><REASONING>no</REASONING>\n<CONCLUSION>Yes</CONCLUSION>",
+    "<SUMMARY>x</SUMMARY><REASONING>no</REASONING>\n<CONCLUSION>Yes</CONCLUSION>", "<think>no</think>Yes</think>", "<think>no</think>Yes<|im_end|>\n",
+    "analysisno, since there is none.assistantfinalYes", "<think>no</think><answer>Yes</answer>.",
 ])
 def test_the_answer_stands_after_the_last_closing_tag(text):
     assert said(text) == ("Yes", FINISHED)
@@ -30,6 +31,10 @@ def test_thinking_that_is_never_closed_leaves_no_answer(text):
 @pytest.mark.parametrize("text", ["Yes", "I think yes", "3 < 5 and 7 > 6", "<b>Yes</b>", "x < think > y", "[1] Yes", ""])
 def test_a_text_without_thinking_stays_as_it_is(text):
     assert said(text) == (text, None) and without_blocks(text) == (text, None)
+
+
+def test_a_tag_that_opens_and_closes_at_once_is_no_thinking():
+    assert said("<think />Yes") == ("Yes", None)
 
 
 def test_an_answer_in_tags_is_taken_out_of_them():

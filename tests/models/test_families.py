@@ -1,6 +1,7 @@
 """Tiny models of many families: each gives what transformers gives (ids, pixels, losses, gradients, export), or is refused by name."""
 
 import io
+import json
 import shutil
 
 import numpy as np
@@ -421,3 +422,27 @@ def test_a_row_that_the_processor_reads_otherwise_stops_the_stage_by_name(tiny_l
     )
     with pytest.raises(ConfigError, match=r"llava: token \d+ is"):
         encoder(pa.Table.from_pylist([row]))
+
+
+def test_a_leftover_adapter_is_refused(folder_of, tmp_path):
+    shutil.copytree(folder_of(TUNED[0]), tmp_path / "model")
+    (tmp_path / "model/adapter_config.json").write_text("{}")
+    for read in (lambda path: check_support(path, MODEL, questioner=True), load_vlm):
+        with pytest.raises(ConfigError, match=r"adapter_config\.json"):
+            read(str(tmp_path / "model"))
+
+
+def test_a_quantised_model_is_refused(folder_of, tmp_path):
+    shutil.copytree(folder_of(TUNED[0]), tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(ConfigError, match=r"quantised .gptq."):
+        check_support(str(tmp_path / "model"), MODEL, questioner=True)
+
+
+def test_settings_of_sampling_without_do_sample_do_not_fail_the_export(folder_of, tmp_path):
+    shutil.copytree(folder_of(TUNED[0]), tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"temperature": 0.7, "top_p": 0.9}))
+    model = load_vlm(str(tmp_path / "model"), "fp32")
+    save_vlm(model, load_processor(str(tmp_path / "model")), tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["do_sample"] is True
