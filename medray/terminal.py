@@ -15,6 +15,7 @@ from typing import Any
 from medray import run_log
 
 _TRACEBACK = "Traceback (most recent call last)"
+_ANNOUNCED = re.compile(r"stack trace below", re.IGNORECASE)  # of Ray Data (2.60)
 _RAYS = "ray_print_logs"  # the name of Ray's own handler (2.60)
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|WARNING|INFO|CRITICAL) [\d-]+ [\d:,.]+ \[[^\]]+\] ?)?")  # of vLLM's lines
 # Lines of a traceback, and those that join one to the next.
@@ -22,13 +23,13 @@ _INNER = re.compile(r"^(\s|$|File |During handling of|The above exception|\w+(\.
 
 
 class TracebackFilter(logging.Filter):
-    """For the handlers of a terminal: records with a traceback go into the run's log, if there is one."""
+    """For the handlers of a terminal: records with a traceback, or that announce one, go into the run's log, if there is one."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not record.exc_info and _TRACEBACK not in record.getMessage():
+        said = record.getMessage()
+        if not record.exc_info and _TRACEBACK not in said and not _ANNOUNCED.search(said):
             return True
-        run_log.keep(record)
-        return False
+        return not run_log.keep(record)
 
 
 class WorkerLines:
@@ -54,7 +55,8 @@ class WorkerLines:
             (kept if who in self._inside else shown).append(line)
         if kept:
             record = logging.makeLogRecord({"name": f"worker {data.get('pid')}", "levelno": logging.ERROR, "levelname": "ERROR", "msg": "\n".join(map(str, kept))})
-            run_log.keep(record)
+            if not run_log.keep(record):
+                shown = data["lines"]
         if shown:
             self._show({**data, "lines": shown})
 
