@@ -18,8 +18,13 @@ _TRACEBACK = "Traceback (most recent call last)"
 _ANNOUNCED = re.compile(r"stack trace below", re.IGNORECASE)  # of Ray Data (2.60)
 _RAYS = "ray_print_logs"  # the name of Ray's own handler (2.60)
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|WARNING|INFO|CRITICAL) [\d-]+ [\d:,.]+ \[[^\]]+\] ?)?")  # of vLLM's lines
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+# Lines that only a traceback has: Ray's C++ prints that of an actor's constructor without its first line.
+_BEGIN = re.compile(
+    r'Traceback \(most recent call last\)|^\s*File "[^"]+", line \d+|^\s*[\^~]+\s*$|^ray::\S+\(\) \(|Exception raised in creation task|^Exception in thread '
+    r"|^The above exception was|^During handling of the above")
 # Lines of a traceback, and those that join one to the next.
-_INNER = re.compile(r"^(\s|$|File |During handling of|The above exception|\w+(\.\w+)*(Error|Exception|Exit|Interrupt|Warning|Dead|Died)\b)")
+_INNER = re.compile(r"^(\s|$|\w+(\.\w+)*(Error|Exception|Exit|Interrupt|Warning|Dead|Died)\b)")
 
 
 class TracebackFilter(logging.Filter):
@@ -47,8 +52,8 @@ class WorkerLines:
         who = (data.get("ip"), data.get("pid"), data.get("is_err"))
         shown, kept = [], []
         for line in data["lines"]:
-            text = _PREFIX.sub("", line)
-            if _TRACEBACK in text:
+            text = _PREFIX.sub("", _COLOUR.sub("", line))
+            if _BEGIN.search(text):
                 self._inside.add(who)
             elif who in self._inside and not _INNER.match(text):
                 self._inside.discard(who)
