@@ -24,10 +24,11 @@ _last: str | None = None
 _open: list[logging.Handler] = []  # of the logs that are being written
 
 
-def keep(record: logging.LogRecord) -> None:
-    """Write a record into the log of the run, and nowhere else."""
+def keep(record: logging.LogRecord) -> bool:
+    """Write a record into the log of the run, and nowhere else. False where no log is open."""
     for handler in _open:
         handler.handle(record)
+    return bool(_open)
 
 
 def location() -> str | None:

@@ -15,20 +15,26 @@ from typing import Any
 from medray import run_log
 
 _TRACEBACK = "Traceback (most recent call last)"
+_ANNOUNCED = re.compile(r"stack trace below", re.IGNORECASE)  # of Ray Data (2.60)
 _RAYS = "ray_print_logs"  # the name of Ray's own handler (2.60)
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|WARNING|INFO|CRITICAL) [\d-]+ [\d:,.]+ \[[^\]]+\] ?)?")  # of vLLM's lines
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+# Lines that only a traceback has: Ray's C++ prints that of an actor's constructor without its first line.
+_BEGIN = re.compile(
+    r'Traceback \(most recent call last\)|^\s*File "[^"]+", line \d+|^\s*[\^~]+\s*$|^ray::\S+\(\) \(|Exception raised in creation task|^Exception in thread '
+    r"|^The above exception was|^During handling of the above")
 # Lines of a traceback, and those that join one to the next.
-_INNER = re.compile(r"^(\s|$|File |During handling of|The above exception|\w+(\.\w+)*(Error|Exception|Exit|Interrupt|Warning|Dead|Died)\b)")
+_INNER = re.compile(r"^(\s|$|\w+(\.\w+)*(Error|Exception|Exit|Interrupt|Warning|Dead|Died)\b)")
 
 
 class TracebackFilter(logging.Filter):
-    """For the handlers of a terminal: records with a traceback go into the run's log, if there is one."""
+    """For the handlers of a terminal: records with a traceback, or that announce one, go into the run's log, if there is one."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not record.exc_info and _TRACEBACK not in record.getMessage():
+        said = record.getMessage()
+        if not record.exc_info and _TRACEBACK not in said and not _ANNOUNCED.search(said):
             return True
-        run_log.keep(record)
-        return False
+        return not run_log.keep(record)
 
 
 class WorkerLines:
@@ -46,15 +52,16 @@ class WorkerLines:
         who = (data.get("ip"), data.get("pid"), data.get("is_err"))
         shown, kept = [], []
         for line in data["lines"]:
-            text = _PREFIX.sub("", line)
-            if _TRACEBACK in text:
+            text = _PREFIX.sub("", _COLOUR.sub("", line))
+            if _BEGIN.search(text):
                 self._inside.add(who)
             elif who in self._inside and not _INNER.match(text):
                 self._inside.discard(who)
             (kept if who in self._inside else shown).append(line)
         if kept:
             record = logging.makeLogRecord({"name": f"worker {data.get('pid')}", "levelno": logging.ERROR, "levelname": "ERROR", "msg": "\n".join(map(str, kept))})
-            run_log.keep(record)
+            if not run_log.keep(record):
+                shown = data["lines"]
         if shown:
             self._show({**data, "lines": shown})
 

@@ -18,6 +18,7 @@ from medray.data.shards import (
     write_shard,
 )
 from medray.errors import DataError
+from medray.files import seal
 
 
 @pytest.mark.ray
@@ -86,6 +87,21 @@ def test_shards_that_are_gone_or_cut_are_written_again(ray_cluster, tmp_path, ca
         assert [name for path in (first, second) for name in pq.read_table(path)["sample_id"].to_pylist()] == ids
         assert first.stat().st_mtime_ns == before
     assert "part-000001-00.parquet is missing or cut" in caplog.text
+
+
+@pytest.mark.ray
+def test_a_shard_that_is_written_again_may_have_fewer_files(ray_cluster, tmp_path):
+    """Its images were larger, or more of them good, the first time."""
+    ids = stored(tmp_path / "in", 6)
+    arguments = (str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "done"), lambda rows: rows, 4, 0.5)
+    write_converted(*arguments)
+    first, _ = sorted((tmp_path / "out").iterdir())
+    second_file = first.with_name("part-000000-01.parquet")
+    first.rename(second_file)
+    sizes = {first.name: 1, second_file.name: second_file.stat().st_size}
+    (tmp_path / "done/000000").write_bytes(seal({"files": sizes}))
+    assert write_converted(*arguments) == 6
+    assert [name for path in sorted((tmp_path / "out").iterdir()) for name in pq.read_table(path)["sample_id"].to_pylist()] == ids
 
 
 @pytest.mark.ray

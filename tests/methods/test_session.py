@@ -55,3 +55,58 @@ def test_workers_of_its_own_ray_are_quiet_and_start_by_one_interpreter():
     assert (found["train"], found["watcher"]) == ("1", "0")
     assert found["runtime_env"] == {}
     assert not any(found["kept"].values()), "this process's environment is as it was"
+
+
+DYING = """
+import os, signal, sys, traceback
+from pathlib import Path
+import ray
+from medray.config import ClusterConfig
+from medray.job import run_job
+from medray.methods.session import ray_session
+from medray.run import Run
+from medray.run_hold import held
+
+RUN, CASE = sys.argv[1:]
+
+class Engine:
+    def __call__(self, batch):
+        if CASE == "raises":
+            raise ValueError("no token")
+        died = Path(RUN, "died")
+        if not died.exists():
+            died.touch()
+            try:
+                raise ValueError("no token")
+            except ValueError:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1) if CASE == "exits" else os.kill(os.getpid(), signal.SIGKILL)
+        return batch
+
+def work():
+    run = Run(RUN)
+    with held(run), ray_session(ClusterConfig(num_cpus=2)):
+        pool = ray.data.ActorPoolStrategy(size=1)
+        rows = ray.data.range(40, override_num_blocks=10).map_batches(Engine, batch_size=4, compute=pool, max_restarts=2, max_task_retries=2)
+        return {"rows": rows.materialize().count()}
+
+sys.exit(run_job(work, f"--run {RUN}"))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("case", ["exits", "killed", "raises"])
+def test_tracebacks_of_ray_are_in_the_runs_log_alone(tmp_path, case):
+    """An actor of Ray Data dies once and the job goes on, or raises and the job fails in one line."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", DYING, str(tmp_path / "run"), case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    log = (tmp_path / "run/logs/job-0001.log").read_text()
+    assert "Traceback" not in done.stderr and "stack trace" not in done.stderr and 'File "' not in done.stderr
+    if case == "raises":
+        assert done.returncode == 1 and "failed: ValueError: no token" in done.stderr
+        assert "Full stack trace" in log and "Traceback" in log and "no token" in log
+    else:
+        assert (done.returncode, json.loads(done.stdout.splitlines()[-1])) == (0, {"rows": 40})
+        assert "Traceback" in log and "no token" in log
