@@ -17,11 +17,10 @@ from urllib.parse import unquote_to_bytes
 
 from medray.data.images import image_format
 from medray.data.pseudonyms import shortened
-from medray.data.readers.captions import INLINE
 from medray.data.readers.common import BadRecord, image_digest
 from medray.data.reading import is_dicom
 
-PREFIX = INLINE
+PREFIX = "inline-"  # of the names that stand for inline images
 # The longest path of any file system that people use (bytes); what is longer and no base64 is neither.
 LONGEST_PATH = 4096
 _BYTES = ("bytes", "base64", "b64", "data", "url", "image_url")

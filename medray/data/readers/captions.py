@@ -6,6 +6,7 @@ import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from medray.data.inline_images import PREFIX
 from medray.data.readers.common import (
     BadRecord,
     Place,
@@ -22,7 +23,6 @@ from medray.data.readers.common import (
 from medray.data.readers.markers import asked, check_no_marker
 from medray.data.readers.messages import listed
 
-INLINE = "inline-"  # begins the names that stand for images which records hold themselves (medray.data.inline_images)
 IMAGE_COLUMNS = ("file_name", "image_file", "image_path", "image", "filename", "file", "path")
 TEXT_COLUMNS = ("caption", "text", "report")
 
@@ -117,7 +117,7 @@ def column(names: Iterable[str], wanted: tuple[str, ...]) -> str | None:
 def image_column(record: Mapping[str, Any]) -> str | None:
     """The field that names the image's file; of several the one that holds the image itself (VLMEvalKit: image beside image_path)."""
     fields = [name for name in record if str(name).strip().lower() in IMAGE_COLUMNS]
-    inline = (name for name in fields if str(record[name]).startswith(INLINE)) if len(fields) > 1 else ()
+    inline = (name for name in fields if str(record[name]).startswith(PREFIX)) if len(fields) > 1 else ()
     return next(iter(inline), None) or column(record, IMAGE_COLUMNS)
 
 
