@@ -15,9 +15,18 @@ from medray.data.rater_pairs import ORIGINS, PairEncoder, pair_counts, pairs_of,
 from medray.errors import DataError
 from medray.models.vlm import resolve_model
 from medray.train.rater import leading_measure, new_rater
-from medray.train.worker import TrainResult, run_training
+from medray.train.worker import Objective, TrainResult, run_training
 
 _SELECTED_BY = {"eval_alignment": "clinician alignment", "eval_accuracy": "pair accuracy", None: "last epoch"}
+
+
+def _parts() -> tuple[type, type]:
+    from medray.train.rater import RaterBatches, RaterStep
+
+    return RaterStep, RaterBatches
+
+
+RATER = Objective("rater", RaterConfig, _parts, chooses_best=True)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def train_rater(stage_dir: str, pairs: str | list[str], config: RaterConfig, dat
     train = _encoded(pairs_of(uris, "train", config, data_config, trained=True).materialize(), encoder, config, data_config)
     measured = _encoded(pairs_of(uris, "held_out", config, data_config).limit(config.eval_rows), encoder, config, data_config) if held_out else None
     model_config = ModelConfig(path=config.encoder, precision=config.precision)
-    result = run_training(stage_dir, train, measured, rows, encoder, model_config, config, "rater", max_quarantined=max_quarantined)
+    result = run_training(stage_dir, train, measured, rows, encoder, model_config, config, RATER, max_quarantined=max_quarantined)
     best = result.best_metrics or {}
     return RaterResult(
         result.checkpoint, result.metrics, {**result.counts, **counts, **_cuts(result.metrics)}, result.quarantine, result.best, result.best_metrics,

@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from medray.config import (
     InstructionFreeTrainConfig,
     LoopConfig,
     ModelConfig,
-    RaterConfig,
     SftConfig,
     TrainConfig,
 )
@@ -53,10 +52,26 @@ from medray.train.starts import Start, redone
 
 logger = logging.getLogger("medray")
 
-CONFIGS: dict[str, type[LoopConfig]] = {"sft": SftConfig, "dpo": DpoConfig, "instruction_free": InstructionFreeTrainConfig, "rater": RaterConfig}
 KINDS = {"sft": "sft", "dpo": "dpo", "instruction_free": "description"}  # of encoded rows, by objective
 SECONDS_BETWEEN_LOGS = 10.0
 SECONDS_BETWEEN_PREEMPTION_CHECKS = 5.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loop is told of what it trains for.
+
+    Args:
+        name: in metrics and in the step's `kind`.
+        config: class of its training configuration.
+        parts: the classes of its step and of its batches. Called in a worker that has settled DeepSpeed's accelerator.
+        chooses_best: whether the best epoch's checkpoint is kept beside the last one.
+    """
+
+    name: str
+    config: type[LoopConfig]
+    parts: Callable[[], tuple[type, type]]
+    chooses_best: bool = False
 
 
 @dataclass
@@ -71,6 +86,7 @@ class Progress:
     before: Path | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     scratch: Scratch | None = None
+    chooses_best: bool = False
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -84,21 +100,23 @@ def train_worker(config: dict[str, Any]) -> None:
     # Ray writes two lines per checkpoint; the logger of one of them is named by its file (2.60).
     for name in ("ray.train", getattr(sys.modules.get("ray.train.v2._internal.execution.context"), "__file__", "ray.train")):
         logging.getLogger(name).setLevel(logging.WARNING)
+    objective: Objective = config["objective"]
     model_config = ModelConfig.model_validate(config["model_config"])
-    train_config = CONFIGS[config["objective"]].model_validate(config["train_config"])
+    train_config = objective.config.model_validate(config["train_config"])
     torch.set_num_threads(train_config.threads or max(1, int(train_config.cpus_per_worker)))
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     scratch, context = Scratch(config["stage_dir"]), ray.train.get_context()
     scratch.clear(context.get_world_rank(), context.get_local_rank())
-    make_step, make_batches = parts_of(config["objective"])
+    make_step, make_batches = objective.parts()
     step = make_step(
-        config["model_dir"], model_config, train_config, config["objective"], config["rows"] * train_config.epochs, ray.train.torch.get_device(),
+        config["model_dir"], model_config, train_config, objective.name, config["rows"] * train_config.epochs, ray.train.torch.get_device(),
         proxy=config["proxy"])
-    batches = make_batches(config["model_dir"], model_config, train_config, config["objective"])
-    if config["objective"] == "dpo" and batches.probe is not None:
+    batches = make_batches(config["model_dir"], model_config, train_config, objective.name)
+    if getattr(batches, "probe", None) is not None:
         step.measure_pair_pass(batches.probe)
     progress, done = restore(step, scratch)
+    progress.chooses_best = objective.chooses_best
     shards = {name: ray.train.get_dataset_shard(name) for name in config["datasets"]}
     before = progress.before
     goes_on = progress.epoch < train_config.epochs  # else all is done, and this is no start
@@ -113,15 +131,17 @@ def train_worker(config: dict[str, Any]) -> None:
         shutil.rmtree(before.parent, ignore_errors=True)
 
 
-def parts_of(objective: str) -> tuple[type, type]:
-    """The step and the batches of an objective. To be imported when the worker has settled DeepSpeed's accelerator."""
-    if objective == "rater":
-        from medray.train.rater import RaterBatches, RaterStep
-
-        return RaterStep, RaterBatches
+def _parts() -> tuple[type, type]:
     from medray.train.step import TrainStep
 
     return TrainStep, Batches
+
+
+OBJECTIVES = {
+    "sft": Objective("sft", SftConfig, _parts), "dpo": Objective("dpo", DpoConfig, _parts),
+    "instruction_free": Objective("instruction_free", InstructionFreeTrainConfig, _parts),
+}
+"""Those of vision-language models."""
 
 
 class Batches:
@@ -279,14 +299,9 @@ def save(step: Any, progress: Progress, finished: bool) -> None:
     write_checksums(folder, step.rank, step.world_size)
     last = progress.metrics[-1] if progress.metrics else {}
     ray.train.report(
-        {BEST_BY: -1.0, **last} if chooses_best(step.kind) else last, checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+        {BEST_BY: -1.0, **last} if progress.chooses_best else last, checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
     )
-
-
-def chooses_best(objective: str) -> bool:
-    """Whether the best epoch's checkpoint is kept beside the last one."""
-    return objective == "rater"
 
 
 def restore(step: Any, scratch: Scratch) -> tuple[Progress, Ids]:
@@ -320,7 +335,7 @@ class TrainResult:
     counts: steps, samples (over all epochs), and of the last epoch trained and quarantined rows; after interruptions what they cost
         (medray.train.starts.redone).
     quarantine: reason by sample_id.
-    best: the checkpoint after the best epoch, of an objective that chooses one (`chooses_best`), else the last one.
+    best: the checkpoint after the best epoch, of an objective that chooses one, else the last one.
     best_metrics: what that epoch's end measured.
     """
 
@@ -343,7 +358,7 @@ def scaling_of(config: LoopConfig) -> ray.train.ScalingConfig:
 
 def run_training(
     stage_dir: str, train_ds: Any, eval_ds: Any, rows: int, model_dir: str, model_config: ModelConfig,
-    train_config: LoopConfig, objective: str = "sft", proxy: str | None = None, max_quarantined: float = 1.0,
+    train_config: LoopConfig, objective: str | Objective = "sft", proxy: str | None = None, max_quarantined: float = 1.0,
 ) -> TrainResult:
     """Train in Ray workers; the same call after a crash, of workers or of this process, goes on from the last checkpoint.
 
@@ -353,7 +368,7 @@ def run_training(
             be None.
         rows: rows of train_ds, bad ones included.
         model_dir: the model in Hugging Face format: a remote address, a hub id, or the same path on every node.
-        objective: "sft", "dpo", "instruction_free" or "rater".
+        objective: a name of OBJECTIVES, or another one.
         proxy: address, reached from every node, of the proxy instruction that instruction-free tuning begins from
             (export_proxy's file); None: drawn from the seed.
         max_quarantined: share of the rows; if an epoch sets aside more, or trains on none, the training ends with it, and
@@ -364,8 +379,9 @@ def run_training(
     """
     from medray.train.trainer import Trainer
 
-    if not isinstance(train_config, CONFIGS[objective]):
-        raise ConfigError(f"train_config: objective {objective} needs a {CONFIGS[objective].__name__}, not a {type(train_config).__name__}")
+    objective = OBJECTIVES[objective] if isinstance(objective, str) else objective
+    if not isinstance(train_config, objective.config):
+        raise ConfigError(f"train_config: objective {objective.name} needs a {objective.config.__name__}, not a {type(train_config).__name__}")
     if proxy is not None:
         _check_proxy(proxy, train_config)
     datasets = {"train": train_ds}
@@ -389,12 +405,12 @@ def run_training(
             name=NAME, storage_path=stage_dir,
             failure_config=ray.train.FailureConfig(max_failures=train_config.max_failures, max_preemption_failures=-1),
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=train_config.keep_checkpoints, checkpoint_score_attribute=BEST_BY if chooses_best(objective) else None),
+                num_to_keep=train_config.keep_checkpoints, checkpoint_score_attribute=BEST_BY if objective.chooses_best else None),
         ),
         datasets=datasets,
         dataset_config=UnequalSplits(),
     )
-    settle(stage_dir, BEST_BY if chooses_best(objective) else None)
+    settle(stage_dir, BEST_BY if objective.chooses_best else None)
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
@@ -407,7 +423,7 @@ def run_training(
         metrics = Path(folder, "metrics.jsonl").read_text()
     counts = {"steps": state["steps"], "samples": state["samples"], "trained": done - len(quarantine), "quarantined": len(quarantine), **redone(stage_dir)}
     best, best_metrics = result.checkpoint, None
-    if chooses_best(objective):
+    if objective.chooses_best:
         kept, measured = max(result.best_checkpoints, key=lambda kept: kept[1][BEST_BY])
         if measured[BEST_BY] >= 0:  # else nothing was held out, and the last one it is
             best, best_metrics = kept, measured

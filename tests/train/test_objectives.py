@@ -68,7 +68,8 @@ def test_packed_pairs_give_the_log_probabilities_of_separate_sequences(tiny):
     torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-4)
     weights = torch.arange(1.0, 9.0)
     gradients = [torch.autograd.grad((weights * logps).sum(), head)[0] for logps in (packed, apart)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    # Sums over many tokens, which cancel: rounding goes by the largest of them, and by the machine's order of adding.
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * float(gradients[1].abs().max()))
 
 
 def test_only_supervised_positions_reach_the_vocabulary(tiny):

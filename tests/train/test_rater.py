@@ -19,7 +19,7 @@ from medray.models.rater import Rater
 from medray.train.done import count_done
 from medray.train.engine import full_state
 from medray.train.rater import RaterBatches, RaterStep, rating_loss
-from medray.train.rater_training import export_rater, train_rater
+from medray.train.rater_training import RATER, export_rater, train_rater
 from medray.train.worker import run_training
 from tests.processes import kill_one
 from tests.rating import pair, small, stored
@@ -221,7 +221,7 @@ def test_nothing_to_train_on_is_said(ray_cluster, tiny_clip, tmp_path):
 
 def test_another_stages_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="RaterConfig"):
-        run_training(str(tmp_path), None, None, 1, "nowhere", ModelConfig(), DATA, "rater")
+        run_training(str(tmp_path), None, None, 1, "nowhere", ModelConfig(), DATA, RATER)
 
 
 def test_only_what_the_weights_depend_on_is_in_its_way():
