@@ -25,10 +25,10 @@ import time
 import numpy as np
 
 from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig
-from medray.inference.engine import seed_for
 from medray.inference.worker import EngineWorker
 from medray.models.cache import localize
 from medray.models.vlm import load_processor, load_vlm, resolve_model
+from medray.stable_draws import seed_for
 
 QUESTIONS = ("What is the cell type?", "Describe the image.", "What is the nucleus shape?", "Is the cell big?")
 

@@ -64,7 +64,7 @@ def plain_loop(source: str, target: Path, rater: str, config: ScoreConfig) -> No
     """What one would write without medray.inference: DataLoader-like batches, no Ray, nothing to resume."""
     import torch
 
-    from medray.data.collate import normalise_pixels
+    from medray.data.pixels import normalise_pixels
     from medray.data.shards import parquet_files
     from medray.models.rater import Rater
 

@@ -35,7 +35,7 @@ from medray.data.exchanges import rounds_of
 from medray.data.selection import effective_number
 from medray.data.shards import stored_rows
 from medray.inference.rate_prompt import HIGHEST
-from medray.methods.clinicians import true_attributes
+from medray.methods.ground_truth import true_attributes
 
 Exchange = tuple[str, str, str]  # image id, question, answer
 Attributes = dict[str, dict[str, str]]

@@ -41,3 +41,7 @@ class RunHeld(MedrayError):
 
 class RunLost(StageError):
     """Another job has taken the run directory over; this one must write nothing more."""
+
+
+class BadRecord(ValueError):
+    """One record that cannot be used, with the reason."""

@@ -31,10 +31,10 @@ from medray.config import (
     SelfTrainingConfig,
 )
 from medray.errors import ConfigError
+from medray.models.bundled import ENCODERS, MODELS
 from medray.models.fingerprint import pickles_problem
 from medray.paths import address_problems, model_folder_problems, output_problems
 from medray.plan.demand import FILTER_CPUS, LISTING_CPUS, demands
-from medray.testbed import ENCODERS, MODELS
 
 POOLS = {"actors": "actors", "reference_workers": "workers"}  # by the last name of their field: fed by Ray Data, and continued
 BUNDLED = ", ".join(f"testbed:{name}" for name in MODELS)
@@ -158,12 +158,12 @@ def support_problems(model: ModelConfig, questioner: bool, kind: str = "sft") ->
     """Why a local model cannot be tuned, by its family, template and processor; others are looked at where they are first used.
 
     Args:
-        questioner, kind: see medray.models.support.check_support.
+        questioner, kind: see medray.data.model_check.check_support.
     """
     folder = Path(model.path).expanduser()
     if not folder.is_dir() or model_problems("model.path", model.path) or template_problems(model):
         return []  # what is wrong is said there
-    from medray.models.support import check_support
+    from medray.data.model_check import check_support
 
     try:
         check_support(str(folder.resolve()), model, questioner, kind)

@@ -18,7 +18,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from medray.config.serving import ServeConfig
-from medray.methods.model_card import NOT_A_DEVICE
+from medray.models.published import NOT_A_DEVICE
 from serve.chat_request import ANSWER_TOKENS, ApiError, check, parsed, prepared
 from serve.guard import PAGE_HEADERS, Guard, failure, refused, to_the_guard
 from serve.hosted import Hosted

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from medray.config import EngineConfig, ModelConfig
 from medray.config.serving import ServeConfig, ServedModel
 from medray.errors import ConfigError
-from medray.methods.model_card import MODELS
+from medray.models.published import MODELS
 
 
 class Hosted(ServedModel):

@@ -73,7 +73,7 @@ def check_ready_to_serve(run, model):
     from huggingface_hub import ModelCard
 
     from medray.config import ServeConfig
-    from medray.methods.model_card import NOT_A_DEVICE
+    from medray.models.published import NOT_A_DEVICE
     from serve.examples import examples_of
     from serve.hosted import hosted
 

@@ -94,7 +94,7 @@ def test_training_workers():
 
 
 def test_engines_and_those_who_wait_for_an_endpoint():
-    from medray.inference.worker import client_options, map_options
+    from medray.actor_pools import client_options, map_options
 
     default = map_options(EngineConfig())
     assert "label_selector" not in default and "memory" not in default

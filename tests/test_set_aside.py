@@ -19,7 +19,7 @@ from medray.config import (
     SelfTrainingConfig,
 )
 from medray.errors import StageError, TooManySetAside
-from medray.inference.pairs import IDENTICAL
+from medray.inference.verdicts import IDENTICAL
 from medray.methods import stages
 from medray.methods.data_preparation import take_account
 from medray.run import Run, Stage

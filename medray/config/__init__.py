@@ -33,7 +33,8 @@ from medray.config.instruction_free import (
     WarmUpConfig,
 )
 from medray.config.loading import ConfigT, fields_of, load_config
-from medray.config.other_jobs import EvaluateJobConfig, LeaksConfig, PrepareDataConfig
+from medray.config.other_jobs import EvaluateJobConfig
+from medray.config.prepare_data import LeaksConfig, PrepareDataConfig
 from medray.config.rating import RaterConfig, ScoreConfig
 from medray.config.section import Section
 from medray.config.self_training import DpoConfig, SelfPlayConfig, SelfTrainingConfig, SftConfig

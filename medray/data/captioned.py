@@ -16,10 +16,10 @@ from medray.data.description_sets import form_of, own_questions
 from medray.data.descriptions import FORMS, describe_attributes
 from medray.data.dialogues import ATTRIBUTES
 from medray.data.prepare import conversations, set_aside, write_parts
-from medray.data.readers.common import drawn
 from medray.data.uses import Needs
 from medray.errors import DataError
 from medray.records import ANSWER_TYPES
+from medray.stable_draws import drawn
 
 PARTS = {
     "captioned": records.IMAGE_TEXT,  # of the training images, one row each; sample_id is the image's id

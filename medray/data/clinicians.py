@@ -12,10 +12,9 @@ from typing import Any
 
 from medray.config import CliniciansConfig
 from medray.data.dialogues import DESCRIBE_PHRASINGS, right_answer
-from medray.data.groups import unit
 from medray.data.judgements import item_fingerprint
-from medray.data.readers.common import drawn
 from medray.errors import DataError
+from medray.stable_draws import drawn, unit
 
 NEVER = datetime(1970, 1, 1, tzinfo=UTC)  # when simulated clinicians judge: the same on every run
 

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medray.config.dialogues import DemonstrationsConfig
-from medray.data.ordering import Ordered, batches_of, hash64, hashed
+from medray.data.ordering import Ordered, batches_of, hashed
 from medray.data.quotas import UNKNOWN, shares
 from medray.data.shards import count_rows, empty_folder, tables, write_shard
 from medray.errors import DataError
+from medray.stable_draws import hash64
 
 CLUSTERED = pa.schema([("sample_id", pa.string()), ("modality", pa.string()), ("cluster", pa.int32())])
 _COLUMNS = ["sample_id", "embedding"]

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
+from medray.data.attribute_vocabularies import SKINCON, VALUES, word
 from medray.data.dialogues import ATTRIBUTES
-from medray.data.readers.common import digest, drawn
-from medray.data.readers.concepts import SKINCON, word
-from medray.data.readers.mammography import VALUES
 from medray.data.shuffling import separated
 from medray.errors import DataError
+from medray.stable_draws import digest, drawn
 
 ABSENT = ("no", "nil", "absent")
 PRESENT = ("yes", "present")

@@ -76,7 +76,7 @@ def check_alike(
 
     Raises ConfigError naming the family, and the first difference.
     """
-    from medray.data.collate import normalise_pixels
+    from medray.data.pixels import normalise_pixels
 
     start = f"model.path: {family}: "
     check_inputs(family, dialogues, own)

@@ -17,8 +17,9 @@ from fsspec.core import url_to_fs
 
 from medray.data.dialogues import DESCRIBE_PHRASINGS, turns_of
 from medray.data.images import image_format
-from medray.data.readers.common import IMAGE_TOKEN, image_digest
+from medray.data.readers.common import IMAGE_TOKEN
 from medray.errors import DataError
+from medray.stable_draws import image_digest
 
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp", "JPEG2000": "jp2", "PPM": "ppm", "AVIF": "avif"}
 _LLAVA_ROLES = {"user": "human", "assistant": "gpt", "questioner": "vuser", "system": "system"}

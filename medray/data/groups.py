@@ -19,6 +19,7 @@ from medray.data.images import ImageError, other_frames, page_png
 from medray.data.pseudonyms import file_name
 from medray.data.reading import is_dicom
 from medray.data.sources import read_image_bytes, read_index
+from medray.stable_draws import unit
 
 _PART = re.compile(r"^(.*)#(frame|page)=(\d+)$", re.DOTALL)
 
@@ -32,11 +33,6 @@ GROUP = pa.schema([
     ("bad", pa.list_(pa.string())),  # JSON objects {"sample_id", "file", "reason"}
     ("order", pa.int64()),
 ])
-
-
-def unit(*keys: Any) -> float:
-    """A number in [0, 1) fixed by the keys: the same on every machine."""
-    return int.from_bytes(hashlib.sha256("|".join(map(str, keys)).encode()).digest()[:7], "big") / 2**56
 
 
 def read_groups(config: DataConfig, notes: str | None = None) -> Any:

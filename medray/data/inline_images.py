@@ -17,8 +17,9 @@ from urllib.parse import unquote_to_bytes
 
 from medray.data.images import image_format
 from medray.data.pseudonyms import shortened
-from medray.data.readers.common import BadRecord, image_digest
 from medray.data.reading import is_dicom
+from medray.errors import BadRecord
+from medray.stable_draws import image_digest
 
 PREFIX = "inline-"  # of the names that stand for inline images
 # The longest path of any file system that people use (bytes); what is longer and no base64 is neither.

@@ -20,18 +20,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-import xxhash
+
+from medray.stable_draws import hash64
 
 PART_BYTES = 4 * 2**20  # of a file that is sorted in memory
 MOST_PARTS = 512  # open files at once; beyond 2 GiB of rows parts grow
 HELD_BYTES = 8 * 2**20  # of rows collected before they are dealt out
 
 Key = Callable[[pa.Table], np.ndarray]  # table -> uint64 (rows,)
-
-
-def hash64(text: str, seed: int = 0) -> int:
-    """A number below 2**64 fixed by text and seed: the same on every machine."""
-    return xxhash.xxh3_64_intdigest(text.encode(), seed & (2**64 - 1))
 
 
 def hashed(column: str, seed: int = 0) -> Key:

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medray.config.dialogues import PairsConfig
-from medray.data.ordering import Ordered, evenly, groups_of, hash64, hashed
+from medray.data.ordering import Ordered, evenly, groups_of, hashed
 from medray.data.shards import count_rows, empty_folder, tables, tables_of, write_shard
 from medray.records import RATING_PAIR
+from medray.stable_draws import hash64
 
 SIDE = ("image_id", "image", "context", "question", "answer", "score")
 _PLACED = pa.schema([("place", pa.int64()), *[(name, RATING_PAIR.field(f"chosen_{name}").type) for name in SIDE]])

@@ -24,13 +24,14 @@ from fsspec.core import url_to_fs
 from medray import records
 from medray.config import DataConfig
 from medray.data.dialogues import attribute_dialogue, attribute_questions, turns_of
-from medray.data.groups import image_of, place_of, read_groups, unit
+from medray.data.groups import image_of, place_of, read_groups
 from medray.data.images import ImageError, decode
 from medray.data.shards import empty_folder
 from medray.data.unread import account_of, unread_line
 from medray.data.uses import Needs, Uses, uses_of
 from medray.errors import DataError
 from medray.files import remove_folder
+from medray.stable_draws import unit
 
 logger = logging.getLogger("medray")
 

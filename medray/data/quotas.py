@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Mapping
 from typing import Literal, TypeVar
 
-from medray.data.ordering import hash64
+from medray.stable_draws import hash64
 
 GroupT = TypeVar("GroupT", bound=Hashable)
 

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from medray.config import DataConfig, RaterConfig
-from medray.data.groups import unit
 from medray.data.images import ImageError
 from medray.data.rater_inputs import InputError
 from medray.errors import DataError
+from medray.stable_draws import unit
 
 ORIGINS = ("clinician", "model")
 # Of one pair; the rejected pixels are null where both sides show the same image.

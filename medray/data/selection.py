@@ -28,12 +28,13 @@ import pyarrow.compute as pc
 
 from medray.config.dialogues import SelectConfig
 from medray.data.exchanges import conversation_row, normal
-from medray.data.ordering import Ordered, evenly, groups_of, hash64, hashed
+from medray.data.ordering import Ordered, evenly, groups_of, hashed
 from medray.data.quotas import UNKNOWN, shares
 from medray.data.ranking import at_most, descending, thresholds
 from medray.data.shards import count_rows, empty_folder, tables, tables_of, write_shard
 from medray.errors import DataError
 from medray.records import CONVERSATION
+from medray.stable_draws import hash64
 
 _LIGHT = ("sample_id", "dialogue_id", "turn", "image_id", "modality", "question", "answer", "score")
 _HEAVY = ("dialogue_id", "turn", "image_id", "image", "question", "answer")

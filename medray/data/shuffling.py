@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
-from medray.data.readers.common import digest
 from medray.errors import ConfigError
+from medray.stable_draws import digest
 
 Parts = Literal["separator", "sentences"]
 

@@ -48,16 +48,7 @@ from medray.data.readers import (
     vqa,
     webdataset,
 )
-from medray.data.readers.common import (
-    IMAGE_TOKEN,
-    BadRecord,
-    Place,
-    Row,
-    as_unicode,
-    digest,
-    error_row,
-    inside,
-)
+from medray.data.readers.common import IMAGE_TOKEN, Place, Row, as_unicode, error_row, inside
 from medray.data.readers.conversations import one_image
 from medray.data.readers.files import Member, Rest, readable
 from medray.data.readers.layout import HEAD_BYTES, layout_of, records
@@ -68,7 +59,8 @@ from medray.data.readers.tracked import FieldUse
 from medray.data.reading import failure, open_file
 from medray.data.survey import PARQUET_KINDS, entries_of, in_threads, manifest_of, survey
 from medray.data.walk import subfolders
-from medray.errors import DataError
+from medray.errors import BadRecord, DataError
+from medray.stable_draws import digest
 
 logger = logging.getLogger("medray")
 

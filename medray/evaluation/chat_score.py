@@ -21,7 +21,7 @@ import numpy as np
 from medray.config import EvaluateConfig
 from medray.evaluation.compare import clustered_intervals
 from medray.evaluation.win_rate import FAILURES, failure, judge_row
-from medray.inference.pairs import IDENTICAL
+from medray.inference.verdicts import IDENTICAL
 
 SCHEMA = 1
 

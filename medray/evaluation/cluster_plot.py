@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from medray.config.dialogues import DemonstrationsConfig
 from medray.data.clusters import Clusters, matrix
-from medray.data.ordering import hash64
 from medray.data.shards import tables
 from medray.evaluation.report import as_svg, new_figure
+from medray.stable_draws import hash64
 
 
 def cluster_plot(embedded: str, clusters: Clusters, drawn: Iterable[Mapping[str, Any]], config: DemonstrationsConfig) -> str:

@@ -14,10 +14,11 @@ from medray.config import DataConfig, EndpointConfig, EngineConfig, ModelConfig,
 from medray.evaluation import metrics
 from medray.inference.completions import Usage
 from medray.inference.endpoint import Endpoint, data_url
-from medray.inference.engine import Output, seed_for
+from medray.inference.engine import Output
 from medray.inference.thinking import said
 from medray.inference.worker import EngineWorker, RowWorker
 from medray.records import ANSWERED
+from medray.stable_draws import seed_for
 
 Suffixes = Mapping[str | None, Mapping[str, str]]  # benchmark -> answer type -> words
 

@@ -126,7 +126,8 @@ def evaluate_rater(
     Returns {"clinician": rating_metrics or None, "model": rating_metrics or None, "pairs": held out, "without rating": pairs}, and after
     interruptions "rows done again"; each rating_metrics of those pairs that have both ratings.
     """
-    from medray.data.shards import tables, write_resumable
+    from medray.data.resumable import write_resumable
+    from medray.data.shards import tables
 
     def rated_pairs(rows: Any) -> Any:
         held_out = rows.map_batches(

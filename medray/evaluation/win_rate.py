@@ -21,7 +21,7 @@ import numpy as np
 from medray.config import EvaluateConfig
 from medray.evaluation.compare import clustered_intervals, paired_difference
 from medray.inference.judge_prompt import VerdictError, judge_prompt, parse_scores
-from medray.inference.pairs import IDENTICAL
+from medray.inference.verdicts import IDENTICAL
 
 SCHEMA = 1
 QUESTION_COLUMNS = ("image_id", "answer_type", "attribute", "modality")

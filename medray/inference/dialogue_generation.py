@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from medray.actor_pools import client_options, map_options
 from medray.config import DataConfig, EngineConfig, SamplingConfig
 from medray.config.dialogues import GenerateConfig
 from medray.data.exchanges import normal
@@ -26,10 +27,10 @@ from medray.inference.dialogue_prompt import (
     without_repeats,
 )
 from medray.inference.endpoint import Endpoint, EndpointError, data_url
-from medray.inference.engine import seed_for
 from medray.inference.thinking import UNFINISHED, without_blocks
-from medray.inference.worker import EngineWorker, RowWorker, client_options, map_options
+from medray.inference.worker import EngineWorker, RowWorker
 from medray.records import GENERATED
+from medray.stable_draws import seed_for
 
 logger = logging.getLogger("medray")
 

@@ -266,15 +266,6 @@ def _own_length(model_dir: str, trust_remote_code: bool) -> int:
     return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code).get_text_config().max_position_embeddings
 
 
-def seed_for(base_seed: int, sample_id: str, *place: str | int) -> int:
-    """A request's seed: the same on every run and machine for the same base seed, sample and place.
-
-    Below 2**62, so that `seed + i` stays a valid 64-bit seed.
-    """
-    text = "\x1f".join([str(base_seed), sample_id, *map(str, place)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
-
-
 def image_key(data: bytes, padded: bool) -> str:
     """Cache key of an image for vLLM: its bytes, and whether it is padded to a square."""
     return f"{hashlib.sha256(data).hexdigest()[:32]}{'p' if padded else ''}"

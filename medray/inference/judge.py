@@ -18,12 +18,13 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from medray.actor_pools import client_options, map_options
 from medray.config import DataConfig, EngineConfig, JudgeConfig, SamplingConfig, ScoreConfig
-from medray.inference.engine import seed_for
 from medray.inference.judge_api import ApiJudge
 from medray.inference.judge_prompt import HIGHEST, LOWEST, judge_prompt
 from medray.inference.verdicts import Judge, Verdict, written_verdict
-from medray.inference.worker import EngineWorker, client_options, map_options
+from medray.inference.worker import EngineWorker
+from medray.stable_draws import seed_for
 
 logger = logging.getLogger("medray")
 

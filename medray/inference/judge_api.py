@@ -6,9 +6,9 @@ import asyncio
 
 from medray.config import DataConfig, JudgeConfig
 from medray.inference.endpoint import Endpoint, EndpointError, data_url
-from medray.inference.engine import seed_for
 from medray.inference.judge_prompt import judge_prompt
 from medray.inference.verdicts import Judge, JudgeUnavailable, written_verdict
+from medray.stable_draws import seed_for
 
 
 class ApiJudge(Judge):

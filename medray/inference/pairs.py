@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from medray.config import JudgeConfig
 from medray.data.shards import rows_of_file, tables_of, write_shard
+from medray.inference.verdicts import EMPTY, IDENTICAL
 from medray.records import PREFERENCE
 
-EMPTY, IDENTICAL = "empty answer", "identical answers"  # the judge's `error` for a pair that was not worth asking about
 DROP_REASONS = (EMPTY, IDENTICAL, "judge error", "order disagreement", "tie", "both answers poor", "row error")
 
 

@@ -15,16 +15,17 @@ from typing import Any
 
 import pyarrow as pa
 
+from medray.actor_pools import client_options, map_options
 from medray.config import DataConfig, EngineConfig, SamplingConfig
 from medray.config.dialogues import RateConfig
 from medray.data.exchanges import kind_of_error
 from medray.data.shards import tables
 from medray.inference.completions import Usage
 from medray.inference.endpoint import Endpoint, EndpointError, data_url
-from medray.inference.engine import seed_for
 from medray.inference.rate_prompt import HIGHEST, RatingError, parse_score, rate_prompt
-from medray.inference.worker import EngineWorker, RowWorker, client_options, map_options
+from medray.inference.worker import EngineWorker, RowWorker
 from medray.records import RATED
+from medray.stable_draws import seed_for
 
 logger = logging.getLogger("medray")
 

@@ -82,7 +82,7 @@ class Score:
         """Embeddings by image_id, and the reasons of those that have none."""
         import torch
 
-        from medray.data.collate import normalise_pixels
+        from medray.data.pixels import normalise_pixels
 
         data = {row["image_id"]: row["image"] for row in rows}
         embeddings, failed, ready = {}, {}, []
@@ -118,7 +118,7 @@ class Score:
 
 def score_options(config: ScoreConfig, rater: str, data_config: DataConfig) -> dict[str, Any]:
     """Arguments of map_batches for Score, or a class made like it."""
-    from medray.inference.worker import map_options
+    from medray.actor_pools import map_options
 
     arguments = {"rater": rater, "config": config.model_dump(), "data_config": data_config.model_dump()}
     return {"fn_constructor_kwargs": arguments, **map_options(config)}
@@ -134,7 +134,8 @@ def score_exchanges(source: str | list[str], target: str, committed: str, rater:
 
     Returns counts: exchanges, without score, and with an answer, question or context that was cut.
     """
-    from medray.data.shards import tables, write_resumable
+    from medray.data.resumable import write_resumable
+    from medray.data.shards import tables
 
     rows, again = write_resumable(
         source, target, committed, lambda rows: rows.map_batches(Score, **score_options(config, rater, data_config)), config.rows_per_task, data_config.read_cpus)

@@ -17,10 +17,11 @@ from medray.config.dialogues import GenerateConfig
 from medray.data.exchanges import normal
 from medray.inference.chat import Turn
 from medray.inference.completions import Usage
-from medray.inference.engine import Output, seed_for
+from medray.inference.engine import Output
 from medray.inference.thinking import UNFINISHED
 from medray.inference.worker import EngineWorker
 from medray.records import SELF_PLAY
+from medray.stable_draws import seed_for
 
 UNFINISHED_THINKING = "unfinished thinking"  # the finish_reason of an output that never came to its answer
 

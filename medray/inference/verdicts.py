@@ -11,7 +11,6 @@ from typing import Any
 from medray.config import JudgeConfig
 from medray.inference.completions import Usage
 from medray.inference.judge_prompt import VerdictError, parse_scores
-from medray.inference.pairs import EMPTY, IDENTICAL
 from medray.inference.worker import RowWorker
 from medray.records import JUDGED
 
@@ -102,3 +101,6 @@ class Judge(RowWorker):
     async def verdicts(self, row: dict[str, Any], question: dict[str, Any], places: list[tuple[int, int]], usage: Usage) -> list[Verdict]:
         """One verdict per pair of answer indices."""
         raise NotImplementedError
+
+
+EMPTY, IDENTICAL = "empty answer", "identical answers"  # the judge's `error` for a pair that was not worth asking about

@@ -59,8 +59,8 @@ def predict(run: Run, config: EvaluateJobConfig, questions: Mapping[str, dict[st
 
 def worker_of(config: EvaluateJobConfig, model: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what the model's answers depend on beside the questions, arguments of `map_batches` that ask it)."""
+    from medray.actor_pools import client_options, map_options
     from medray.evaluation.predict import ApiPredict, Predict
-    from medray.inference.worker import client_options, map_options
     from medray.models.vlm import model_hash, resolve_model
 
     common = {"name": model.name, "suffixes": {name: benchmark.suffixes for name, benchmark in BENCHMARKS.items()}, "text_only": config.text_only}
@@ -83,7 +83,7 @@ def worker_of(config: EvaluateJobConfig, model: Asked) -> tuple[dict[str, Any], 
 
 def ask(stage: Stage, config: EvaluateJobConfig, questions: Mapping[str, dict[str, Any]], mapped: dict[str, Any]) -> dict[str, Any]:
     """The questions of all benchmarks to one model; continues row by row."""
-    from medray.data.shards import write_resumable
+    from medray.data.resumable import write_resumable
 
     rows, again = write_resumable(
         [made["outputs"]["rows"] for made in questions.values()], stage.path("rows"), stage.path("committed"),

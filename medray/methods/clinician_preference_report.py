@@ -9,8 +9,8 @@ from typing import Any
 
 from medray.config import ClinicianPreferenceConfig, RaterConfig
 from medray.evaluation import report
-from medray.methods.clinicians import against_truth
 from medray.methods.data_report import account_of_run, not_used
+from medray.methods.ground_truth import against_truth
 from medray.methods.summary import (
     attributes_table,
     counts_table,

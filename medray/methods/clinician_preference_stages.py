@@ -12,7 +12,7 @@ from medray.data.dialogues import ATTRIBUTES
 from medray.errors import DataError
 from medray.methods import stages
 from medray.methods.clinician_preference_report import clinicians_of, who
-from medray.methods.clinicians import checkable, rightness
+from medray.methods.ground_truth import checkable, rightness
 from medray.methods.model_card import CARD, rater_card
 from medray.methods.stages import Model
 from medray.run import Run, Stage
@@ -58,7 +58,7 @@ def embed_inputs(config: ClinicianPreferenceConfig) -> dict[str, Any]:
 
 def embed(stage: Stage, config: ClinicianPreferenceConfig, encoder: str, data: dict[str, Any]) -> dict[str, Any]:
     """Image and caption of every row as one vector (records.EMBEDDED)."""
-    from medray.data.shards import write_resumable
+    from medray.data.resumable import write_resumable
     from medray.inference.embed import embed_map
 
     embedder, options = embed_map(config.demonstrations, config.data, encoder)
@@ -107,7 +107,7 @@ def generate(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | No
 
 def _write_dialogues(stage: Stage, config: ClinicianPreferenceConfig, writer: Model | None, images: str, demonstrations: str | None, answers: int) -> dict[str, Any]:
     from medray.data.exchanges import demonstrations_of, unpack
-    from medray.data.shards import write_resumable
+    from medray.data.resumable import write_resumable
     from medray.inference.dialogue_generation import generate_map
 
     settings = config.generate.model_copy(update={"answers": answers})
@@ -131,7 +131,7 @@ def rate_inputs(config: ClinicianPreferenceConfig, model: Model | None) -> dict[
 
 def rate(stage: Stage, config: ClinicianPreferenceConfig, model: Model | None, written: dict[str, Any]) -> dict[str, Any]:
     """A strong model's score from 0 to 10 for every exchange (records.RATED)."""
-    from medray.data.shards import write_resumable
+    from medray.data.resumable import write_resumable
     from medray.inference.rate import rate_map, rating_counts
 
     engine = config.rate.engine.beside(config.engine)
@@ -255,11 +255,11 @@ def evaluate(stage: Stage, config: ClinicianPreferenceConfig, model: Model, name
     Args:
         others: by name, the manifests of evaluations to compare with.
     """
-    from medray.data.shards import write_resumable
+    from medray.actor_pools import map_options
+    from medray.data.resumable import write_resumable
     from medray.evaluation.predict import Predict
     from medray.evaluation.scores import compare, not_scored
     from medray.evaluation.scores import score as scored
-    from medray.inference.worker import map_options
 
     stages.check_weights(model)
     arguments = {**stages.engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}

@@ -124,8 +124,8 @@ def _image_files(rows: str) -> Iterator[list[str | None]]:
 
 def write_samples(stage: Stage, data: DataConfig, index_uri: str, kind: str, out: str) -> dict[str, Any]:
     """Load, check, hash and write every image; continues shard by shard."""
+    from medray.data.resumable import write_converted
     from medray.data.samples import ToSamples
-    from medray.data.shards import write_converted
 
     if not stage.exists("done"):
         stage.run.remove(out.removeprefix(stage.run.uri).strip("/"))  # left by another source

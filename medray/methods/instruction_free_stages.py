@@ -93,9 +93,10 @@ def evaluate(
     Args:
         base: the manifest of the base model's evaluation, to compare with.
     """
+    from medray.actor_pools import map_options
     from medray.data.description_sets import QUESTION_SETS
     from medray.data.descriptions import FORMS
-    from medray.data.shards import write_resumable
+    from medray.data.resumable import write_resumable
     from medray.evaluation.instruction_following import (
         balanced_accuracy,
         description_overlap,
@@ -105,7 +106,6 @@ def evaluate(
     )
     from medray.evaluation.predict import Predict
     from medray.evaluation.scores import compare, not_scored, score
-    from medray.inference.worker import map_options
 
     stages.check_weights(model)
     found = data["outputs"]

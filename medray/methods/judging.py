@@ -79,7 +79,7 @@ def _judged(
     run: Run, config: EvaluateJobConfig | ClinicianPreferenceConfig, judge: dict[str, Any], name: str, questions: dict[str, Any], first: dict | None, second: dict[str, Any],
 ) -> str:
     """Judged rows (records.JUDGED); continues row by row."""
-    from medray.data.shards import write_resumable
+    from medray.data.resumable import write_resumable
     from medray.inference.judge import judge_map
     from medray.models.vlm import resolve_model
 

@@ -15,18 +15,15 @@ from medray.config import ClinicianPreferenceConfig, RaterConfig, Section
 from medray.config.section import without_passwords
 from medray.data.rater_pairs import ORIGINS
 from medray.methods.stages import AnyMethodConfig, Model
+from medray.models.published import MODELS, NOT_A_DEVICE
 from medray.run import Run
 
-MODELS = "models.json"
 CARD = "README.md"
 # Fields that name a place: a folder, file, address or hub id. Those of _LOCAL hold no hub id, and those of _WHERE say where the work ran,
 # which is told to nobody.
 _PLACES = {"path", "encoder", "model", "base_url", "source", "images", "chat_template", "general"}
 _LOCAL = {"source", "images", "chat_template", "general"}
 _WHERE = {"cluster", "place"}
-NOT_A_DEVICE = (
-    "Not a medical device: for research. Its answers can be wrong and sound sure; nobody should be diagnosed or treated by them, and no clinician replaced."
-)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def resolve_base(config: AnyMethodConfig) -> Model:
 
     Raises ConfigError where it cannot be tuned; of a local folder preflight has said so before.
     """
-    from medray.models.support import check_support
+    from medray.data.model_check import check_support
 
     if not config.model.path.startswith("testbed:"):
         instruction_free = isinstance(config, InstructionFreeConfig)
@@ -278,9 +278,9 @@ def verify(run: Run, name: str, config: AnyMethodConfig, model: Model, data: dic
 
 def self_play(stage: Stage, config: SelfTrainingConfig, model: Model, data: dict[str, Any], number: int) -> dict[str, Any]:
     """Describe, ask and answer: one row per unlabelled image (records.SELF_PLAY)."""
-    from medray.data.shards import write_resumable
+    from medray.actor_pools import map_options
+    from medray.data.resumable import write_resumable
     from medray.inference.self_play import SelfPlay
-    from medray.inference.worker import map_options
 
     check_weights(model)
     arguments = {**engine_arguments(config, model), "config": config.self_play.model_dump(), "round": number}
@@ -308,7 +308,7 @@ class _FreshShare:
         self.number, self.rounds = number, rounds
 
     def __call__(self, row: dict[str, Any]) -> bool:
-        from medray.data.groups import unit
+        from medray.stable_draws import unit
 
         return int(unit("round", row["sample_id"]) * self.rounds) == self.number - 1
 
@@ -324,7 +324,7 @@ def _played(row: dict[str, Any]) -> dict[str, int]:
 
 def judge(stage: Stage, config: SelfTrainingConfig, played: dict[str, Any]) -> dict[str, Any]:
     """A stronger judge rates the answers (records.JUDGED)."""
-    from medray.data.shards import write_resumable
+    from medray.data.resumable import write_resumable
     from medray.inference.judge import judge_map
     from medray.models.vlm import resolve_model
 
@@ -358,7 +358,7 @@ def check_judged(stage: Stage, config: SelfTrainingConfig | ClinicianPreferenceC
         differ: whether some answers must differ.
     """
     from medray.data.shards import rows_with_files
-    from medray.inference.pairs import EMPTY, IDENTICAL
+    from medray.inference.verdicts import EMPTY, IDENTICAL
 
     found, asked, given = SetAside(), 0, 0
     for file, row in rows_with_files(stage.path("rows"), ["sample_id", "error", "verdicts"]):
@@ -409,7 +409,7 @@ def reference_logps(stage: Stage, config: SelfTrainingConfig, model: Model, pair
     """Log-probabilities of both answers under the frozen reference, once, as columns; so DPO holds one model."""
     import ray.data
 
-    from medray.data.shards import write_resumable
+    from medray.data.resumable import write_resumable
     from medray.train.reference import Reference
 
     check_weights(model)
@@ -441,10 +441,10 @@ def evaluate(
     Args:
         before: the manifest of the evaluation of the model one step earlier, to compare with.
     """
-    from medray.data.shards import write_resumable
+    from medray.actor_pools import map_options
+    from medray.data.resumable import write_resumable
     from medray.evaluation.predict import Predict
     from medray.evaluation.scores import compare, not_scored, score
-    from medray.inference.worker import map_options
 
     check_weights(model)
     arguments = {**engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens}

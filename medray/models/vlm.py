@@ -91,7 +91,7 @@ def resolve_model(path: str) -> str:
     Raises ConfigError where a local folder does not exist.
     """
     if path.startswith("testbed:"):
-        from medray.testbed import model_path
+        from medray.models.bundled import model_path
 
         return model_path(path.partition(":")[2])
     folder = Path(path).expanduser()

@@ -93,7 +93,8 @@ def _bundled(to: Path, name: str = "base") -> tuple[Any, Any, Any]:
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    from medray.testbed import model_path, training
+    from medray.models.bundled import model_path
+    from medray.testbed import training
 
     base = to / name if (to / name / "config.json").is_file() else Path(model_path(name))
     processor = AutoProcessor.from_pretrained(base)

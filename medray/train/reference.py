@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from medray.config import DataConfig, ModelConfig
 from medray.data.begun import Begun
-from medray.data.collate import Encoder, collate_dpo, normalise_pixels
+from medray.data.collate import Encoder, collate_dpo
 from medray.data.images import filler_picture
+from medray.data.pixels import normalise_pixels
 from medray.records import PREFERENCE_WITH_REFERENCE, conform
 
 
@@ -25,7 +26,7 @@ class Reference:
         import torch
 
         from medray.models.vlm import load_vlm
-        from medray.train.pair_pass import choose_pair_pass, probe_rows
+        from medray.train.pair_probe import choose_pair_pass, probe_rows
 
         torch.set_num_threads(threads)
         self.config = ModelConfig.model_validate(model_config)

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from medray.config import DpoConfig, ModelConfig, TrainConfig
-from medray.data.collate import normalise_pixels
+from medray.data.pixels import normalise_pixels
 from medray.models.proxy_instruction import add_placeholder
 from medray.models.vlm import load_processor, load_vlm, prepare_trainable
 from medray.train.engine import full_state, load_full_state, make_engine, zero_stage
 from medray.train.objectives import DPO_METRICS, IGNORE, dpo_objective, sft_objective
-from medray.train.pair_pass import PairPass, choose_pair_pass
+from medray.train.pair_pass import PairPass
+from medray.train.pair_probe import choose_pair_pass
 from medray.train.proxy import ProxyStep
 
 Objective = Literal["sft", "dpo", "instruction_free"]

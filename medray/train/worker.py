@@ -47,7 +47,7 @@ from medray.train.checkpoints import NAME, Scratch, check_local, settle, write_c
 from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 from medray.train.done import BEFORE, Ids, count_done, done_rows, keep_done, write_done
 from medray.train.objectives import BEST_BY
-from medray.train.pair_pass import probe_rows
+from medray.train.pair_probe import probe_rows
 from medray.train.starts import Start, redone
 
 logger = logging.getLogger("medray")

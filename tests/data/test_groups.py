@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from medray.config import DataConfig
-from medray.data.groups import _prepared, group_rows, groups_of, split_of, unit
+from medray.data.groups import _prepared, group_rows, groups_of, split_of
 from medray.data.sources import INDEX
+from medray.stable_draws import unit
 
 SETTINGS = DataConfig(testbed_val_fraction=0.3)
 

@@ -11,9 +11,9 @@ import pytest
 from medray.config import DataConfig
 from medray.data.groups import _prepared, group_rows, image_of
 from medray.data.inline_images import inline_image, take_out
-from medray.data.readers.common import BadRecord
 from medray.data.readers.parquet import hugging_face
 from medray.data.sources import INDEX, _pieces, detect, index_rows
+from medray.errors import BadRecord
 from tests.data.test_images import noise, saved
 
 PNG, JPEG = saved(noise()), saved(noise(seed=1), "JPEG")

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 
 from medray.data import ordering
-from medray.data.ordering import Ordered, batches_of, evenly, groups_of, hash64, hashed
+from medray.data.ordering import Ordered, batches_of, evenly, groups_of, hashed
 from medray.data.quotas import shares
 from medray.data.ranking import at_most, descending, thresholds
+from medray.stable_draws import hash64
 
 
 def table(ids):

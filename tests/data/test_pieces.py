@@ -9,7 +9,8 @@ import pytest
 
 from medray.data.ids import contains, digests
 from medray.data.pieces import reconcile
-from medray.data.shards import count_rows, parquet_files, readable, stored_rows, write_resumable
+from medray.data.resumable import write_resumable
+from medray.data.shards import count_rows, parquet_files, readable, stored_rows
 from medray.errors import DataError, StageError
 from tests.damage import cut, delete, empty
 

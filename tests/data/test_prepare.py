@@ -13,7 +13,8 @@ from PIL import Image
 
 from medray.config import DataConfig
 from medray.data.prepare import prepare, read_account
-from medray.data.shards import count_rows, footer_readers, read_rows, write_resumable
+from medray.data.resumable import write_resumable
+from medray.data.shards import count_rows, footer_readers, read_rows
 from medray.data.sources import read_index
 from tests.data.test_images import bomb, noise, saved
 from tests.data.test_sources import CELL

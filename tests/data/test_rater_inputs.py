@@ -100,7 +100,7 @@ def test_special_tokens_are_the_tokenizers_own(inputs, tiny_llava):
 
 
 def test_pixels_are_what_the_processor_makes(inputs):
-    from medray.data.collate import normalise_pixels
+    from medray.data.pixels import normalise_pixels
 
     image, _ = cell(0, (40, 90))
     pixels = inputs.pixels(image)

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from medray.config import DataConfig
-from medray.data.readers.concepts import SKINCON
-from medray.data.readers.mammography import VALUES
+from medray.data.attribute_vocabularies import SKINCON, VALUES
 from medray.data.sources import _pieces, detect, index_rows
 from medray.testbed.cells import write_cells
 from tests.data.test_images import noise, saved

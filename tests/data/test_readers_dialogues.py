@@ -5,11 +5,11 @@ import json
 import pytest
 
 from medray.data.groups import _prepared
-from medray.data.readers.common import BadRecord
 from medray.data.readers.conversations import preference_pair
 from medray.data.readers.markers import markers_in, without_marker
 from medray.data.readers.messages import dialogue_turns
 from medray.data.sources import INDEX
+from medray.errors import BadRecord
 from tests.data.test_readers_files import tar
 from tests.data.wild import dialogue, index, payloads, unused, write
 

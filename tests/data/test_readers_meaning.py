@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medray.data.readers.common import BadRecord
 from medray.data.readers.markers import asked, markers_in, without_marker
 from medray.data.readers.options import options_in, options_of, right_option
 from medray.data.readers.splits import record_split, split_of_folder
-from medray.errors import DataError
+from medray.errors import BadRecord, DataError
 from tests.data.wild import dialogue, index, payloads, unused, write
 
 

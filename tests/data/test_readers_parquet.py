@@ -9,10 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from medray.config import DataConfig
-from medray.data.readers.common import BadRecord
 from medray.data.readers.options import options_of, right_option
 from medray.data.sources import detect, survey
-from medray.errors import DataError
+from medray.errors import BadRecord, DataError
 from tests.data.test_images import noise, saved
 from tests.data.test_readers_dialogues import FORMS
 from tests.data.wild import dialogue, index, payloads, unused, write

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from medray.data.readers.common import BadRecord
 from medray.data.readers.conversations import preference_pair
+from medray.errors import BadRecord
 from tests.data.test_readers_vqa import csv_rows, json_rows
 from tests.data.test_sources import LLAVA, rows_of, written
 

@@ -8,15 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from medray.data.shards import (
-    BLOCK_BYTES,
-    parquet_files,
-    read_rows,
-    small_blocks,
-    whole_file,
-    write_converted,
-    write_shard,
-)
+from medray.data.resumable import write_converted
+from medray.data.shards import BLOCK_BYTES, parquet_files, read_rows, small_blocks, whole_file, write_shard
 from medray.errors import DataError
 from medray.files import seal
 

@@ -14,8 +14,7 @@ from medray.data.samples import ToSamples
 from medray.data.sources import INDEX, index_rows
 from medray.evaluation.chat_score import chat_rows, chat_score
 from medray.evaluation.win_rate import NO_ANSWER, judge_rows, judged, prompts, win_rate
-from medray.inference.pairs import IDENTICAL
-from medray.inference.verdicts import written_verdict
+from medray.inference.verdicts import IDENTICAL, written_verdict
 from medray.records import JUDGED, QUESTION, SELF_PLAY
 from tests.data.test_images import noise
 

@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from medray.actor_pools import map_options
 from medray.config import EngineConfig, SamplingConfig
-from medray.data.shards import write_resumable
+from medray.data.resumable import write_resumable
 from medray.inference.engine_guard import OWNER_ENV
-from medray.inference.worker import map_options
 from tests.prometheus import told
 
 pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]

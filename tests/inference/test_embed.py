@@ -15,7 +15,7 @@ from PIL import Image
 from medray.config import DataConfig
 from medray.config.dialogues import DemonstrationsConfig
 from medray.data.images import decode
-from medray.data.shards import write_resumable
+from medray.data.resumable import write_resumable
 from medray.errors import ConfigError
 from medray.inference.embed import Embed, embed_map
 from medray.records import EMBEDDED, IMAGE_TEXT

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from medray.actor_pools import client_options
 from medray.config import (
     ClusterConfig,
     DataConfig,
@@ -16,12 +17,11 @@ from medray.config import (
     EvaluateJobConfig,
     load_config,
 )
-from medray.data.shards import write_resumable
+from medray.data.resumable import write_resumable
 from medray.errors import ConfigError, StageError
 from medray.evaluation.predict import ApiPredict
 from medray.inference.completions import Usage, read_reply, request_body, retry_after
 from medray.inference.endpoint import Endpoint, EndpointDown
-from medray.inference.worker import client_options
 from medray.methods.session import ray_session
 from medray.records import BENCHMARK_QUESTION
 from tests.inference.peer import Peer

@@ -19,8 +19,8 @@ from medray.config import (
 from medray.errors import ConfigError
 from medray.inference.judge import judge_map
 from medray.inference.judge_rater import RaterJudge
-from medray.inference.pairs import EMPTY, IDENTICAL
 from medray.inference.score import Score
+from medray.inference.verdicts import EMPTY, IDENTICAL
 from medray.methods import stages
 from medray.models.rater import Rater
 from medray.preflight import check_self_training

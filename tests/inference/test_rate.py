@@ -8,7 +8,7 @@ import pytest
 
 from medray.config import ClusterConfig, DataConfig, EngineConfig
 from medray.config.dialogues import RateConfig
-from medray.data.shards import write_resumable
+from medray.data.resumable import write_resumable
 from medray.inference.endpoint import EndpointDown
 from medray.inference.judge import cost_ledger
 from medray.inference.rate import RATING, ApiRate, EngineRate, rate_map, rating_counts

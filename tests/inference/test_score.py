@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medray.config import DataConfig, ScoreConfig
-from medray.data.collate import normalise_pixels
+from medray.data.pixels import normalise_pixels
 from medray.data.shards import stored_rows
 from medray.errors import ConfigError
 from medray.inference.score import SCORED_ROW, Score, score_exchanges

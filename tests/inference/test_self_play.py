@@ -1,7 +1,8 @@
 import pytest
 
-from medray.inference.engine import Output, seed_for
+from medray.inference.engine import Output
 from medray.inference.self_play import keep_questions
+from medray.stable_draws import seed_for
 
 pytestmark = pytest.mark.vllm
 

@@ -19,7 +19,8 @@ from medray.errors import ConfigError, DataError, StageError, Waiting
 from medray.job import run_job
 from medray.methods import clinician_preference_stages as steps
 from medray.methods.clinician_preference_report import clinicians_share, table
-from medray.methods.clinicians import against_truth, collect, exported_judgements
+from medray.methods.clinicians import collect, exported_judgements
+from medray.methods.ground_truth import against_truth
 from medray.preflight import check_clinician_preference
 from medray.run import Run, Stage, digest
 from tests.data.test_clinicians import RECORD

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from medray.actor_pools import map_options
 from medray.config import DataConfig, EngineConfig, EvaluateJobConfig, JudgeConfig
 from medray.evaluation.exchange import write_predictions
-from medray.inference.worker import map_options
 from medray.methods.judging import judge_models
 from medray.plan.demand import FILTER_CPUS, LISTING_CPUS
 from medray.records import QUESTION

@@ -20,13 +20,13 @@ from medray.methods.model_card import (
     _WHERE,
     CLINICIAN_PREFERENCE,
     INSTRUCTION_FREE,
-    NOT_A_DEVICE,
     SELF_TRAINING,
     card,
     publish_models,
     rater_card,
 )
 from medray.methods.stages import Model
+from medray.models.published import NOT_A_DEVICE
 from medray.run import Run
 
 S = {"value": 0.71234, "low": 0.7, "high": 0.72}

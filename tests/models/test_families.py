@@ -20,16 +20,18 @@ from medray.config import (
     SftConfig,
     load_config,
 )
-from medray.data.collate import Encoder, collate_dpo, collate_sft, normalise_pixels
+from medray.data.collate import Encoder, collate_dpo, collate_sft
 from medray.data.encoding_check import own_inputs
 from medray.data.images import filler_picture
+from medray.data.model_check import check_support
+from medray.data.pixels import normalise_pixels
 from medray.errors import ConfigError, StageError
 from medray.models.export import save_vlm
-from medray.models.support import check_support
 from medray.models.vlm import check_parts, load_processor, load_vlm, merge, part_of, prepare_trainable
 from medray.preflight import check_self_training
 from medray.train.objectives import answer_logps, sequence_logps, sft_objective
-from medray.train.pair_pass import choose_pair_pass, packing_problem, probe_rows, separate_images
+from medray.train.pair_pass import packing_problem, separate_images
+from medray.train.pair_probe import choose_pair_pass, probe_rows
 from tests.models.families import PACKED, REFUSED, TUNED, clip_vision, gemma3, internvl, text_config
 
 torch.set_num_threads(1)

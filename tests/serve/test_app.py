@@ -23,8 +23,8 @@ from ray.serve.schema import ServeStatus
 from medray.config import SelfTrainingConfig
 from medray.config.serving import ServeConfig
 from medray.data.images import pad_to_square
+from medray.models.bundled import model_path
 from medray.records import QUESTION
-from medray.testbed import model_path
 from serve.chat_request import ApiError
 from serve.tokens import add_holder
 from tests.processes import descendants

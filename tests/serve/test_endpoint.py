@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from medray.config import EngineConfig
 from medray.config.serving import LimitsConfig, ServeConfig
-from medray.methods.model_card import NOT_A_DEVICE
+from medray.models.published import NOT_A_DEVICE
 from serve.chat_request import ApiError
 from serve.endpoint import Endpoint, make_app
 from serve.hosted import Hosted

@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from transformers import AutoTokenizer
 from vllm.exceptions import GenerationError
 
-from medray.testbed import model_path
+from medray.models.bundled import model_path
 from serve.chat_request import ApiError
 from serve.engine_answers import checked
 from serve.grammars import Grammars

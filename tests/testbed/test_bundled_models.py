@@ -15,7 +15,7 @@ from medray.data.dialogues import ATTRIBUTES, attribute_questions
 from medray.data.shuffling import separated
 from medray.errors import ConfigError
 from medray.evaluation.metrics import mcq
-from medray.testbed import MODELS, model_path
+from medray.models.bundled import MODELS, model_path
 from medray.testbed.cells import render_cell, sample_record
 from medray.testbed.corpus import LIST_REQUESTS, SCENE, SHAPES, render_scene, report_dialogue, sample_uniform
 from medray.testbed.training import Encoder, accuracies, pixels_of, report_accuracies

@@ -9,9 +9,9 @@ import torch
 
 from medray.data.dialogues import ATTRIBUTES
 from medray.errors import ConfigError
+from medray.models.bundled import ENCODERS, model_path
 from medray.models.rater import Rater
 from medray.models.vlm import resolve_model
-from medray.testbed import ENCODERS, model_path
 from medray.testbed.cells import render_cell, sample_record
 from medray.testbed.tiny_clip import Statements, zero_shot
 from medray.testbed.training import pixels_of

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from medray.config import ProxyConfig, SftConfig, TrainConfig
-from medray.data.collate import IGNORE, Encoder, normalise_pixels
+from medray.data.collate import IGNORE, Encoder
+from medray.data.pixels import normalise_pixels
 from medray.errors import ConfigError, DataError
 from medray.models.proxy_instruction import PLACEHOLDER, ProxyInstruction
 from medray.models.vlm import load_processor, load_vlm, part_of, trainable_parameters

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medray.data.collate import collate_dpo, collate_sft, normalise_pixels
+from medray.data.collate import collate_dpo, collate_sft
+from medray.data.pixels import normalise_pixels
 from medray.models.vlm import load_processor, load_vlm, plain_model, prepare_trainable, shared_image_features
 from medray.train import objectives
 from medray.train.objectives import (

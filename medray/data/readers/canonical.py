@@ -7,11 +7,12 @@ from string import ascii_uppercase
 from typing import Any
 
 from medray.data.dialogues import check_record
-from medray.data.readers.common import BadRecord, is_empty, mcq, qa, text_of, yes_or_no
+from medray.data.readers.common import is_empty, mcq, qa, text_of, yes_or_no
 from medray.data.readers.conversations import preference_pair
 from medray.data.readers.markers import asked, check_no_marker
 from medray.data.readers.messages import DIALOGUES, dialogue_turns
 from medray.data.readers.options import right_option
+from medray.errors import BadRecord
 from medray.records import ANSWER_TYPES, check_turns
 
 

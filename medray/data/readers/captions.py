@@ -7,21 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from medray.data.inline_images import PREFIX
-from medray.data.readers.common import (
-    BadRecord,
-    Place,
-    Row,
-    digest,
-    given,
-    inside,
-    need,
-    need_text,
-    qa,
-    row,
-    text_of,
-)
+from medray.data.readers.common import Place, Row, given, inside, need, need_text, qa, row, text_of
 from medray.data.readers.markers import asked, check_no_marker
 from medray.data.readers.messages import listed
+from medray.errors import BadRecord
+from medray.stable_draws import digest
 
 IMAGE_COLUMNS = ("file_name", "image_file", "image_path", "image", "filename", "file", "path")
 TEXT_COLUMNS = ("caption", "text", "report")

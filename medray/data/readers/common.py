@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from string import ascii_uppercase
@@ -14,6 +13,7 @@ from typing import Any
 from medray.data.dialogues import MCQ_LETTER
 from medray.data.pseudonyms import LONGEST_SHOWN, shortened, shown_path
 from medray.data.readers.splits import split_folder, split_of
+from medray.errors import BadRecord
 
 Row = dict[str, Any]
 
@@ -23,10 +23,6 @@ IMAGE_SUFFIXES = (
     ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif",
 )
 """Suffixes of the files of medray.data.images.FORMATS, in lower case."""
-
-
-class BadRecord(ValueError):
-    """One record that cannot be used, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +83,6 @@ def error_row(identity: str, where: str, error: str) -> Row:
 def as_unicode(text: str) -> str:
     """The text with ? for what is no Unicode."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def digest(*keys: Any) -> str:
-    """16 hex digits fixed by the keys: the same on every machine."""
-    return hashlib.sha256("|".join(map(str, keys)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def image_digest(image: bytes) -> str:
-    """16 hex digits of an encoded image: its id where the source gives none."""
-    return hashlib.sha256(image).hexdigest()[:16]
-
-
-def drawn(items: Iterable[str], *keys: Any) -> list[str]:
-    """The items in a random order that the keys and the items alone fix."""
-    return sorted(items, key=lambda item: digest(*keys, item))
 
 
 # Words that tables and libraries write for a missing value. "None" is missing from them: it is an answer people give.

@@ -5,28 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from medray.data.attribute_vocabularies import SKINCON, word
 from medray.data.dialogues import check_record
-from medray.data.readers.common import (
-    BadRecord,
-    Place,
-    Row,
-    drawn,
-    given,
-    inside,
-    mcq,
-    need,
-    need_text,
-    qa,
-    row,
-)
+from medray.data.readers.common import Place, Row, given, inside, mcq, need, need_text, qa, row
+from medray.errors import BadRecord
+from medray.stable_draws import drawn
 
-SKINCON = (
-    "Vesicle", "Papule", "Macule", "Plaque", "Abscess", "Pustule", "Bulla", "Patch", "Nodule", "Ulcer", "Crust", "Erosion", "Excoriation",
-    "Atrophy", "Exudate", "Purpura/Petechiae", "Fissure", "Induration", "Xerosis", "Telangiectasia", "Scale", "Scar", "Friable", "Sclerosis",
-    "Pedunculated", "Exophytic/Fungating", "Warty/Papillomatous", "Dome-shaped", "Flat topped", "Brown(Hyperpigmentation)", "Translucent",
-    "White(Hypopigmentation)", "Purple", "Yellow", "Black", "Erythema", "Comedo", "Lichenification", "Blue", "Umbilicated", "Poikiloderma",
-    "Salmon", "Wheal", "Acuminate", "Burrow", "Gray", "Pigmented", "Cyst",
-)
 """SKINCON's 48 concepts (Daneshjou et al., NeurIPS 2022), in the order and spelling of its CSV columns."""
 
 EXCLUDED = "Do not consider this image"
@@ -42,11 +26,6 @@ def wbcatt(record: dict[str, Any], place: Place) -> Iterator[Row]:
     image, original = given(record, "image"), given(record, "path")  # one picture, by its place here and in its own set
     file = inside(place.images, image or original or need(record, "path"))
     yield row(identity, identity, file, {"record": record})
-
-
-def word(concept: str) -> str:
-    """A concept as it is written in text: "Brown(Hyperpigmentation)" is "brown (hyperpigmentation)"."""
-    return concept.lower().replace("(", " (")
 
 
 def skincon(record: dict[str, Any], place: Place) -> Iterator[Row]:

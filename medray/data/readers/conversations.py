@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from medray.data.readers.common import (
-    BadRecord,
-    Place,
-    Row,
-    digest,
-    identity_of,
-    inside,
-    is_empty,
-    need,
-    row,
-)
+from medray.data.readers.common import Place, Row, identity_of, inside, is_empty, need, row
 from medray.data.readers.markers import asked, check_no_marker
 from medray.data.readers.messages import DIALOGUES, Said, dialogue_turns, messages
+from medray.errors import BadRecord
+from medray.stable_draws import digest
 
 
 def llava(record: dict[str, Any], place: Place) -> Iterator[Row]:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from medray.data.images import TIFF_SUFFIXES, pages_of
 from medray.data.pseudonyms import shown_path
-from medray.data.readers.common import IMAGE_SUFFIXES, BadRecord, Row, error_row, row
+from medray.data.readers.common import IMAGE_SUFFIXES, Row, error_row, row
 from medray.data.readers.splits import split_of_folders
 from medray.data.reading import DICOM_HEAD, failure, is_dicom, open_file
 from medray.data.walk import walk_files
+from medray.errors import BadRecord
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".dicm", ".ima")
 # Almost every header ends within the first, none that is sound goes beyond the second (bytes).

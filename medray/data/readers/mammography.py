@@ -20,32 +20,12 @@ from typing import Any
 
 from PIL import Image
 
+from medray.data.attribute_vocabularies import VALUES
 from medray.data.images import ImageError
-from medray.data.readers.common import (
-    IMAGE_SUFFIXES,
-    BadRecord,
-    Place,
-    Row,
-    digest,
-    inside,
-    mcq,
-    need_text,
-    row,
-)
+from medray.data.readers.common import IMAGE_SUFFIXES, Place, Row, inside, mcq, need_text, row
+from medray.errors import BadRecord
+from medray.stable_draws import digest
 
-VALUES: dict[str, tuple[str, ...]] = {
-    "mass_shape": (
-        "architectural distortion", "asymmetric breast tissue", "focal asymmetric density", "irregular", "lobulated", "lymph node", "oval", "round",
-    ),
-    "mass_margins": ("circumscribed", "ill defined", "microlobulated", "obscured", "spiculated"),
-    "calc_type": (
-        "amorphous", "coarse", "dystrophic", "eggshell", "fine linear branching", "large rodlike", "lucent centered", "milk of calcium", "pleomorphic",
-        "punctate", "round and regular", "skin", "vascular",
-    ),
-    "calc_distribution": ("clustered", "diffusely scattered", "linear", "regional", "segmental"),
-    "abnormality_type": ("calcification", "mass"),
-    "pathology": ("benign", "malignant"),
-}
 """The closed sets that a multiple-choice question offers, in the order of its letters."""
 
 _SHAPES = ("mass_shape", "mass_margins", "calc_type", "calc_distribution")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from medray.data.readers.common import BadRecord
+from medray.errors import BadRecord
 
 # A marker left in a text would become a second image token in a model's prompt.
 _MARKER = re.compile(

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from medray.data.readers.common import BadRecord, is_empty
+from medray.data.readers.common import is_empty
 from medray.data.readers.markers import check_media, check_no_marker, markers_in, without_marker
+from medray.errors import BadRecord
 from medray.records import check_turns
 
 ROLES = {

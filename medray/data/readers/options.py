@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from medray.data.readers.common import BadRecord, is_empty, text_of
+from medray.data.readers.common import is_empty, text_of
 from medray.data.readers.messages import listed
+from medray.errors import BadRecord
 
 OPTION_FIELDS = ("options", "choices", "candidates", "answer_choices", "multiple_choices")
 _OPTION_COLUMN = re.compile(r"(?:options?|choices?|op|opt)?[ _-]?([a-j])", re.IGNORECASE)

@@ -12,22 +12,14 @@ from fsspec.implementations.local import LocalFileSystem
 from medray.data.inline_images import inline_image, named_file
 from medray.data.readers.canonical import members_of, payloads
 from medray.data.readers.captions import TEXT_COLUMNS, caption_of, column
-from medray.data.readers.common import (
-    BadRecord,
-    Row,
-    digest,
-    error_row,
-    given,
-    identity_of,
-    image_digest,
-    inside,
-    row,
-)
+from medray.data.readers.common import Row, error_row, given, identity_of, inside, row
 from medray.data.readers.conversations import one_image, preference_id, preference_pair
 from medray.data.readers.messages import DIALOGUES, dialogue_turns
 from medray.data.readers.questions import Named, question_of
 from medray.data.readers.splits import UnknownSplit, as_split, record_split
 from medray.data.reading import open_file
+from medray.errors import BadRecord
+from medray.stable_draws import digest, image_digest
 
 
 def shards(record: dict[str, Any]) -> Iterator[Row]:

@@ -8,10 +8,8 @@ from typing import Any
 
 from medray.data.readers.captions import file_in, image_column
 from medray.data.readers.common import (
-    BadRecord,
     Place,
     Row,
-    digest,
     given,
     inside,
     is_empty,
@@ -26,6 +24,8 @@ from medray.data.readers.conversations import image_name
 from medray.data.readers.markers import asked, check_no_marker
 from medray.data.readers.messages import listed
 from medray.data.readers.options import options_in, options_of, right_option
+from medray.errors import BadRecord
+from medray.stable_draws import digest
 
 # Fields that may name the right option.
 _ANSWERS = (

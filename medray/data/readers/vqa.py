@@ -7,20 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from medray.data.readers.common import (
-    BadRecord,
-    Place,
-    Row,
-    digest,
-    given,
-    inside,
-    mcq,
-    need,
-    need_text,
-    qa,
-    row,
-)
+from medray.data.readers.common import Place, Row, given, inside, mcq, need, need_text, qa, row
 from medray.data.readers.markers import asked
+from medray.errors import BadRecord
+from medray.stable_draws import digest
 
 
 def vqa_rad(record: dict[str, Any], place: Place) -> Iterator[Row]:

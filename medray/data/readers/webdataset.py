@@ -13,20 +13,13 @@ from typing import Any
 from medray.data.notes import UNREAD, Notes
 from medray.data.pseudonyms import shown_path
 from medray.data.readers.canonical import payloads
-from medray.data.readers.common import (
-    IMAGE_SUFFIXES,
-    BadRecord,
-    Row,
-    digest,
-    error_row,
-    identity_of,
-    is_empty,
-    row,
-)
+from medray.data.readers.common import IMAGE_SUFFIXES, Row, error_row, identity_of, is_empty, row
 from medray.data.readers.splits import UnknownSplit, record_split, split_of
 from medray.data.readers.tracked import FieldUse
 from medray.data.reading import failure, open_file
 from medray.data.walk import suffix_of
+from medray.errors import BadRecord
+from medray.stable_draws import digest
 
 # A member's text that is longer than this is not read (bytes).
 LONGEST_TEXT = 16 * 2**20
