@@ -23,10 +23,10 @@ lint: setup
 	$(BIN)/ruff check .
 
 doctor: setup
-	$(BIN)/python -m medray.doctor
+	$(BIN)/python -m medray.commands.doctor
 
 docs: setup
-	$(BIN)/python -m medray.reference > docs/reference/config.md
+	$(BIN)/python -m medray.config.reference_page > docs/reference/config.md
 
 setup: $(VENV)/.ready
 

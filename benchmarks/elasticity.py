@@ -84,7 +84,7 @@ PLAN = (
 
 
 def progress(folder: Path, pattern: str) -> list[int]:
-    """Of the files that show progress the number of workers: of the notes of a training's starts (medray.train.starts) those that made steps; of
+    """Of the files that show progress the number of workers: of the notes of a training's starts (medray.train.restart_log) those that made steps; of
     others, which show it by being there, 0."""
     found = []
     for path in sorted(folder.glob(pattern)):

@@ -28,14 +28,14 @@ from generate import QUESTIONS, bare_engine, picture
 from ingest import local_ray
 
 from medray.config import EngineConfig, EvaluateConfig, EvaluateJobConfig, ModelConfig
-from medray.data.images import decode, pad_to_square
-from medray.data.shards import stored_rows
+from medray.images.decoding import decode, pad_to_square
 from medray.inference.chat import Chat
-from medray.methods.answering import Asked, predict
+from medray.methods.shared.benchmark_answers import Asked, predict
 from medray.models.cache import localize
 from medray.models.vlm import resolve_model
 from medray.records import BENCHMARK_QUESTION
-from medray.run import Run
+from medray.running.run import Run
+from medray.storage.shards import stored_rows
 
 ROWS_PER_SHARD = 1024
 

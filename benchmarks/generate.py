@@ -25,7 +25,7 @@ import time
 import numpy as np
 
 from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig
-from medray.inference.worker import EngineWorker
+from medray.inference.row_worker import EngineWorker
 from medray.models.cache import localize
 from medray.models.vlm import load_processor, load_vlm, resolve_model
 from medray.stable_draws import seed_for

@@ -32,9 +32,9 @@ import torch.utils.data
 
 from medray.config import SelfTrainingConfig
 from medray.data.collate import Encoder, collate_sft
-from medray.data.shards import parquet_files
 from medray.models.vlm import resolve_model
 from medray.records import CONVERSATION
+from medray.storage.shards import parquet_files
 
 PICTURES = 256  # rendered once; rows repeat them under ids of their own
 ROWS_PER_SHARD = 512
@@ -48,7 +48,7 @@ def jpeg(image: Any) -> bytes:
 
 def write_shards(folder: Path, rows: int) -> str:
     """Conversation shards of synthetic cells, as the data stage writes them."""
-    from medray.data.dialogues import attribute_dialogue
+    from medray.data.attribute_questions import attribute_dialogue
     from medray.testbed.cells import render_cell, sample_record
 
     rng = random.Random(0)
@@ -67,7 +67,7 @@ def write_shards(folder: Path, rows: int) -> str:
 
 def through_ray(folder: str, model: str, config: SelfTrainingConfig, batch: int) -> Iterator[int]:
     """Rows of each collated batch, the way a training worker takes them."""
-    from medray.methods.stages import encoded
+    from medray.methods.shared.stages import encoded
 
     info = Encoder(model, config.model.model_dump(), {}, "sft").dialogues.info()
     for table in encoded(folder, model, config, "sft").iter_batches(batch_size=batch, batch_format="pyarrow"):

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from medray.config import InstructionFreeTrainConfig, ModelConfig, SftConfig, TrainConfig
-from medray.data.descriptions import WBCATT, describe_attributes
+from medray.data.attribute_descriptions import WBCATT, describe_attributes
 from medray.testbed.tiny_vlm import random_llava
 from medray.train.step import TrainStep
 from medray.train.worker import Batches

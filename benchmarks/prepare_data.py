@@ -27,10 +27,10 @@ from ingest import PICTURES, PeakMemory, jpeg, local_ray
 from PIL import Image
 
 from medray.config import DataConfig, PrepareDataConfig
-from medray.data.groups import GROUP
-from medray.data.samples import ToSamples
-from medray.data.shards import READ_ROWS, write_shard
-from medray.methods.data_preparation import prepare_dataset
+from medray.ingest.canonical_rows import ToSamples
+from medray.ingest.group_by_image import GROUP
+from medray.methods.prepare_data.pipeline import prepare_dataset
+from medray.storage.shards import READ_ROWS, write_shard
 
 TURNS = [{"role": "user", "text": "What is it?"}, {"role": "assistant", "text": "A cell."}]
 

@@ -65,8 +65,8 @@ def plain_loop(source: str, target: Path, rater: str, config: ScoreConfig) -> No
     import torch
 
     from medray.data.pixels import normalise_pixels
-    from medray.data.shards import parquet_files
-    from medray.models.rater import Rater
+    from medray.rating_model.model import Rater
+    from medray.storage.shards import parquet_files
 
     torch.set_num_threads(1)
     device, dtype = ("cuda" if config.gpus_per_actor else "cpu"), {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
@@ -87,7 +87,7 @@ def plain_loop(source: str, target: Path, rater: str, config: ScoreConfig) -> No
 
 
 def ray_job(source: str, target: Path, rater: str, config: ScoreConfig) -> None:
-    from medray.inference.score import score_exchanges
+    from medray.rating_model.scoring import score_exchanges
 
     score_exchanges(source, str(target / "rows"), str(target / "committed"), rater, config, DATA)
 
@@ -119,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     import ray
 
-    from medray.models.rater import Rater
+    from medray.rating_model.model import Rater
 
     config = ScoreConfig(cpus_per_actor=8, gpus_per_actor=1, precision="bf16") if args.gpu else ScoreConfig()
     ray.init(num_cpus=16 if args.gpu else 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from medray.config import EvaluateConfig
-from medray.evaluation.exchange import prediction_tables, write_predictions
+from medray.evaluation.prediction_files import prediction_tables, write_predictions
+from medray.evaluation.prediction_table import load
 from medray.evaluation.scores import compare_models, score, score_models
-from medray.evaluation.table import load
 
 WORDS = [f"{start}{middle}{end}" for start in ("car", "neu", "hep", "ren", "pul", "ost") for middle in ("di", "ro", "a", "mo", "la") for end in ("ma", "tic", "sis", "nal", "itis", "gram", "um", "al")]
 COMMON = ("the", "a", "of", "in", "left", "right", "lung", "mass", "no", "with", "shows", "is")

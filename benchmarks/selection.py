@@ -32,8 +32,8 @@ MODALITIES = ("ct", "mri", "histology")
 
 
 def write_embeddings(folder: str, rows: int, dimensions: int, clusters: int) -> None:
-    from medray.data.shards import write_shard
     from medray.records import EMBEDDED
+    from medray.storage.shards import write_shard
 
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(clusters, dimensions)).astype(np.float32)
@@ -50,8 +50,8 @@ def write_embeddings(folder: str, rows: int, dimensions: int, clusters: int) -> 
 
 
 def write_scored(folder: str, rows: int) -> None:
-    from medray.data.shards import write_shard
     from medray.records import SCORED
+    from medray.storage.shards import write_shard
 
     rng = np.random.default_rng(0)
     os.makedirs(folder)
@@ -81,8 +81,8 @@ def _modalities(rng: np.random.Generator, count: int) -> list[str]:
 def cluster(folder: str, scratch: str, clusters: int) -> dict[str, Any]:
     from sklearn.cluster import MiniBatchKMeans  # noqa: F401 - imported before the measurement
 
-    from medray.config.dialogues import DemonstrationsConfig
-    from medray.data.clusters import assign, draw, fit_clusters
+    from medray.config.clinician_preference_sections import DemonstrationsConfig
+    from medray.methods.clinician_preference.draw_images import assign, draw, fit_clusters
 
     def work() -> int:
         config = DemonstrationsConfig(clusters=clusters)
@@ -93,8 +93,8 @@ def cluster(folder: str, scratch: str, clusters: int) -> dict[str, Any]:
 
 
 def choose(folder: str, scratch: str, _: int) -> dict[str, Any]:
-    from medray.config.dialogues import SelectConfig
-    from medray.data.selection import select
+    from medray.config.clinician_preference_sections import SelectConfig
+    from medray.methods.clinician_preference.select_dialogues import select
 
     return _measured(lambda: select(folder, f"{scratch}/kept", SelectConfig(fraction=0.4))["counts"]["dialogues kept"])
 

@@ -34,8 +34,8 @@ from PIL import Image
 
 from medray.config import EngineConfig
 from medray.config.serving import ServeConfig
-from medray.data.images import png_url
-from medray.inference.engine import vllm_arguments, vllm_environment
+from medray.images.decoding import png_url
+from medray.inference.vllm_engine import vllm_arguments, vllm_environment
 from medray.models.vlm import resolve_model
 from medray.testbed.fake_cluster import free_port
 
@@ -123,8 +123,8 @@ def start_vllm(model: str, engine: EngineConfig, port: int) -> subprocess.Popen:
 def start_endpoint(model: str, engine: EngineConfig, port: int, most: int) -> None:
     from ray import serve
 
-    from medray.methods.session import start_ray
-    from serve.app import build
+    from medray.running.ray_session import start_ray
+    from medray.serving.chat.app import build
 
     start_ray(num_cpus=4 if not engine.gpus_per_actor else None, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})

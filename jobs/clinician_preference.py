@@ -7,14 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
 
-from medray.beginning import end_at_signals
+from medray.commands.beginning import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # before the imports that take seconds
 
+from medray.commands.command_line import ended, method_parser, run_method
 from medray.config import ClinicianPreferenceConfig
-from medray.job import ended, method_parser, run_method
-from medray.preflight import check_clinician_preference
+from medray.plan.preflight import check_clinician_preference
 
 EPILOG = """\
 what it does
@@ -40,7 +40,7 @@ The method, and what to set: docs/clinician_preference.md. The last line on stdo
 
 
 def work(config: ClinicianPreferenceConfig, run_uri: str, shared_uri: str | None) -> dict:
-    from medray.methods.clinician_preference import clinician_preference
+    from medray.methods.clinician_preference.pipeline import clinician_preference
 
     return clinician_preference(config, run_uri, shared_uri)
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
 
-from medray.beginning import end_at_signals
+from medray.commands.beginning import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # before the imports that take seconds
 
+from medray.commands.command_line import ended, run_job
 from medray.config import EvaluateJobConfig, load_config
 from medray.errors import ConfigError
-from medray.evaluation.benchmarks import BENCHMARKS
-from medray.job import ended, run_job
-from medray.preflight import check_output
+from medray.evaluation.benchmark_definitions import BENCHMARKS
+from medray.plan.preflight import check_output
 
 EPILOG = f"""\
 benchmarks
@@ -60,8 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def models_of(arguments: argparse.Namespace) -> list:
     """The models asked for. Raises ConfigError for none, equal names or a model that is not there."""
-    from medray.methods.answering import Asked
-    from medray.preflight import model_problems
+    from medray.methods.shared.benchmark_answers import Asked
+    from medray.plan.preflight import model_problems
 
     models, problems = [], []
     for text in arguments.model:
@@ -116,7 +116,7 @@ def check_folders(benchmarks: Iterable[str], models: list) -> None:
 
 def check_asked(config: EvaluateJobConfig, models: list) -> None:
     """Raises ConfigError for an endpoint that cannot be asked, a local judge that is not there, or one that cannot read a reference."""
-    from medray.preflight import endpoint_problems, gpu_problems, strong_model_problems
+    from medray.plan.preflight import endpoint_problems, gpu_problems, strong_model_problems
 
     if config.judge is not None and config.judge.kind == "rater":
         raise ConfigError("judge.kind: a rating model has learned no references, and gives no scores from 1 to 10; take api or vllm")
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
             from medray.evaluation.scores import rescore
 
             return rescore(arguments.rescore, config.evaluate)
-        from medray.methods.benchmarking import evaluate_models
+        from medray.methods.evaluate.pipeline import evaluate_models
 
         splits = tuple(part for part in (arguments.split or "").split(",") if part)
         return evaluate_models(config, models, sources, run_uri, splits)

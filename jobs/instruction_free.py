@@ -10,14 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
 
-from medray.beginning import end_at_signals
+from medray.commands.beginning import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # before the imports that take seconds
 
+from medray.commands.command_line import ended, method_parser, run_method
 from medray.config import InstructionFreeConfig
-from medray.job import ended, method_parser, run_method
-from medray.preflight import check_instruction_free
+from medray.plan.preflight import check_instruction_free
 
 EPILOG = """\
 what it does
@@ -38,7 +38,7 @@ The method, and what to set: docs/instruction_free.md. The last line on stdout i
 
 
 def work(config: InstructionFreeConfig, run_uri: str, shared_uri: str | None) -> dict:
-    from medray.methods.instruction_free import instruction_free
+    from medray.methods.instruction_free.pipeline import instruction_free
 
     return instruction_free(config, run_uri, shared_uri)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
 
-from medray.beginning import end_at_signals
+from medray.commands.beginning import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # before the imports that take seconds
 
+from medray.commands.command_line import ended, run_job
 from medray.config import PrepareDataConfig, load_config
 from medray.errors import ConfigError, MedrayError
-from medray.job import ended, run_job
-from medray.preflight import check_output, check_source
+from medray.plan.preflight import check_output, check_source
 
 EPILOG = """\
 formats (found by content; --format names one)
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("SOURCE: name what to prepare (a folder, file, s3:// or gs:// prefix), or a recipe that has data.source")
         check_output("--to", target)
         if arguments.export:
-            from medray.methods.data_export import check_export
+            from medray.methods.prepare_data.export import check_export
 
             check_export(*arguments.export)
         else:
@@ -91,20 +91,20 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> dict:
         if arguments.export:
-            from medray.methods.data_export import export_dataset
+            from medray.methods.prepare_data.export import export_dataset
 
             return export_dataset(*arguments.export, target)
-        from medray.methods.data_preparation import prepare_dataset
+        from medray.methods.prepare_data.pipeline import prepare_dataset
 
         return prepare_dataset(config, target)
 
-    from medray.methods.data_report import prepared_lines
+    from medray.methods.shared.data_report import prepared_lines
 
     return run_job(work, f"--to {target}", None if arguments.export else prepared_lines)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from medray.methods.data_report import inspect
+    from medray.methods.shared.data_report import inspect
 
     try:
         found = inspect(arguments.inspect, arguments.rows, arguments.to)

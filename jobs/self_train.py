@@ -7,14 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
 
-from medray.beginning import end_at_signals
+from medray.commands.beginning import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # before the imports that take seconds
 
+from medray.commands.command_line import ended, method_parser, run_method
 from medray.config import SelfTrainingConfig
-from medray.job import ended, method_parser, run_method
-from medray.preflight import check_self_training
+from medray.plan.preflight import check_self_training
 
 EPILOG = """\
 what it does
@@ -33,7 +33,7 @@ The last line on stdout is JSON: {"run", "base", "tuned", "pairs", "seconds", ..
 
 
 def work(config: SelfTrainingConfig, run_uri: str) -> dict:
-    from medray.methods.self_training import self_train
+    from medray.methods.self_train.pipeline import self_train
 
     return self_train(config, run_uri)
 

@@ -29,13 +29,13 @@ def ray_cluster():
     """A local Ray with four logical CPUs, shared by every test that needs one."""
     import ray
 
-    from medray.methods.session import start_ray
+    from medray.running.ray_session import start_ray
 
     ray.shutdown()  # what a test began that did not ask for this one
     start_ray(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level="ERROR")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_options.preserve_order = True  # as medray.methods.session sets it
+    context.execution_options.preserve_order = True  # as medray.running.ray_session sets it
     yield ray
     ray.shutdown()
 

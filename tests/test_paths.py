@@ -6,7 +6,7 @@ from jobs.prepare_data import main
 from medray.config import DataConfig
 from medray.errors import ConfigError
 from medray.paths import address_problems, model_folder_problems, output_problems
-from medray.preflight import check_run, model_problems, source_problems
+from medray.plan.preflight import check_run, model_problems, source_problems
 
 
 @pytest.mark.parametrize(

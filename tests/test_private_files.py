@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import insert
 
-from medray.data.judgement_files import export_all
-from medray.data.judgement_tables import open_database, set_aside, writing
+from medray.clinicians.database import open_database, set_aside, writing
+from medray.clinicians.import_export import export_all
 from medray.errors import ConfigError
 from medray.private_files import private_file, private_folder, write_private
-from serve.tokens import add_holder, read_tokens
+from medray.serving.tokens import add_holder, read_tokens
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o277], ids=oct)

@@ -18,13 +18,14 @@ from medray.config.clinician_preference import (
     PreferenceTuneConfig,
     TunedModelConfig,
 )
-from medray.config.dialogues import (
+from medray.config.clinician_preference_sections import (
     DemonstrationsConfig,
     GenerateConfig,
     PairsConfig,
     RateConfig,
     SelectConfig,
 )
+from medray.config.evaluate import EvaluateJobConfig
 from medray.config.instruction_free import (
     DescriptionEvaluateConfig,
     InstructionFreeConfig,
@@ -33,9 +34,8 @@ from medray.config.instruction_free import (
     WarmUpConfig,
 )
 from medray.config.loading import ConfigT, fields_of, load_config
-from medray.config.other_jobs import EvaluateJobConfig
 from medray.config.prepare_data import LeaksConfig, PrepareDataConfig
-from medray.config.rating import RaterConfig, ScoreConfig
+from medray.config.rating_model import RaterConfig, ScoreConfig
 from medray.config.section import Section
 from medray.config.self_training import DpoConfig, SelfPlayConfig, SelfTrainingConfig, SftConfig
 from medray.config.serving import ServeConfig

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medray.config.dialogues import (
+from medray.config.clinician_preference_sections import (
     DemonstrationsConfig,
     GenerateConfig,
     PairsConfig,
     RateConfig,
     SelectConfig,
 )
-from medray.config.rating import RaterConfig, ScoreConfig
+from medray.config.rating_model import RaterConfig, ScoreConfig
 from medray.config.section import NonNegative, PositiveInt, Probability, Section, set_seed
 from medray.config.self_training import SftConfig
 from medray.config.shared import (
@@ -53,7 +53,7 @@ class CaptionsConfig(Section):
 class CliniciansConfig(Section):
     """Who ticks the answers about the drawn images."""
 
-    kind: Literal["simulated", "database", "export"] = Field("simulated", description="simulated: from the images' true attributes, with error_rate; database: the clinician page's (serve/annotate.py); export: JUDGEMENT shards it has exported.")
+    kind: Literal["simulated", "database", "export"] = Field("simulated", description="simulated: from the images' true attributes, with error_rate; database: the clinician page's (medray/serving/clinician_page/app.py); export: JUDGEMENT shards it has exported.")
     source: str | None = Field(None, description="database: its SQLAlchemy URL; export: folder of Parquet shards.")
     names: PositiveInt = Field(3, description="Simulated clinicians.")
     judgements_per_item: PositiveInt = Field(1, description="Clinicians who judge each item; the job waits until so many have.")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from medray.config.section import NonNegative, PositiveInt, Probability, Section
-from medray.data.readers.splits import as_split
+from medray.split_names import as_split
 
 TESTBED_SCENES = "testbed:scenes"  # general questions that the bundled models can answer
 SELF_QUESTIONING_SYSTEM_PROMPT = (

@@ -15,10 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from medray.config import DataConfig, InstructionFreeTrainConfig, ModelConfig
-from medray.data.encoding_check import check_alike, check_family, own_inputs
-from medray.data.images import ImageError, decode, pad_to_square
-from medray.data.shuffling import shuffled
-from medray.data.spans import (
+from medray.data.chat_spans import (
     ANSWER,
     QUESTION,
     QUESTION_PREFIX,
@@ -27,7 +24,10 @@ from medray.data.spans import (
     EncodeError,
     TokenInfo,
 )
+from medray.data.description_shuffling import shuffled
+from medray.data.encoding_check import check_alike, check_family, own_inputs
 from medray.errors import ConfigError
+from medray.images.decoding import ImageError, decode, pad_to_square
 from medray.records import check_turns
 
 IGNORE = -100

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medray.data.images import pad_to_square
-from medray.data.spans import ANSWER, Dialogues, EncodeError
+from medray.data.chat_spans import ANSWER, Dialogues, EncodeError
 from medray.errors import ConfigError
+from medray.images.decoding import pad_to_square
 
 PASSED_ON = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
 # Small, wide, and larger than most tiles: what a processor does may depend on an image's size and shape (height, width).

@@ -14,9 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from medray.data.dialogues import turns_of
-from medray.data.shards import empty_folder, stored_rows, tables, write_shard
+from medray.data.attribute_questions import turns_of
 from medray.records import CLINICIAN_ITEM, CONVERSATION, EXCHANGE
+from medray.storage.shards import empty_folder, stored_rows, tables, write_shard
 
 Row = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Chat score in the manner of LLaVA-Med: a judge rates the reference answer and the model's from 1 to 10 (pure).
 
 The score is 100 * mean(model's / reference's) (LLaVA-Med: llava/eval/summarize_gpt_review.py). The judges of
-medray.inference.judge do the rating: with judge.both_orders false the reference is always shown first, as there; with it the
+medray.inference.judges.judges do the rating: with judge.both_orders false the reference is always shown first, as there; with it the
 two orders' scores are averaged. Their prompt is prompts/judge.txt. LLaVA-Med's judge reads the figure's caption and the sentences
 that mention it, and no image (eval_multimodal_chat_gpt_score.py); ours read the same, which is the question's `context`, and see
 the image too::
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from medray.bootstrap import clustered_intervals
 from medray.config import EvaluateConfig
-from medray.evaluation.compare import clustered_intervals
 from medray.evaluation.win_rate import FAILURES, failure, judge_row
-from medray.inference.verdicts import IDENTICAL
+from medray.inference.judges.base import IDENTICAL
 
 SCHEMA = 1
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from medray.config import DataConfig, EndpointConfig, EngineConfig, ModelConfig, SamplingConfig
 from medray.evaluation import metrics
+from medray.inference.api_client import Endpoint, data_url
 from medray.inference.completions import Usage
-from medray.inference.endpoint import Endpoint, data_url
-from medray.inference.engine import Output
+from medray.inference.row_worker import EngineWorker, RowWorker
 from medray.inference.thinking import said
-from medray.inference.worker import EngineWorker, RowWorker
+from medray.inference.vllm_engine import Output
 from medray.records import ANSWERED
 from medray.stable_draws import seed_for
 
@@ -93,7 +93,7 @@ def blank(size: tuple[int, int]) -> tuple[Any, str]:
     """A picture of one colour and its cache key."""
     from PIL import Image
 
-    from medray.data.images import PAD_COLOUR
+    from medray.images.decoding import PAD_COLOUR
 
     return Image.new("RGB", size, PAD_COLOUR), f"blank-{size[0]}x{size[1]}"
 
@@ -131,7 +131,7 @@ class ApiPredict(RowWorker):
         await self.endpoint.settled()
 
     def _blank(self, data: bytes) -> bytes:
-        from medray.data.images import decode
+        from medray.images.decoding import decode
 
         buffer = io.BytesIO()
         blank(decode(data, self.data_config).size)[0].save(buffer, "PNG")

@@ -1,6 +1,6 @@
 """Scores of written predictions; no model, no Ray.
 
-Means, floors and intervals are made of the arrays of `medray.evaluation.table`, whose rows are in order of sample_id, so that
+Means, floors and intervals are made of the arrays of `medray.evaluation.prediction_table`, whose rows are in order of sample_id, so that
 the same predictions give the same numbers in whatever order they were written.
 
 Letters of shapes: N rows (questions), G rows of one group.
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from medray.bootstrap import clustered_intervals, holm, paired_differences
 from medray.config import EvaluateConfig
 from medray.errors import StageError
-from medray.evaluation.compare import clustered_intervals, holm, paired_differences
-from medray.evaluation.table import GROUPS, METRICS, TEXT_ONLY, TEXT_ONLY_OF, Table, load
+from medray.evaluation.prediction_table import GROUPS, METRICS, TEXT_ONLY, TEXT_ONLY_OF, Table, load
 from medray.records import ANSWER_TYPES
 
 SCHEMA = 1

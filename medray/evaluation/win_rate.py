@@ -1,6 +1,6 @@
 """Pairwise win rate of two models by a judge that sees image, question, reference and both answers (pure).
 
-`judge_rows` makes what the judges of medray.inference.judge take (with judge.both_orders, its default, they ask for both
+`judge_rows` makes what the judges of medray.inference.judges.judges take (with judge.both_orders, its default, they ask for both
 orders), `win_rate` reads what they return::
 
     rows = judge_rows(questions, answers("a/predictions"), answers("b/predictions"))      # records.SELF_PLAY
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from medray.bootstrap import clustered_intervals, paired_difference
 from medray.config import EvaluateConfig
-from medray.evaluation.compare import clustered_intervals, paired_difference
-from medray.inference.judge_prompt import VerdictError, judge_prompt, parse_scores
-from medray.inference.verdicts import IDENTICAL
+from medray.inference.judges.base import IDENTICAL
+from medray.inference.judges.prompt import VerdictError, judge_prompt, parse_scores
 
 SCHEMA = 1
 QUESTION_COLUMNS = ("image_id", "answer_type", "attribute", "modality")

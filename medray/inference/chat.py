@@ -1,11 +1,11 @@
-"""Turns to prompt token ids for generation: the same rendering and the same edges as training's (medray.data.spans)."""
+"""Turns to prompt token ids for generation: the same rendering and the same edges as training's (medray.data.chat_spans)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from medray.config import ModelConfig
-from medray.data.spans import Dialogues, EncodeError, image_token_of, special_tokens
+from medray.data.chat_spans import Dialogues, EncodeError, image_token_of, special_tokens
 
 Turn = dict[str, str]  # {"role": system | user | assistant | questioner, "text": ...}
 _MARK = "QXQ"

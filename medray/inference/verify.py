@@ -10,7 +10,7 @@ from typing import Any
 from medray.config import DataConfig, EngineConfig, ModelConfig, SamplingConfig, VerifyConfig
 from medray.errors import DataError, MedrayError, StageError
 from medray.inference.chat import Chat
-from medray.inference.worker import EngineWorker
+from medray.inference.row_worker import EngineWorker
 from medray.models.cache import localize
 
 

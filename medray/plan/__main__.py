@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medray.config import SelfTrainingConfig, load_config
+from medray.config.reference_page import JOBS
 from medray.errors import ConfigError, MedrayError
 from medray.plan import memory
 from medray.plan.demand import demands, served_demands
@@ -20,7 +21,6 @@ from medray.plan.estimate import Plan, Stage, listed_ids_gib, self_training
 from medray.plan.groups import misfits, read_groups, read_served
 from medray.plan.shapes import Shape, shape_of
 from medray.plan.work import Lengths, pair_tokens
-from medray.reference import JOBS
 
 # The paper's: 60,000 dialogues are the share of LLaVA-Med's instructions it fine-tunes on, 10,000 images are questioned.
 SCALES = {"paper": (60_000, 10_000), "internet": (100_000_000, 100_000_000)}

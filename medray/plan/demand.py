@@ -18,7 +18,7 @@ from medray.config import (
 )
 from medray.config.serving import ServeConfig
 
-CLIENT_CPUS = 0.5  # of the actor that waits for an endpoint, as medray.actor_pools.client_options reserves
+CLIENT_CPUS = 0.5  # of the actor that waits for an endpoint, as medray.running.actor_pools.client_options reserves
 # What Ray Data (2.60) reserves beside a stage's own tasks and actors, and gives no option for: a CPU for each task that lists files or
 # cuts rows into other blocks, and, where a stage is continued, one for the actor that leaves out the rows that are done.
 LISTING_CPUS, FILTER_CPUS = 1.0, 1.0

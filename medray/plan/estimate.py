@@ -156,7 +156,7 @@ def referring(name: str, shape: Shape, config: DpoConfig, pairs: float, plan: Pl
 
 def listed_ids_gib(plan: Plan) -> float:
     """Host memory (GiB) of one training worker for the ids of the samples that are done, after a restart at an epoch's end: 16 bytes each
-    (medray.train.done). The largest epoch is SQ-SFT's."""
+    (medray.train.epoch_progress). The largest epoch is SQ-SFT's."""
     return plan.labelled * 16 / 2**30
 
 

@@ -43,7 +43,7 @@ def training_row(shape: Shape, config: TrainConfig, tokens: float, supervised: f
 
 
 def pair_tokens(shape: Shape, prompt: float, answer: float) -> float:
-    """Tokens of [image, prompt | chosen | rejected] in one sequence (medray.train.packing)."""
+    """Tokens of [image, prompt | chosen | rejected] in one sequence (medray.train.pair_packing)."""
     return shape.vision.image_tokens + prompt + 2 * answer
 
 

@@ -74,7 +74,7 @@ def _save_tested(
     folder: Path, model: Any, processor: Any, encoder: Any, records: list[dict], pixels: Any, started: float, seed: int, steps: int,
 ) -> None:
     """Save a model that has seen no cell, with its accuracy on held-out scenes, on cells and on reports."""
-    from medray.data.dialogues import ATTRIBUTES
+    from medray.data.attribute_questions import ATTRIBUTES
     from medray.testbed import corpus, training
 
     shapes = training.accuracies(model, encoder, pixels, records, corpus.SHAPES)
@@ -174,7 +174,7 @@ def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS) -> None:
 
 def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path | None = None) -> None:
     """Tune `to`/base on labelled cells and write `to`/expert; `data` is a WBCAtt folder (default: synthetic cells)."""
-    from medray.data.dialogues import ATTRIBUTES
+    from medray.data.attribute_questions import ATTRIBUTES
     from medray.testbed import corpus, training
 
     started = time.monotonic()

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from medray.data.dialogues import check_record
+from medray.data.attribute_questions import check_record
 from medray.testbed.cell_statistics import LABEL_COUNTS, TABLES
 
 SIZE = 160

@@ -6,7 +6,7 @@ questions, describes, and asks questions in the questioner's role. It never sees
 values in its texts are drawn independently and uniformly, so they carry no knowledge about cell types either.
 
 `generalist` has learnt two more ways of speaking, which instruction-free tuning takes for granted in its base model: lists of
-attributes, and multiple choice as its evaluation asks it (medray.data.descriptions). It has seen no cell either.
+attributes, and multiple choice as its evaluation asks it (medray.data.attribute_descriptions). It has seen no cell either.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFilter
 
 from medray.config import SELF_QUESTIONING_SYSTEM_PROMPT
-from medray.data.descriptions import (
+from medray.data.attribute_descriptions import (
     ABSENT,
     WBCATT,
     Form,
@@ -27,7 +27,7 @@ from medray.data.descriptions import (
     describe_attributes,
     stated_choices,
 )
-from medray.data.dialogues import (
+from medray.data.attribute_questions import (
     ATTRIBUTES,
     DESCRIPTIONS,
     KINDS,

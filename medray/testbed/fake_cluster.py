@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import yaml
 
-from medray.methods.session import STARTS
+from medray.running.ray_session import STARTS
 
 _HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # the provider numbers the nodes after it
 _BIN = Path(sys.executable).parent

@@ -76,7 +76,7 @@ class Statements:
     """
 
     def __init__(self, records: Sequence[Mapping], tokenizer: Any):
-        from medray.data.dialogues import ATTRIBUTES
+        from medray.data.attribute_questions import ATTRIBUTES
 
         self.records, self.tokenizer, self.schema = records, tokenizer, ATTRIBUTES
         self.values_NA = [[attribute.values.index(record[name]) for name, attribute in ATTRIBUTES.items()] for record in records]
@@ -94,7 +94,7 @@ class Statements:
         return ids, torch.stack(truths)
 
     def _description(self, row: int, place: int, values_BA: Any, rng: random.Random) -> tuple[list[int], Any]:
-        from medray.data.dialogues import describe
+        from medray.data.attribute_questions import describe
 
         text = self.tokenizer(describe(self.records[place], rng), truncation=True, max_length=POSITIONS).input_ids
         return text, (values_BA == values_BA[row]).all(1)
@@ -102,8 +102,8 @@ class Statements:
     def _exchange(self, place: int, values_BA: Any, rng: random.Random) -> tuple[list[int], Any]:
         import torch
 
-        from medray.data.dialogues import question, right_answer
-        from medray.data.rater_inputs import rating_text
+        from medray.data.attribute_questions import question, right_answer
+        from medray.rating_model.inputs import rating_text
 
         record = self.records[place]
         column, name = rng.choice(list(enumerate(self.schema)))
@@ -176,8 +176,8 @@ def zero_shot(model: Any, processor: Any, pixels: Any, records: Sequence[Mapping
     import torch
     from torch.nn import functional
 
-    from medray.data.dialogues import ATTRIBUTES
-    from medray.data.rater_inputs import rating_text
+    from medray.data.attribute_questions import ATTRIBUTES
+    from medray.rating_model.inputs import rating_text
 
     model.eval()
     shares = {}

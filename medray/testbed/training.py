@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from medray.data.dialogues import KINDS, LETTERS, Attribute, attribute_questions, turns_of
+from medray.data.attribute_questions import KINDS, LETTERS, Attribute, attribute_questions, turns_of
 from medray.testbed.corpus import QUESTIONER
 
 IGNORED = -100

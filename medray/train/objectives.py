@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medray.models.vlm import plain_model, shared_image_features
-from medray.train.packing import IGNORE, pack_pairs
+from medray.train.pair_packing import IGNORE, pack_pairs
 from medray.train.pair_pass import PairPass, pass_by_reading, separate_images
 
 NOT_INPUTS = ("labels", "ref_chosen_logps", "ref_rejected_logps")
@@ -130,7 +130,7 @@ def dpo_loss(
 def answer_logps(model: Any, batch: dict[str, Any], pair_pass: PairPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed log-probabilities and token counts of a collated batch of pairs: [2B] (chosen, then rejected), nats.
 
-    Where the model allows it, each of the B images is encoded once, and each prompt passed once (`medray.train.packing`); else chosen and
+    Where the model allows it, each of the B images is encoded once, and each prompt passed once (`medray.train.pair_packing`); else chosen and
     rejected pass in rows of their own. The reference stage and the policy both come through here.
 
     Args:

@@ -1,6 +1,6 @@
 """How a batch of preference pairs passes a model: packed, or each answer in a row of its own.
 
-Packing (medray.train.packing) hides one answer from the other with a mask. It is right only where every layer is full causal attention that
+Packing (medray.train.pair_packing) hides one answer from the other with a mask. It is right only where every layer is full causal attention that
 takes that mask and those positions: a recurrent layer carries one answer into the other, a sliding window counts the wrong neighbours,
 prefix attention over the image is lost. So packing is read from the model's config and modules, layer by layer, and measured once where a
 training or a reference stage starts; what is unknown passes separately.

@@ -21,7 +21,7 @@ from medray.train.engine import full_state, load_full_state, make_engine, zero_s
 from medray.train.objectives import DPO_METRICS, IGNORE, dpo_objective, sft_objective
 from medray.train.pair_pass import PairPass
 from medray.train.pair_probe import choose_pair_pass
-from medray.train.proxy import ProxyStep
+from medray.train.proxy_step import ProxyStep
 
 Objective = Literal["sft", "dpo", "instruction_free"]
 

@@ -38,17 +38,17 @@ from medray.config import (
     TrainConfig,
 )
 from medray.data.collate import Encoder, collate_dpo, collate_sft
-from medray.data.images import filler_picture
 from medray.errors import ConfigError, StageError
-from medray.failures import describe
+from medray.images.decoding import filler_picture
 from medray.prometheus import TrainMetrics
-from medray.set_aside import check_set_aside, check_something, counted
+from medray.running.failures import describe
+from medray.running.set_aside import check_set_aside, check_something, counted
 from medray.train.checkpoints import NAME, Scratch, check_local, settle, write_checksums
-from medray.train.data import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
-from medray.train.done import BEFORE, Ids, count_done, done_rows, keep_done, write_done
+from medray.train.epoch_progress import BEFORE, Ids, count_done, done_rows, keep_done, write_done
+from medray.train.global_batches import EpochRows, Row, UnequalSplits, rows_of, take_global_batch
 from medray.train.objectives import BEST_BY
 from medray.train.pair_probe import probe_rows
-from medray.train.starts import Start, redone
+from medray.train.restart_log import Start, redone
 
 logger = logging.getLogger("medray")
 
@@ -333,7 +333,7 @@ class TrainResult:
     checkpoint: the last one, see the module's docstring.
     metrics: JSON lines, one per optimiser step (and one per evaluation).
     counts: steps, samples (over all epochs), and of the last epoch trained and quarantined rows; after interruptions what they cost
-        (medray.train.starts.redone).
+        (medray.train.restart_log.redone).
     quarantine: reason by sample_id.
     best: the checkpoint after the best epoch, of an objective that chooses one, else the last one.
     best_metrics: what that epoch's end measured.
@@ -364,7 +364,7 @@ def run_training(
 
     Args:
         stage_dir: where checkpoints go: a path or URL that every node reaches (s3:// too).
-        train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder, medray.data.rater_pairs.PairEncoder); eval_ds may
+        train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder, medray.rating_model.pairs.PairEncoder); eval_ds may
             be None.
         rows: rows of train_ds, bad ones included.
         model_dir: the model in Hugging Face format: a remote address, a hub id, or the same path on every node.
@@ -442,7 +442,7 @@ def check_trained(result: TrainResult, max_quarantined: float, where: str | None
 
 
 def _check_proxy(proxy: str, config: TrainConfig) -> None:
-    from medray.train.proxy import read_proxy
+    from medray.train.proxy_step import read_proxy
 
     if not isinstance(config, InstructionFreeTrainConfig) or config.instruction is not None:
         raise ConfigError("instruction: a stage that begins from a proxy instruction has none in words; leave it null")
@@ -455,7 +455,7 @@ def export_proxy(checkpoint: Any, path: str | os.PathLike) -> None:
 
     Raises DataError where the stage had an instruction in words.
     """
-    from medray.train.proxy import stored_proxy
+    from medray.train.proxy_step import stored_proxy
 
     with checkpoint.as_directory() as folder:
         stored_proxy(Path(folder, "state.safetensors")).save(path)

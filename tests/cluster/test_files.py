@@ -16,7 +16,7 @@ import yaml
 
 from medray.config.serving import LimitsConfig, ServeConfig
 from medray.plan.groups import quantity
-from tests.cluster.kuberay import check
+from tests.support.kuberay import check
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ["aws", "gcp", "local"]
@@ -330,15 +330,15 @@ def test_serve_takes_the_services_config():
 
     config = ServeDeploySchema.model_validate(yaml.safe_load(read("rayservice")[-1]["spec"]["serveConfigV2"]))
     (application,) = config.applications
-    assert (application.import_path, application.route_prefix, list(application.args)) == ("serve.app:build", "/", ["run"])
+    assert (application.import_path, application.route_prefix, list(application.args)) == ("medray.serving.chat.app:build", "/", ["run"])
 
 
 def test_the_jobs_entrypoint_is_a_configuration():
     """What the RayJob submits passes the script's own parsing, placement and all."""
     import shlex
 
+    from medray.commands.command_line import method_parser
     from medray.config import SelfTrainingConfig, load_config
-    from medray.job import method_parser
 
     program, script, *arguments = shlex.split(read("rayjob")[-1]["spec"]["entrypoint"])
     assert program == "python" and (ROOT / script).is_file()

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from medray.config import DataConfig, ModelConfig
+from medray.data.chat_spans import Dialogues
 from medray.data.collate import IGNORE, Encoder, collate_sft
-from medray.data.spans import Dialogues
 from medray.errors import ConfigError
 from medray.models.proxy_instruction import PLACEHOLDER
 from medray.models.vlm import load_processor

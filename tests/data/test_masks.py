@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from medray.config import DataConfig, ModelConfig
+from medray.data.chat_spans import ANSWER, QUESTION, QUESTION_PREFIX, Dialogues, EncodeError
 from medray.data.collate import IGNORE, Encoder, apply_self_questioning, collate_sft, draw_flips
-from medray.data.spans import ANSWER, QUESTION, QUESTION_PREFIX, Dialogues, EncodeError
 
 # <s> | <user> q1 . | <assistant> a1 a1 . | <user> q2 . | <assistant> a2 . | <user> q3 q3 . | <assistant> a3 .
 IDS = np.array([1, 10, 21, 9, 11, 31, 32, 9, 10, 22, 9, 11, 33, 9, 10, 23, 24, 9, 11, 34, 9])

@@ -7,16 +7,16 @@ import pyarrow as pa
 import pytest
 
 from medray.config import DataConfig, EvaluateConfig
-from medray.data.groups import group_rows
-from medray.data.prepare import questions
-from medray.data.readers.canonical import members_of
-from medray.data.samples import ToSamples
-from medray.data.sources import INDEX, index_rows
 from medray.evaluation.chat_score import chat_rows, chat_score
 from medray.evaluation.win_rate import NO_ANSWER, judge_rows, judged, prompts, win_rate
-from medray.inference.verdicts import IDENTICAL, written_verdict
+from medray.inference.judges.base import IDENTICAL, written_verdict
+from medray.ingest.canonical_rows import ToSamples
+from medray.ingest.group_by_image import group_rows
+from medray.ingest.readers.canonical import members_of
+from medray.ingest.source_index import INDEX, index_rows
+from medray.methods.shared.training_sets import questions
 from medray.records import JUDGED, QUESTION, SELF_PLAY
-from tests.data.test_images import noise
+from tests.images.test_decoding import noise
 
 CONFIG = EvaluateConfig(bootstrap=100)
 

@@ -8,7 +8,7 @@ import pytest
 
 from medray.config import EvaluateConfig
 from medray.errors import DataError, StageError
-from medray.evaluation.exchange import answers
+from medray.evaluation.prediction_files import answers
 from medray.evaluation.scores import compare, compare_models, not_scored, rescore, score, score_models
 from medray.records import PREDICTION
 

@@ -10,11 +10,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from medray.actor_pools import map_options
 from medray.config import EngineConfig, SamplingConfig
-from medray.data.resumable import write_resumable
-from medray.inference.engine_guard import OWNER_ENV
-from tests.prometheus import told
+from medray.inference.orphan_guard import OWNER_ENV
+from medray.running.actor_pools import map_options
+from medray.storage.resumable import write_resumable
+from tests.support.prometheus import told
 
 pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]
 
@@ -57,7 +57,7 @@ def gone(pid, seconds=120):
 
 
 def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray_cluster, talker, sections, play_config, png, tmp_path):
-    from medray.inference.self_play import SelfPlay
+    from medray.methods.self_train.self_play import SelfPlay
 
     marks = tmp_path / "marks"
     marks.mkdir()

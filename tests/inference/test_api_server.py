@@ -51,7 +51,7 @@ def counted(base):
 
 
 def test_requests_and_usage_are_the_servers_own_numbers(server, png):
-    from medray.inference.judge_api import ApiJudge
+    from medray.inference.judges.api import ApiJudge
 
     answers = [{"text": text, "seed": 1, "finish_reason": "stop", "tokens": 2} for text in ("one cell", "two cells")]
     rows = [{

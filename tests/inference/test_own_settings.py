@@ -16,15 +16,15 @@ from medray.config import (
     SelfTrainingConfig,
     load_config,
 )
-from medray.config.dialogues import GenerateConfig
+from medray.config.clinician_preference_sections import GenerateConfig
 from medray.errors import ConfigError
-from medray.inference.asking import Asking
-from medray.inference.dialogue_generation import EngineGenerate, generate_map
-from medray.inference.judge import EngineJudge, judge_map
-from medray.inference.rate import EngineRate, rate_map
-from medray.inference.worker import EngineWorker
+from medray.inference.judges.judges import EngineJudge, judge_map
+from medray.inference.row_worker import EngineWorker
+from medray.methods.clinician_preference.rate_exchanges import EngineRate, rate_map
+from medray.methods.clinician_preference.small_model_writer import Asking
+from medray.methods.clinician_preference.write_dialogues import EngineGenerate, generate_map
 from medray.plan.demand import demands
-from medray.preflight import check_self_training
+from medray.plan.preflight import check_self_training
 
 RECIPES = Path(__file__).parents[2] / "configs"
 ENGINE = EngineConfig(gpus_per_actor=2, tensor_parallel_size=2, max_model_len=2048, cpus_per_actor=4, actors=(1, 3), rows_per_task=16, enforce_eager=True)

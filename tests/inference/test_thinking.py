@@ -2,12 +2,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from medray.inference.dialogue_prompt import DialogueError, parse_dialogue
-from medray.inference.engine import Output
-from medray.inference.judge_prompt import VerdictError, parse_scores
-from medray.inference.rate_prompt import RatingError, parse_score
-from medray.inference.self_play import keep_questions
+from medray.inference.judges.prompt import VerdictError, parse_scores
 from medray.inference.thinking import FINISHED, UNFINISHED, opens, said, without_blocks
+from medray.inference.vllm_engine import Output
+from medray.methods.clinician_preference.dialogue_prompt import DialogueError, parse_dialogue
+from medray.methods.clinician_preference.rate_prompt import RatingError, parse_score
+from medray.methods.self_train.self_play import keep_questions
 
 
 @pytest.mark.parametrize("text", [
@@ -68,7 +68,7 @@ def worker():
     """An engine worker with a bundled model's chat, whose tags of thinking are special tokens; no engine."""
     from medray.config import ModelConfig
     from medray.inference.chat import Chat
-    from medray.inference.self_play import SelfPlay
+    from medray.methods.self_train.self_play import SelfPlay
     from medray.models.vlm import resolve_model
 
     chat = Chat(resolve_model("testbed:base"), ModelConfig())

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 import yaml
 
-from medray.data.clinicians import is_right
-from medray.models.rater import Rater
-from tests.jobs import Job, check_ready_to_serve, manifest, rows, summary_of
+from medray.clinicians.simulated import is_right
+from medray.rating_model.model import Rater
+from tests.support.jobs import Job, check_ready_to_serve, manifest, rows, summary_of
 
 pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1800)]
 
@@ -20,7 +20,7 @@ SMALL = [
     "weights=[1, 10]", "select.aggregate=mean", "judge={kind: vllm, scoring: likelihood, model: testbed:expert, model_settings: {precision: fp32}, engine: {max_model_len: 512}}",
 ]
 # By stage what is there when it is killed: its beginning, rows, or a checkpoint. A start of the job takes half a minute: all are killed where
-# MEDRAY_KILL_ALL is set; else one, when some of its rows are there (tests/train/test_rater.py kills the rating model's training).
+# MEDRAY_KILL_ALL is set; else one, when some of its rows are there (tests/rating_model/test_training.py kills the rating model's training).
 KILLED = {"05-generate": "committed/*"}
 if os.environ.get("MEDRAY_KILL_ALL"):
     KILLED = {

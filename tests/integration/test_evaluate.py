@@ -20,9 +20,9 @@ from medray.config import (
 )
 from medray.errors import ConfigError, StageError
 from medray.evaluation.scores import rescore
-from medray.methods.answering import Asked, predict
-from medray.methods.benchmarking import evaluate_models
-from medray.run import Run
+from medray.methods.evaluate.pipeline import evaluate_models
+from medray.methods.shared.benchmark_answers import Asked, predict
+from medray.running.run import Run
 from tests.integration.test_prepare_data import picture
 
 pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm]

@@ -10,11 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from medray.data.descriptions import WBCATT, leaks_description
+from medray.data.attribute_descriptions import WBCATT, leaks_description
 from medray.models.bundled import model_path
 from medray.models.proxy_instruction import PLACEHOLDER, ProxyInstruction
 from medray.models.vlm import part_of
-from tests.jobs import Job, check_ready_to_serve, manifest, metrics, rows, summary_of
+from tests.support.jobs import Job, check_ready_to_serve, manifest, metrics, rows, summary_of
 
 pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]
 

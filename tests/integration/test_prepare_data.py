@@ -12,14 +12,14 @@ from PIL import Image
 
 from jobs.prepare_data import main
 from medray.config import DataConfig, PrepareDataConfig
-from medray.data.sources import read_index
 from medray.errors import DataError, TooManySetAside
-from medray.methods.data_export import export_dataset
-from medray.methods.data_preparation import prepare_dataset
-from medray.methods.data_report import prepared_lines
-from tests.data.test_images import noise, saved
+from medray.ingest.source_index import read_index
+from medray.methods.prepare_data.export import export_dataset
+from medray.methods.prepare_data.pipeline import prepare_dataset
+from medray.methods.shared.data_report import prepared_lines
+from tests.images.test_decoding import noise, saved
 from tests.integration.conftest import BUCKET
-from tests.jobs import ROOT
+from tests.support.jobs import ROOT
 
 pytestmark = pytest.mark.ray
 

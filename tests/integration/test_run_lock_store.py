@@ -6,11 +6,11 @@ import time
 import pytest
 
 from medray.errors import RunHeld, RunLost
-from medray.run import Run
-from medray.run_hold import held
-from medray.run_lock import RunLock
+from medray.running.run import Run
+from medray.running.run_hold import held
+from medray.running.run_lock import RunLock
 from tests.integration.conftest import BUCKET
-from tests.run_locks import race
+from tests.support.run_locks import race
 
 
 @pytest.fixture

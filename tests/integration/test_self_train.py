@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from tests.jobs import Job, check_ready_to_serve, manifest, metrics, rows, summary_of
+from tests.support.jobs import Job, check_ready_to_serve, manifest, metrics, rows, summary_of
 
 # One fixture does the work of the module: several starts of the whole job.
 pytestmark = [pytest.mark.whole_job, pytest.mark.timeout(1800)]

@@ -13,11 +13,11 @@ import httpx
 import pytest
 import yaml
 
+from medray.serving.tokens import add_holder
 from medray.testbed.fake_cluster import FakeCluster, free_port
-from serve.tokens import add_holder
 from tests.integration.conftest import BIN, BUCKET, answer_of, wait_for
 from tests.integration.test_self_train import SMALL
-from tests.jobs import ROOT
+from tests.support.jobs import ROOT
 
 pytestmark = [pytest.mark.whole_job, pytest.mark.timeout(2400)]
 GROUPS = {"data": (2, 1), "train": (1, 2), "generate": (1, 1)}

@@ -14,7 +14,7 @@ from medray.config import (
     SelfTrainingConfig,
     fields_of,
 )
-from medray.methods.model_card import (
+from medray.methods.shared.model_card import (
     _LOCAL,
     _PLACES,
     _WHERE,
@@ -25,9 +25,9 @@ from medray.methods.model_card import (
     publish_models,
     rater_card,
 )
-from medray.methods.stages import Model
+from medray.methods.shared.stages import Model
 from medray.models.published import NOT_A_DEVICE
-from medray.run import Run
+from medray.running.run import Run
 
 S = {"value": 0.71234, "low": 0.7, "high": 0.72}
 RESULTS = {"accuracy": {"base": {**S, "value": 0.4}, "sft": S}, "table": "model  all\nsft  0.712 [0.700, 0.720]", "counts": {"00-data": {"images": 5, "by": {"x": 1}}, "01": {}}}

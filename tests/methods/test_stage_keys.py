@@ -27,7 +27,7 @@ from medray.config import (
     Section,
     SelfTrainingConfig,
 )
-from medray.run import digest
+from medray.running.run import digest
 
 
 class Stop(Exception):
@@ -108,28 +108,25 @@ def places(tmp_path_factory):
 def keys_of(questions):
     """(job, configuration) -> the key of each stage, by its name."""
     from medray.evaluation import chat_score
-    from medray.methods import (
-        answering,
-        benchmarking,
-        clinician_preference,
-        data_preparation,
-        instruction_free,
-        judging,
-        self_training,
-    )
+    from medray.methods.clinician_preference import pipeline as clinician_preference
+    from medray.methods.evaluate import pipeline as benchmarking
+    from medray.methods.instruction_free import pipeline as instruction_free
+    from medray.methods.prepare_data import pipeline as data_preparation
+    from medray.methods.self_train import pipeline as self_training
+    from medray.methods.shared import benchmark_answers, judged_models
     from medray.models import vlm
 
     known = {"00-data": {"questions": questions}, "02-vqa-rad-questions": {"rows": questions}}
     patch = pytest.MonkeyPatch()
     patch.setattr(vlm, "model_hash", functools.cache(vlm.model_hash))
-    patch.setattr(judging, "win_rate", lambda *_: {})
+    patch.setattr(judged_models, "win_rate", lambda *_: {})
     patch.setattr(chat_score, "chat_score", lambda *_: {})
     for module in (self_training, instruction_free, clinician_preference):
         patch.setattr(module, "write_report", stop)
         patch.setattr(module, f"check_{module.__name__.rpartition('.')[2]}", lambda _: None)
 
     def evaluate(config: EvaluateJobConfig) -> None:
-        models = [answering.Asked("local", path="testbed:base"), answering.Asked("remote", api="gpt-4o")]
+        models = [benchmark_answers.Asked("local", path="testbed:base"), benchmark_answers.Asked("remote", api="gpt-4o")]
         benchmarking.evaluate_models(config, models, {"vqa-rad": questions}, "run")
 
     jobs = {

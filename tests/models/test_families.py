@@ -22,17 +22,17 @@ from medray.config import (
 )
 from medray.data.collate import Encoder, collate_dpo, collate_sft
 from medray.data.encoding_check import own_inputs
-from medray.data.images import filler_picture
 from medray.data.model_check import check_support
 from medray.data.pixels import normalise_pixels
 from medray.errors import ConfigError, StageError
+from medray.images.decoding import filler_picture
 from medray.models.export import save_vlm
 from medray.models.vlm import check_parts, load_processor, load_vlm, merge, part_of, prepare_trainable
-from medray.preflight import check_self_training
+from medray.plan.preflight import check_self_training
 from medray.train.objectives import answer_logps, sequence_logps, sft_objective
 from medray.train.pair_pass import packing_problem, separate_images
 from medray.train.pair_probe import choose_pair_pass, probe_rows
-from tests.models.families import PACKED, REFUSED, TUNED, clip_vision, gemma3, internvl, text_config
+from tests.support.families import PACKED, REFUSED, TUNED, clip_vision, gemma3, internvl, text_config
 
 torch.set_num_threads(1)
 MODEL = ModelConfig(precision="fp32", system_prompt="", max_length=1024, pad_to_square=False)
@@ -219,7 +219,7 @@ def test_language_models_that_are_not_full_attention_are_never_packed(kind, more
 
 def test_what_reading_does_not_see_is_measured(folder_of, monkeypatch):
     """A model that says it is plain, and is not: its mask reaches no layer."""
-    from tests.models.families import llava
+    from tests.support.families import llava
 
     path = folder_of(llava)
     encoder, model = encoder_of(path, "dpo"), load_vlm(path, "fp32")
@@ -385,7 +385,7 @@ def test_an_end_that_does_not_stop_the_model_is_named(tiny_llava, tmp_path):
 
 
 def test_gemmas_end_of_turn_is_a_special_token(folder_of):
-    from medray.data.spans import special_tokens
+    from medray.data.chat_spans import special_tokens
     from medray.inference.chat import special_texts
 
     processor = AutoProcessor.from_pretrained(folder_of(gemma3))

@@ -112,7 +112,7 @@ def test_a_damaged_model_is_named_with_its_file(folder):
 
 
 def test_a_stage_holds_its_model_against_the_recorded_hash(folder):
-    from medray.methods.stages import Model, check_weights
+    from medray.methods.shared.stages import Model, check_weights
 
     recorded = model_hash(folder)
     check_weights(Model(str(folder), recorded))

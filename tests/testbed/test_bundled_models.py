@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from medray.data.descriptions import choice_questions, describe_attributes
-from medray.data.dialogues import ATTRIBUTES, attribute_questions
-from medray.data.shuffling import separated
+from medray.data.attribute_descriptions import choice_questions, describe_attributes
+from medray.data.attribute_questions import ATTRIBUTES, attribute_questions
+from medray.data.description_shuffling import separated
 from medray.errors import ConfigError
 from medray.evaluation.metrics import mcq
 from medray.models.bundled import MODELS, model_path

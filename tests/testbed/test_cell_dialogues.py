@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from medray.data.descriptions import LEAD
-from medray.data.dialogues import (
+from medray.data.attribute_descriptions import LEAD
+from medray.data.attribute_questions import (
     ATTRIBUTES,
     KINDS,
     LETTERS,

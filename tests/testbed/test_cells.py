@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medray.data.dialogues import ATTRIBUTES, MORPHOLOGY
+from medray.data.attribute_questions import ATTRIBUTES, MORPHOLOGY
 from medray.testbed.cell_statistics import LABEL_COUNTS
 from medray.testbed.cells import render_cell, sample_record, write_cells
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from medray.data.dialogues import ATTRIBUTES
+from medray.data.attribute_questions import ATTRIBUTES
 from medray.errors import ConfigError
 from medray.models.bundled import ENCODERS, model_path
-from medray.models.rater import Rater
 from medray.models.vlm import resolve_model
+from medray.rating_model.model import Rater
 from medray.testbed.cells import render_cell, sample_record
 from medray.testbed.tiny_clip import Statements, zero_shot
 from medray.testbed.training import pixels_of

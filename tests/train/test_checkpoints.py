@@ -12,7 +12,7 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from medray.errors import StageError
 from medray.train.checkpoints import Scratch, check_local, damage_of, settle, write_checksums
 from medray.train.objectives import BEST_BY
-from tests.damage import cut, delete, empty, flip
+from tests.support.damage import cut, delete, empty, flip
 
 SNAPSHOT = "training/checkpoint_manager_snapshot.json"
 PARTS = (

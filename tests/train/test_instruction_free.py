@@ -18,7 +18,7 @@ from medray.errors import ConfigError, DataError
 from medray.models.proxy_instruction import PLACEHOLDER, ProxyInstruction
 from medray.models.vlm import load_processor, load_vlm, part_of, trainable_parameters
 from medray.train.engine import FrozenEngine, full_state
-from medray.train.proxy import read_proxy, stored_proxy
+from medray.train.proxy_step import read_proxy, stored_proxy
 from medray.train.step import TrainStep, learning_rate_factor
 from medray.train.worker import Batches, export_merged, export_proxy, run_training
 from tests.models.test_proxy_instruction import by_hand

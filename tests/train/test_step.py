@@ -200,7 +200,7 @@ def test_reference_and_untrained_policy_agree(tiny):
     from medray.config import DataConfig
     from medray.data.collate import Encoder
     from medray.records import PREFERENCE, conform
-    from medray.train.reference import Reference
+    from medray.train.reference_logps import Reference
 
     from .conftest import preferences
 

@@ -15,10 +15,10 @@ from medray.config import DataConfig
 from medray.data.collate import Encoder
 from medray.errors import ConfigError, StageError
 from medray.models.vlm import load_vlm
-from medray.train.done import done_rows
+from medray.train.epoch_progress import done_rows
 from medray.train.worker import check_trained, export_merged, run_training
-from tests.processes import kill_one
-from tests.prometheus import told
+from tests.support.processes import kill_one
+from tests.support.prometheus import told
 
 from .conftest import DPO, MODEL, SFT, conversations, preferences
 
