@@ -5,9 +5,9 @@ arms have in common (data, dialogues, judgements, ratings, the rating models, th
 --runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done; what is done
 stands in a record, with which it continues on another machine too (--record).
 
-    nohup python studies/clinician_preference.py --runs runs/arms-cells > runs/arms.log 2>&1 &
-    python studies/clinician_preference.py --data WBCATT --runs runs/arms-wbcatt --arms 'random, 40 %' 'mixture, 40 %' --seeds 0
-    python studies/clinician_preference.py --runs runs/arms-cells --finished     # the tables of what is finished
+    nohup python -m studies.clinician_preference --runs runs/arms-cells > runs/arms.log 2>&1 &
+    python -m studies.clinician_preference --data WBCATT --runs runs/arms-wbcatt --arms 'random, 40 %' 'mixture, 40 %' --seeds 0
+    python -m studies.clinician_preference --runs runs/arms-cells --finished     # the tables of what is finished
 
 Arms: dialogues at random, or selected by a rating model that learned from the rating VLM alone, the clinicians alone, or both (the mixture),
 at 10, 40 and 80 %; all dialogues; the mixture with other weights w of the clinicians' pairs (rating models only, nothing is tuned); both ways without
@@ -28,10 +28,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from arms import Measures, Study, main, per_cent
-
 from medray.config import ClinicianPreferenceConfig
 from medray.methods.clinician_preference.pipeline import clinician_preference
+from studies.study import Measures, Study, main, per_cent
 
 SHARES = (10, 40, 80)
 W_GRID = (1, 10, 100, 200, 300, 400)

@@ -5,9 +5,9 @@ arms have in common (the data, the base model's answers, the warm-up of equal k,
 --runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done; what is done
 stands in a record, with which it continues on another machine too (--record).
 
-    nohup python studies/instruction_free.py --data WBCATT --runs runs/arms > runs/arms.log 2>&1 &
-    python studies/instruction_free.py --data WBCATT --runs runs/arms --finished     # the tables of what is finished
-    python studies/instruction_free.py --runs runs/arms-cells --arms text proxy-textbook+shuffled --seeds 0
+    nohup python -m studies.instruction_free --data WBCATT --runs runs/arms > runs/arms.log 2>&1 &
+    python -m studies.instruction_free --data WBCATT --runs runs/arms --finished     # the tables of what is finished
+    python -m studies.instruction_free --runs runs/arms-cells --arms text proxy-textbook+shuffled --seeds 0
 
 Without --data the arms are run on the synthetic cells. Writes table.md and report.html (plots) into --runs, prints the Markdown
 tables (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
@@ -15,10 +15,9 @@ tables (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
 
 from __future__ import annotations
 
-from arms import Study, main, per_cent
-
 from medray.config import InstructionFreeConfig
 from medray.methods.instruction_free.pipeline import instruction_free
+from studies.study import Study, main, per_cent
 
 TEXT = ["tune.instruction=Describe this medical scan."]
 PLAIN, SHUFFLED = ["tune.shuffling=none"], ["tune.shuffling=separator"]

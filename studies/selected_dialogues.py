@@ -12,8 +12,8 @@ Of the dialogues that each finished run was tuned on, as they lie in --runs:
 Prints a Markdown table (means over seeds) and one JSON line last. A selection like the random one but for `right` has thrown away wrong answers
 only; one that is less hard and less unsure has thrown away what there was to learn.
 
-    python studies/selected_dialogues.py --runs runs/arms-cells
-    python studies/selected_dialogues.py --runs runs/arms-cells --arms 'random, 10 %' 'mixture, 10 %' 'right, 10 %' --seeds 1 2
+    python -m studies.selected_dialogues --runs runs/arms-cells
+    python -m studies.selected_dialogues --runs runs/arms-cells --arms 'random, 10 %' 'mixture, 10 %' 'right, 10 %' --seeds 1 2
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from arms import folder_of
-from clinician_preference_arms import ARMS
 
 from medray.clinicians.simulated import is_right
 from medray.data.attribute_questions import asked_attribute
@@ -36,6 +34,8 @@ from medray.methods.clinician_preference.ground_truth import true_attributes
 from medray.methods.clinician_preference.rate_prompt import HIGHEST
 from medray.methods.clinician_preference.select_dialogues import effective_number
 from medray.storage.shards import stored_rows
+from studies.clinician_preference import ARMS
+from studies.study import folder_of
 
 Exchange = tuple[str, str, str]  # image id, question, answer
 Attributes = dict[str, dict[str, str]]

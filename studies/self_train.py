@@ -5,7 +5,7 @@ the same run), and SFT on all labels. Every job is one `jobs/self_train.py` comm
 directory of its own under --runs; the same command of this script continues where it was stopped.
 
     python -m medray.testbed.build --only expert --data WBCATT --to runs/results/models   # the judge, tuned on all training labels
-    python studies/self_train.py --data WBCATT --judge runs/results/models/expert --runs runs/results [--seeds 0 1 2]
+    python -m studies.self_train --data WBCATT --judge runs/results/models/expert --runs runs/results [--seeds 0 1 2]
 
 Prints Markdown tables of the arms and of their gains over SQ-SFT (mean over seeds, 95 % t-interval over seeds), and one JSON
 line last.

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from self_training import T_975, interval
-
 from medray.config import Section, load_config
 from medray.reporting import html_report
 from medray.running.ray_session import ray_session
 from medray.running.run import digest
+from studies.self_train import T_975, interval
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "zero-shot"  # the arm that is the base model: it is in every run and has no seed

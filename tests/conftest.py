@@ -22,6 +22,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytest_plugins = ["tests.support.engine_fixtures", "tests.support.encoded_rows"]
 
 
 @pytest.fixture(scope="session")

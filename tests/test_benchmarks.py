@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = sorted(path for path in (Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py") if path.stem != "arms")  # which two of them share
+BENCHMARKS = sorted(path for path in (Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
 
 
 def run(path, *arguments):

@@ -29,7 +29,7 @@ from medray.running.watcher import Watcher
 DONE, FAILED, BAD_CONFIGURATION, WAITING, HELD, INTERRUPTED = 0, 1, 2, 3, 4, 130
 RELEASE_SECONDS = 2.0
 DEFAULT_RECIPE = "tiny-cpu.yaml"  # the demo's
-RECIPES = Path(__file__).resolve().parent.parent / "configs"
+RECIPES = Path(__file__).resolve().parents[2] / "configs"
 
 
 def method_parser(name: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
@@ -102,7 +102,7 @@ def _tuned(summary: dict[str, Any]) -> str:
     said = f"{summary.pop('table')}\n\n{seen + chr(10) if seen else ''}report  {summary['report']}"
     if summary["model"] is None:
         return said
-    return f"{said}\nmodel   {summary['model']}\nserve   serve run medray.serving.chat.app:build run={summary['run']} keys=keys.txt   (docs/serving.md)"
+    return f"{said}\nmodel   {summary['model']}\nserve   serve run serve.app:build run={summary['run']} keys=keys.txt   (docs/serving.md)"
 
 
 def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict[str, Any]], str] | None = None) -> int:

@@ -25,7 +25,7 @@ JOBS = {
     "self_train": SelfTrainingConfig, "instruction_free": InstructionFreeConfig, "clinician_preference": ClinicianPreferenceConfig,
     "prepare_data": PrepareDataConfig, "evaluate": EvaluateJobConfig,
 }
-ENDPOINT = "serve run medray.serving.chat.app:build"
+ENDPOINT = "serve run serve.app:build"
 
 
 def markdown() -> str:

@@ -98,13 +98,13 @@ class ReplicaConfig(Section):
 
 
 class ServeConfig(ReplicaConfig):
-    """`serve run medray.serving.chat.app:build run=RUN_DIR`, and the args of a Serve config file."""
+    """`serve run serve.app:build run=RUN_DIR`, and the args of a Serve config file."""
 
     run: str | None = Field(None, description="Run directory of a job, local or s3://, gs://; its tuned model answers as `tuned`, its base as `base`.")
     runs: dict[str, str] = Field(default_factory=dict, description="Several run directories by name: the tuned model of each answers under it, the base of each under NAME-base (one that several share, once).")
     base: bool = Field(True, description="Serve base models too.")
     models: list[ServedModel] = Field(default_factory=list, description="Models that belong to no run.")
-    keys: str | None = Field(None, description="File made by python -m medray.serving.tokens; none: the environment variable MEDRAY_KEYS.")
+    keys: str | None = Field(None, description="File made by python -m serve.tokens; none: the environment variable MEDRAY_KEYS.")
     revision: str = Field("", description="Any text. Ray Serve leaves alone what is deployed with equal settings: another text makes `serve deploy` read keys, models and runs again.")
     open: bool = Field(False, description="Ask for no key. Only where nobody else can reach the port.")
     ingress_replicas: PositiveInt = Field(1, description="Processes that take requests, check them and decode images.")

@@ -1,4 +1,4 @@
-"""Bundled."""
+"""The models that come with medray, by name."""
 from pathlib import Path
 
 from medray.errors import ConfigError
@@ -18,7 +18,7 @@ def model_path(name: str) -> str:
     """
     if name not in MODELS + ENCODERS:
         raise ConfigError(f"unknown bundled model {name!r}; there are {', '.join(MODELS + ENCODERS)}")
-    path = Path(__file__).parent / "models" / name
+    path = Path(__file__).resolve().parents[1] / "testbed" / "models" / name
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} holds no model; make it with: python -m medray.testbed.build --only {name}")
     return str(path)

@@ -92,7 +92,7 @@ def read_served(path: str | Path, engine: EngineConfig) -> tuple[ServeConfig, di
     for document in _documents(path):
         config = yaml.safe_load(document["spec"].get("serveConfigV2", "")) or {} if document.get("kind") == "RayService" else document
         for application in config.get("applications", []):
-            if application.get("import_path") == "medray.serving.chat.app:build":
+            if application.get("import_path") == "serve.app:build":
                 try:
                     served = ServeConfig.model_validate(application.get("args", {}))
                 except ValidationError as error:
@@ -101,7 +101,7 @@ def read_served(path: str | Path, engine: EngineConfig) -> tuple[ServeConfig, di
                 bases = ["base"] if runs and served.base else []
                 named = {model.name: served.engine_of() for model in served.models}
                 return served, dict.fromkeys((*runs, *bases), served.engine_of(engine)) | named
-    raise ConfigError(f"{path}: no application with the import_path medray.serving.chat.app:build")
+    raise ConfigError(f"{path}: no application with the import_path serve.app:build")
 
 
 def _launcher(config: dict[str, Any]) -> list[Group]:

@@ -1,8 +1,8 @@
 """Tokens: who may use an endpoint. The file holds their hashes only; a token is shown once, when it is made.
 
-    python -m medray.serving.tokens clinicians.txt dr-lin          # prints dr-lin's token, adds its hash to the file
-    python -m medray.serving.tokens clinicians.txt head --lead     # a lead also sees agreement and may export
-    python -m medray.serving.tokens keys.txt pacs-viewer           # a key of the endpoint
+    python -m serve.tokens clinicians.txt dr-lin          # prints dr-lin's token, adds its hash to the file
+    python -m serve.tokens clinicians.txt head --lead     # a lead also sees agreement and may export
+    python -m serve.tokens keys.txt pacs-viewer           # a key of the endpoint
 
 A line is `name hash` or `name hash lead`. Take a line out to withdraw a token.
 """
@@ -61,10 +61,10 @@ def read_tokens(file: str | None, variable: str = VARIABLE) -> Tokens:
     """
     if file is not None:
         if not Path(file).is_file():
-            raise ConfigError(f"tokens: no file {file}; make one with: python -m medray.serving.tokens {file} NAME")
+            raise ConfigError(f"tokens: no file {file}; make one with: python -m serve.tokens {file} NAME")
         return Tokens(_parse(_lines(Path(file)), file))
     if not os.environ.get(variable):
-        raise ConfigError(f"tokens: name a file (python -m medray.serving.tokens FILE NAME makes one) or set {variable}")
+        raise ConfigError(f"tokens: name a file (python -m serve.tokens FILE NAME makes one) or set {variable}")
     return Tokens(_parse(re.split(r"[\n,]", os.environ[variable]), variable))
 
 
@@ -85,12 +85,12 @@ def _parse(lines: Iterable[str], where: str) -> dict[str, Holder]:
             continue
         name, digest, role = [*words, "", ""][:3]
         if not _NAME.fullmatch(name) or not _DIGEST.fullmatch(digest) or role not in ("", "lead") or len(words) > 3:
-            raise ConfigError(f"tokens: {where}, line {number}: not of the form 'name hash' or 'name hash lead'; make lines with python -m medray.serving.tokens FILE NAME")
+            raise ConfigError(f"tokens: {where}, line {number}: not of the form 'name hash' or 'name hash lead'; make lines with python -m serve.tokens FILE NAME")
         if digest in holders or name in {holder.name for holder in holders.values()}:
             raise ConfigError(f"tokens: {where}, line {number}: {name} or its hash is there twice; take one of the lines out")
         holders[digest] = Holder(name, role == "lead")
     if not holders:
-        raise ConfigError(f"tokens: {where} names nobody; add someone with python -m medray.serving.tokens FILE NAME")
+        raise ConfigError(f"tokens: {where} names nobody; add someone with python -m serve.tokens FILE NAME")
     return holders
 
 
@@ -109,7 +109,7 @@ def add_holder(file: str, name: str, lead: bool = False) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m medray.serving.tokens", description="Make a token for someone; its hash goes into the file.")
+    parser = argparse.ArgumentParser(prog="python -m serve.tokens", description="Make a token for someone; its hash goes into the file.")
     parser.add_argument("file")
     parser.add_argument("name", help="letters, digits and . _ @ -, such as dr-lin; stands beside every judgement")
     parser.add_argument("--lead", action="store_true", help="may also see agreement and export")

@@ -330,7 +330,7 @@ def test_serve_takes_the_services_config():
 
     config = ServeDeploySchema.model_validate(yaml.safe_load(read("rayservice")[-1]["spec"]["serveConfigV2"]))
     (application,) = config.applications
-    assert (application.import_path, application.route_prefix, list(application.args)) == ("medray.serving.chat.app:build", "/", ["run"])
+    assert (application.import_path, application.route_prefix, list(application.args)) == ("serve.app:build", "/", ["run"])
 
 
 def test_the_jobs_entrypoint_is_a_configuration():

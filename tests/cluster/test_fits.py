@@ -95,10 +95,10 @@ def test_what_the_endpoint_asks_for(tmp_path):
     replica, cpu = Demand("replicas", 4, 8, 2, 1, 9, {"zone": "a"}), Demand("replicas", 1, 2, 3, 0, 9, {"zone": "a"})
     assert served_demands(served, {"tuned": engine, "base": EngineConfig(cpus_per_actor=3)}) == {"endpoint": [replica, cpu, Demand("ingress_replicas", 3, 3, 0.5)]}
     path = tmp_path / "serve.yaml"
-    path.write_text("applications: [{import_path: medray.serving.chat.app:build, args: {runs: {x: a, y: b}, models: [{name: m, path: p}]}}]")
+    path.write_text("applications: [{import_path: serve.app:build, args: {runs: {x: a, y: b}, models: [{name: m, path: p}]}}]")
     found, engines = read_served(path, engine)
     assert found.runs == {"x": "a", "y": "b"} and engines == {"x": engine, "y": engine, "base": engine, "m": EngineConfig(cpus_per_actor=0.5)}
-    path.write_text("applications: [{import_path: medray.serving.chat.app:build, args: {run: a, replica: 1}}]")
+    path.write_text("applications: [{import_path: serve.app:build, args: {run: a, replica: 1}}]")
     with pytest.raises(ConfigError, match=r"serve.yaml: args of.*\n*.*replica"):
         read_served(path, engine)
     path.write_text("applications: [{import_path: other:app}]")

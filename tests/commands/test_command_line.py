@@ -21,7 +21,7 @@ from medray.running.failures import describe, error_of_ours
 from medray.running.run import Run
 from medray.running.run_hold import held
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENDS = {"Ctrl-C": signal.SIGINT, "job stop": signal.SIGTERM, "closed terminal": signal.SIGHUP}
 IN_ORDER = ["sleeping", "interrupt_made_an_error", "waiting_for_http", "in_another_thread", "with_a_child"]
 BY_FORCE = ["handlers_replaced", "in_c_code", "interrupt_dropped", "shutdown_hangs"]
@@ -35,7 +35,7 @@ class Started:
         environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONPATH": str(ROOT)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, ROOT / "tests" / "interrupted_job.py", case, run, str(grace)],
+                [sys.executable, ROOT / "tests" / "support" / "interrupted_job.py", case, run, str(grace)],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,

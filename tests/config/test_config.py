@@ -21,7 +21,7 @@ from medray.config.reference_page import markdown
 from medray.errors import ConfigError
 from medray.plan.preflight import check_self_training
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_folder_is_no_recipe(tmp_path):

@@ -121,9 +121,10 @@ def keys_of(questions):
     patch.setattr(vlm, "model_hash", functools.cache(vlm.model_hash))
     patch.setattr(judged_models, "win_rate", lambda *_: {})
     patch.setattr(chat_score, "chat_score", lambda *_: {})
-    for module in (self_training, instruction_free, clinician_preference):
+    methods = {"self_training": self_training, "instruction_free": instruction_free, "clinician_preference": clinician_preference}
+    for name, module in methods.items():
         patch.setattr(module, "write_report", stop)
-        patch.setattr(module, f"check_{module.__name__.rpartition('.')[2]}", lambda _: None)
+        patch.setattr(module, f"check_{name}", lambda _: None)
 
     def evaluate(config: EvaluateJobConfig) -> None:
         models = [benchmark_answers.Asked("local", path="testbed:base"), benchmark_answers.Asked("remote", api="gpt-4o")]

@@ -255,7 +255,7 @@ def test_an_owner_that_was_taken_over_hears_of_it_and_writes_nothing(tmp_path):
 
 SLEEPER = """
     import sys
-    from medray import run_lock
+    from medray.running import run_lock
     run_lock.machine = lambda: "another machine"
     from medray.errors import RunLost
     from medray.running.run import Run

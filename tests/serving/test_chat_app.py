@@ -267,7 +267,7 @@ def test_errors_that_nobody_foresaw(endpoint, caplog, monkeypatch):
         assert (error_of(answer)["type"], error_of(answer)["code"]) == ("server_error", "internal_error")
     assert [observed[:2] for observed in client.observed] == [("tuned", 500), ("", 500)]
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(told) == 2 and all(line.startswith("r1 failed: KeyError at ") and "serve/test_endpoint.py:" in line for line in told) and SECRET not in caplog.text
+    assert len(told) == 2 and all(line.startswith("r1 failed: KeyError at ") and "serving/test_chat_app.py:" in line for line in told) and SECRET not in caplog.text
 
 
 def test_every_answer_has_an_id(endpoint):

@@ -193,7 +193,7 @@ def test_an_error_that_nobody_foresaw(caplog, monkeypatch):
     assert answer.status_code == 500 and answer.headers["X-Frame-Options"] == "DENY" and "r1" in answer.json()["error"].pop("message")
     assert answer.json()["error"] | {"message": ""} == {"message": "", "type": "server_error", "param": None, "code": "internal_error"}
     (told,) = [record.getMessage() for record in caplog.records]
-    assert told.startswith("r1 failed: RuntimeError at ") and "serve/test_guard.py:" in told and SECRET not in answer.text + caplog.text and len(failed) == 1
+    assert told.startswith("r1 failed: RuntimeError at ") and "serving/test_guard.py:" in told and SECRET not in answer.text + caplog.text and len(failed) == 1
 
     async def breaks_off(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -12,14 +12,14 @@ import pytest
 from medray.config import load_config
 from tests.clinicians.test_simulated import RECORD
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def studies(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import clinician_preference_arms
-    import instruction_free_arms
+    from studies import clinician_preference as clinician_preference_arms
+    from studies import instruction_free as instruction_free_arms
 
     yield {"clinician": clinician_preference_arms.STUDY, "instruction_free": instruction_free_arms.STUDY}
     for name in ("arms", "clinician_preference_arms", "instruction_free_arms", "selected_dialogues", "self_training"):
@@ -28,7 +28,7 @@ def studies(monkeypatch):
 
 @pytest.mark.parametrize("name", ["clinician", "instruction_free"])
 def test_arms_load_and_do_not_share_a_folder(studies, name):
-    import arms
+    from studies import study as arms
 
     study = studies[name]
     for arm, overrides in study.arms.items():
@@ -42,7 +42,7 @@ def test_arms_load_and_do_not_share_a_folder(studies, name):
 
 
 def test_contrasts_are_of_seeds_for_which_all_arms_are_there(studies):
-    import arms
+    from studies import study as arms
 
     study = studies["instruction_free"]
     rest = dict.fromkeys(study.columns)
@@ -75,7 +75,7 @@ def clinician_results(base, **arms):
 
 
 def test_tables_of_recorded_runs(studies, tmp_path):
-    import arms
+    from studies import study as arms
 
     made = {
         ("random, 10 %", 0): clinician_results(0.2, random=0.5), ("mixture, 10 %", 0): clinician_results(0.2, selected=0.6),
@@ -118,7 +118,7 @@ def test_tables_of_recorded_runs(studies, tmp_path):
 
 def test_what_is_kept_is_described_by_the_truth(studies):
     """Of four images three are small and one big; the big one, where the writer is wrong half the time and unsure, is left out by the score."""
-    import selected_dialogues
+    from studies import selected_dialogues
 
     attributes = {f"image-{number}": RECORD | {"cell_size": "big" if number == 3 else "small"} for number in range(4)}
     asked = "What is the cell size?"

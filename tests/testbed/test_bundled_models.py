@@ -43,7 +43,7 @@ def test_paths_are_text_and_unknown_names_are_config_errors():
     assert all(isinstance(model_path(name), str) for name in MODELS)
     with pytest.raises(ConfigError, match=r"huge.*base, expert"):
         model_path("huge")
-    code = "import sys; from medray.testbed import MODELS, model_path; model_path('base'); assert 'torch' not in sys.modules"
+    code = "import sys; from medray.models.bundled import MODELS, model_path; model_path('base'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

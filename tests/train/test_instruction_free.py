@@ -22,8 +22,7 @@ from medray.train.proxy_step import read_proxy, stored_proxy
 from medray.train.step import TrainStep, learning_rate_factor
 from medray.train.worker import Batches, export_merged, export_proxy, run_training
 from tests.models.test_proxy_instruction import by_hand
-
-from .conftest import MODEL, TUNE, WARM_UP, descriptions
+from tests.support.encoded_rows import MODEL, TUNE, WARM_UP, descriptions
 
 MODES = ("released", "textbook", "frozen", "free")
 PROXY_METRICS = {"lr_proxy", "proxy_grad_norm", "proxy_momentum", "proxy_norm", "proxy_moved", "proxy_gap"}

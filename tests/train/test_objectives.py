@@ -17,8 +17,7 @@ from medray.train.objectives import (
     sft_objective,
     supervised_logits,
 )
-
-from .conftest import DPO, SFT, encoded
+from tests.support.encoded_rows import DPO, SFT, encoded
 
 
 def batch_of(path: str, kind: str, count: int = 3) -> dict:

@@ -12,8 +12,7 @@ from medray.data.collate import collate_dpo, collate_sft
 from medray.models.vlm import PARTS, load_vlm, merge, model_hash, part_of, trainable_parameters
 from medray.train.engine import full_state
 from medray.train.step import TrainStep, learning_rate_factor
-
-from .conftest import DPO, MODEL, SFT, encoded
+from tests.support.encoded_rows import DPO, MODEL, SFT, encoded
 
 
 def step_of(path, config=DPO, engine="torch", precision="fp32", total=100):
@@ -201,8 +200,7 @@ def test_reference_and_untrained_policy_agree(tiny):
     from medray.data.collate import Encoder
     from medray.records import PREFERENCE, conform
     from medray.train.reference_logps import Reference
-
-    from .conftest import preferences
+    from tests.support.encoded_rows import preferences
 
     pairs = conform(pa.Table.from_pylist(preferences(4)).drop(["ref_chosen_logp", "ref_rejected_logp"]), PREFERENCE)
     scored = Reference(tiny, "hash", MODEL.model_dump(), DataConfig().model_dump())(pairs)

@@ -17,10 +17,9 @@ from medray.errors import ConfigError, StageError
 from medray.models.vlm import load_vlm
 from medray.train.epoch_progress import done_rows
 from medray.train.worker import check_trained, export_merged, run_training
+from tests.support.encoded_rows import DPO, MODEL, SFT, conversations, preferences
 from tests.support.processes import kill_one
 from tests.support.prometheus import told
-
-from .conftest import DPO, MODEL, SFT, conversations, preferences
 
 pytestmark = [pytest.mark.whole_job, pytest.mark.ray]
 

@@ -104,8 +104,8 @@ def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str
         few = f"{skipped} more were skipped: another clinician can judge them, or a lower clinicians.enough goes on without.\n" if skipped else ""
         raise Waiting(
             f"{len(complete)} of {len(asked) - unusable} questions are judged by {clinicians.judgements_per_item} clinicians each, {wanted} are needed (clinicians.enough).\n{few}"
-            f"a token for each clinician:  python -m medray.serving.tokens clinicians.txt NAME\n"
-            f"the page:  serve run medray.serving.clinician_page.app:build items={items} database={database} tokens=clinicians.txt judgements_per_item={clinicians.judgements_per_item}")
+            f"a token for each clinician:  python -m serve.tokens clinicians.txt NAME\n"
+            f"the page:  serve run serve.annotate:build items={items} database={database} tokens=clinicians.txt judgements_per_item={clinicians.judgements_per_item}")
     _write(stage, "judgements", records.JUDGEMENT, said)
 
 

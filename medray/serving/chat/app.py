@@ -1,7 +1,7 @@
 """A run's tuned model, and its base, behind an OpenAI-compatible endpoint on Ray Serve.
 
-    python -m medray.serving.tokens keys.txt me                         # prints a key, keeps its hash
-    serve run medray.serving.chat.app:build run=runs/demo keys=keys.txt
+    python -m serve.tokens keys.txt me                         # prints a key, keeps its hash
+    serve run serve.app:build run=runs/demo keys=keys.txt
     curl localhost:8000/v1/models -H "Authorization: Bearer KEY"
 
 docs/serving.md says what is served, what is refused and how to roll out another run; serve/config.yaml is for `serve deploy`.

@@ -185,7 +185,7 @@ def make_app(endpoint: Endpoint, tokens: Tokens | None) -> Guard:
     routes = [
         Route("/v1/chat/completions", endpoint.chat, methods=["POST"]), Route("/v1/models", endpoint.list_models), Route("/v1/models/{name:path}", endpoint.one_model),
         Route("/health", endpoint.health), Route("/ready", endpoint.readiness), Route("/try", endpoint.try_it), Route("/", _page),
-        Mount("/static", StaticFiles(directory=STATIC)),
+        Mount("/static", StaticFiles(directory=STATIC, packages=[("medray.serving", "static")])),
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: to_the_guard})
     limits = endpoint.config.limits

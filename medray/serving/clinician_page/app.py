@@ -1,7 +1,7 @@
 """The clinician page on Ray Serve: clinicians see an image, a question and two answers, and say which are good.
 
-    python -m medray.serving.tokens clinicians.txt dr-lin
-    serve run medray.serving.clinician_page.app:build items=DIR database=sqlite:///judgements.db tokens=clinicians.txt
+    python -m serve.tokens clinicians.txt dr-lin
+    serve run serve.annotate:build items=DIR database=sqlite:///judgements.db tokens=clinicians.txt
 
 docs/clinician_page.md says what is stored and how to put it on a network.
 """
@@ -25,7 +25,7 @@ log = logging.getLogger("ray.serve")  # which `serve run` prints
 class PageConfig(Section):
     items: str | None = Field(None, description="folder of clinician items (medray.records.CLINICIAN_ITEM), local or s3://, gs://; none: those in the database")
     database: str = Field("sqlite:///judgements.db", description="SQLAlchemy URL. SQLite serves one machine; PostgreSQL several")
-    tokens: str | None = Field(None, description="file made by python -m medray.serving.tokens; none: the environment variable MEDRAY_CLINICIANS")
+    tokens: str | None = Field(None, description="file made by python -m serve.tokens; none: the environment variable MEDRAY_CLINICIANS")
     judgements_per_item: PositiveInt | None = Field(
         None, description="clinicians who are given each item; 2 or more measures their agreement. None: as many as the job that made the items waits for "
         "(by the database, or the config.yaml of the items' run), else 1")

@@ -110,7 +110,7 @@ def make_app(
     """
     sessions = Sessions(store.engine, tokens, session_hours)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/static", StaticFiles(directory=STATIC, packages=[("medray.serving", "static")]), name="static")
     _answer_errors(app)
 
     @app.get("/")

@@ -25,7 +25,7 @@ from medray.running.run import Run, Stage, digest
 from medray.storage.shards import stored_rows, write_shard
 from tests.clinicians.test_simulated import RECORD
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def config(*overrides, file="tiny-cpu.yaml"):
@@ -199,7 +199,7 @@ def test_real_clinicians_are_waited_for(asked, tmp_path, caplog, capsys):
     assert run_job(job, "--run there") == 3
     said = capsys.readouterr().err
     assert "0 of 4 questions are judged by 1 clinicians each, 3 are needed" in said
-    assert f"serve run medray.serving.clinician_page.app:build items={asked[0]['outputs']['items']} database={database}" in said
+    assert f"serve run serve.annotate:build items={asked[0]['outputs']['items']} database={database}" in said
     assert "with --run there to resume" in said
     judge(database, 2)
     with pytest.raises(Waiting, match="2 of 4"):

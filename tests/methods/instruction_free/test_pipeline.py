@@ -16,7 +16,7 @@ from medray.plan.preflight import check_instruction_free
 from medray.records import ANSWERED
 from medray.running.run import Run, Stage, digest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def config(*overrides, file="tiny-cpu.yaml"):
