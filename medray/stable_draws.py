@@ -1,4 +1,7 @@
-"""Stable draws."""
+"""Draws that keys alone decide: the same on every machine, in any order of the rows."""
+
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,7 @@
-"""Prepare data."""
+"""Configuration of jobs/prepare_data.py."""
+
+from __future__ import annotations
+
 from typing import Annotated
 
 from pydantic import Field

@@ -1,5 +1,6 @@
-"""Attribute vocabularies."""
+"""The words of attribute tables: SkinCon and CBIS-DDSM."""
 
+from __future__ import annotations
 
 SKINCON = (
     "Vesicle", "Papule", "Macule", "Plaque", "Abscess", "Pustule", "Bulla", "Patch", "Nodule", "Ulcer", "Crust", "Erosion", "Excoriation",

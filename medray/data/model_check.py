@@ -1,4 +1,7 @@
-"""Model check."""
+"""Whether medray can tune a model, found out before anything starts."""
+
+from __future__ import annotations
+
 import tempfile
 
 from medray.config import DataConfig, ModelConfig

@@ -1,4 +1,7 @@
-"""Pixels."""
+"""Pixels as a model takes them: rescaled and normalised as its image processor does."""
+
+from __future__ import annotations
+
 from typing import Any
 
 

@@ -1,5 +1,6 @@
-"""Published."""
+"""What is written beside published models."""
 
+from __future__ import annotations
 
 MODELS = "models.json"
 

@@ -1,4 +1,7 @@
-"""Actor pools."""
+"""Options of Ray Data for pools of engines and of clients of an endpoint."""
+
+from __future__ import annotations
+
 from typing import Any
 
 from medray.config import EngineConfig, Placement

@@ -1,4 +1,7 @@
-"""Resumable."""
+"""Rows through workers into shards, resumably: a killed job goes on with the rows that are left."""
+
+from __future__ import annotations
+
 import logging
 import posixpath
 from collections.abc import Callable, Iterator, Sequence

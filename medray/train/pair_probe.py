@@ -1,4 +1,7 @@
-"""Pair probe."""
+"""How pairs may pass a model: chosen by a measurement on made-up pairs."""
+
+from __future__ import annotations
+
 import logging
 from typing import Any, get_args
 

@@ -1,4 +1,7 @@
-"""Ground truth."""
+"""Clinicians, ratings and selections against the true attributes of images, where there are some."""
+
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice

@@ -24,9 +24,10 @@ from typing import Any
 
 from medray.config import SelfTrainingConfig
 from medray.errors import StageError
+from medray.methods.self_train import stages as steps
+from medray.methods.self_train.report import write_report
 from medray.methods.shared import stages
 from medray.methods.shared.model_card import SELF_TRAINING, publish_models
-from medray.methods.shared.results import write_report
 from medray.plan.preflight import check_self_training
 from medray.running.ray_session import ray_session
 from medray.running.run import Run
@@ -47,7 +48,7 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
     run = Run(run_uri)
     with held(run), ray_session(config.cluster):
         run.write_config(config)
-        data = run.stage("00-data", stages.data_inputs(config), lambda stage: stages.prepare_data(stage, config))
+        data = run.stage("00-data", steps.data_inputs(config), lambda stage: steps.prepare_data(stage, config))
         base = stages.resolve_base(config)
 
         sft = run.stage(
@@ -63,15 +64,15 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
             played = run.stage(
                 f"{number}1-self_play", {"data": data["hash"], "model": model.hash, "config": config.self_play, "round": number,
                                           **stages.asked_inputs(config), "fresh": config.data.unlabelled_per_round == "fresh" and config.rounds},
-                lambda stage, model=model, number=number: stages.self_play(stage, config, model, data, number),
+                lambda stage, model=model, number=number: steps.self_play(stage, config, model, data, number),
             )
             judged = run.stage(
                 f"{number}2-judge", {"rows": played["hash"], **stages.judge_inputs(config)},
-                lambda stage, played=played: stages.judge(stage, config, played),
+                lambda stage, played=played: steps.judge(stage, config, played),
             )
             pairs = run.stage(
-                f"{number}3-pairs", {"rows": judged["hash"], "rules": stages.pair_rules(config)},
-                lambda stage, judged=judged: stages.make_pairs(stage, config, judged),
+                f"{number}3-pairs", {"rows": judged["hash"], "rules": steps.pair_rules(config)},
+                lambda stage, judged=judged: steps.make_pairs(stage, config, judged),
             )
             if pairs["outputs"]["counts"]["pairs"] == 0:
                 raise StageError(
@@ -80,7 +81,7 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
                 )
             reference = run.stage(
                 f"{number}4-reference", {"pairs": pairs["hash"], "model": model.hash, "settings": stages.model_inputs(config.model)},
-                lambda stage, pairs=pairs, model=model: stages.reference_logps(stage, config, model, pairs),
+                lambda stage, pairs=pairs, model=model: steps.reference_logps(stage, config, model, pairs),
             )
             tuned = run.stage(
                 f"{number}5-dpo", {"pairs": reference["hash"], "model": model.hash, "settings": stages.model_inputs(config.model), "train": config.dpo.outcome()},
@@ -93,12 +94,12 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
 
         scores: dict[str, dict[str, Any]] = {}
         for name, one in models.items():
-            if stages.arm_of(name) not in config.evaluate.arms:
+            if steps.arm_of(name) not in config.evaluate.arms:
                 continue
-            before = scores.get(stages.previous_model(name) or "")
+            before = scores.get(steps.previous_model(name) or "")
             scores[name] = run.stage(
-                f"90-evaluate-{name}", {"data": data["hash"], "model": one.hash, **stages.evaluation_inputs(config, before)},
-                lambda stage, one=one, name=name, before=before: stages.evaluate(stage, config, one, name, data, before),
+                f"90-evaluate-{name}", {"data": data["hash"], "model": one.hash, **steps.evaluation_inputs(config, before)},
+                lambda stage, one=one, name=name, before=before: steps.evaluate(stage, config, one, name, data, before),
             )
         results = write_report(run, config, scores)
         publish_models(run, config, SELF_TRAINING, models, list(models)[-1], results)

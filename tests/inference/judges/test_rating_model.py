@@ -20,6 +20,7 @@ from medray.errors import ConfigError
 from medray.inference.judges.base import EMPTY, IDENTICAL
 from medray.inference.judges.judges import judge_map
 from medray.inference.judges.rating_model import RaterJudge
+from medray.methods.self_train import stages as steps
 from medray.methods.shared import stages
 from medray.plan.preflight import check_self_training
 from medray.rating_model.model import Rater
@@ -100,10 +101,10 @@ def test_its_verdicts_become_pairs(ray_cluster, rater, tmp_path):
     (tmp_path / "played").mkdir()
     pq.write_table(pa.Table.from_pylist([*rows, row(6, ("What?", "a", "b"), image=b"no picture")], schema=SELF_PLAY), tmp_path / "played/a.parquet")
     run = Run(tmp_path / "run")
-    judged = run.stage("12-judge", stages.judge_inputs(config), lambda stage: stages.judge(stage, config, {"outputs": {"rows": str(tmp_path / "played")}}))
+    judged = run.stage("12-judge", stages.judge_inputs(config), lambda stage: steps.judge(stage, config, {"outputs": {"rows": str(tmp_path / "played")}}))
     assert judged["outputs"]["ledger"]["usd"] == 0
     assert judged["outputs"]["counts"] == {"images": 7, "verdicts": 13, "without verdict": 7, "quarantined": 0, "retried requests": 0}
-    pairs = run.stage("13-pairs", {}, lambda stage: stages.make_pairs(stage, config, judged))
+    pairs = run.stage("13-pairs", {}, lambda stage: steps.make_pairs(stage, config, judged))
     made = pq.read_table(run.path("stages", "13-pairs", "rows")).to_pylist()
     assert {one["sample_id"].partition("/")[0] for one in made} == {f"i{number}" for number in range(6)}
     assert len(made) == pairs["outputs"]["counts"]["pairs"] == 6
