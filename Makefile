@@ -10,7 +10,7 @@ ARGS ?=
 .PHONY: demo test check lint setup doctor docs clean
 
 demo: setup
-	$(BIN)/python jobs/self_train.py --config configs/self_train/tiny-cpu.yaml --run $(RUN) $(ARGS)
+	$(BIN)/python jobs/self_train.py --config self_train/tiny-cpu --run $(RUN) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -31,8 +31,8 @@ examples
   python jobs/clinician_preference.py                                  the demo: synthetic cells, bundled tiny models, two cores
   python jobs/clinician_preference.py --data path/to/wbcatt --run runs/cells --set 'weights=[1, 10, 100]'
   python jobs/clinician_preference.py --set rater.train_on=model --set select.fraction=0.1       an ablation
-  python jobs/clinician_preference.py --config configs/clinician_preference/qwen2.5-vl-7b.yaml --data s3://bucket/figures --run s3://bucket/runs/a
-  ray job submit --working-dir . -- python jobs/clinician_preference.py --config configs/clinician_preference/qwen2.5-vl-7b.yaml --data ... --run ...
+  python jobs/clinician_preference.py --config clinician_preference/qwen2.5-vl-7b --data s3://bucket/figures --run s3://bucket/runs/a
+  ray job submit --working-dir . -- python jobs/clinician_preference.py --config clinician_preference/qwen2.5-vl-7b --data ... --run ...
 
 The same command continues a run that was stopped or killed. Every field: docs/reference/config.md, or `medray config`.
 The method, and what to set: docs/clinician_preference.md. The last line on stdout is JSON: {"run", "base", "selected", "rater", ...}.

@@ -29,7 +29,7 @@ benchmarks
   jobs/prepare_data.py does too. The split and the words put after the question belong to a benchmark and are printed.
 
 examples
-  python jobs/evaluate.py --model testbed:base --benchmark vqa-rad --data path/to/vqa_rad --config configs/evaluate/tiny-cpu.yaml
+  python jobs/evaluate.py --model testbed:base --benchmark vqa-rad --data path/to/vqa_rad --config evaluate/tiny-cpu
   python jobs/evaluate.py --model base=llava-hf/llava-1.5-7b-hf --model tuned=runs/a/stages/15-dpo/model \\
     --benchmark vqa-rad,slake --data data/ --set text_only=true
   python jobs/evaluate.py --model base=... --model tuned=... --benchmark slake --data data/slake --set judge.model=gpt-4o    (win rate, chat score)
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", metavar="A,B", help="splits to ask instead of the benchmark's own")
     parser.add_argument("--run", metavar="DIR", help="run directory: local path, s3:// or gs:// (default: runs/evaluate-<time>)")
     parser.add_argument("--rescore", metavar="FILE", help="score saved predictions and print the result; no model, no Ray")
-    parser.add_argument("--config", metavar="YAML", help="a recipe (configs/evaluate/)")
+    parser.add_argument("--config", metavar="YAML", help="a recipe (evaluate/tiny-cpu), or a YAML file")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
     return parser
 

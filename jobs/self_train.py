@@ -24,8 +24,8 @@ what it does
 examples
   python jobs/self_train.py                                     the demo: synthetic cells, bundled tiny models, two cores
   python jobs/self_train.py --data path/to/wbcatt --run runs/wbc --set rounds=2
-  python jobs/self_train.py --config configs/self_train/llava-1.5-7b.yaml --data s3://bucket/shards --run s3://bucket/runs/a
-  ray job submit --working-dir . -- python jobs/self_train.py --config configs/self_train/llava-1.5-7b.yaml --data ... --run ...
+  python jobs/self_train.py --config self_train/llava-1.5-7b --data s3://bucket/shards --run s3://bucket/runs/a
+  ray job submit --working-dir . -- python jobs/self_train.py --config self_train/llava-1.5-7b --data ... --run ...
 
 The same command continues a run that was stopped or killed. Every field: docs/reference/config.md, or `medray config`.
 The last line on stdout is JSON: {"run", "base", "tuned", "pairs", "seconds", ...}.

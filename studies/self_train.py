@@ -26,7 +26,7 @@ import pyarrow.dataset
 from medray.data.attribute_questions import right_answer
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = "configs/self_train/tiny-wbcatt.yaml"
+CONFIG = "self_train/tiny-wbcatt"
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}  # Student's t by degrees of freedom
 
 

@@ -35,7 +35,7 @@ class Study:
     """A method's arms and what is shown of them.
 
     Attributes:
-        job: name of the script in jobs/ and of its recipes' folder in configs/.
+        job: name of the script in jobs/ and of its recipes' folder.
         method: what that script calls: (configuration, run directory, shared directory).
         config_type: of the job's configuration.
         title: of the page.
@@ -62,7 +62,7 @@ class Study:
 
     @property
     def config(self) -> str:
-        return f"configs/{self.job}/tiny-cpu.yaml"
+        return f"{self.job}/tiny-cpu"
 
 
 def per_cent(values: Mapping[str, Any], columns: Sequence[str]) -> Measures:
@@ -79,11 +79,11 @@ def run(study: Study, arm: str, seed: int, options: argparse.Namespace) -> None:
     """Run or continue one arm and add it to the record, where it is not there with the same configuration. Raises what the method raises."""
     folder = folder_of(arm, seed, options)
     overrides = [*study.arms[arm], f"seed={seed}", *options.overrides]
-    wanted = fingerprint(load_config(study.config_type, ROOT / options.config, overrides), options)
+    wanted = fingerprint(load_config(study.config_type, options.config, overrides), options)
     if any((line["arm"], line["seed"], line["config"]) == (arm, seed, wanted) for line in recorded(options)):
         return
     source = [f"data.source={json.dumps(options.data)}"] if options.data else []
-    config = load_config(study.config_type, ROOT / options.config, [*source, *overrides])
+    config = load_config(study.config_type, options.config, [*source, *overrides])
     shared = Path(options.runs, "shared")
     data = ["--data", options.data] if options.data else []
     command = ["python", f"jobs/{study.job}.py", "--config", options.config, *data, "--run", str(folder), "--shared", str(shared)]
@@ -226,7 +226,7 @@ def main(study: Study, name: str, description: str | None) -> None:
     Path(options.runs).mkdir(parents=True, exist_ok=True)
     if not options.finished:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-        with ray_session(load_config(study.config_type, ROOT / options.config, options.overrides).cluster):
+        with ray_session(load_config(study.config_type, options.config, options.overrides).cluster):
             for seed in options.seeds:
                 for arm in options.arms:
                     run(study, arm, seed, options)

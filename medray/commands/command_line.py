@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from medray.commands import beginning
 from medray.config import ConfigT, LoopConfig, Section, load_config
+from medray.config.recipes import names as recipe_names
 from medray.errors import ConfigError, MedrayError, RunHeld, RunLost, Waiting
 from medray.plan.preflight import check_run
 from medray.running import run_hold
@@ -28,18 +28,17 @@ from medray.running.watcher import Watcher
 
 DONE, FAILED, BAD_CONFIGURATION, WAITING, HELD, INTERRUPTED = 0, 1, 2, 3, 4, 130
 RELEASE_SECONDS = 2.0
-DEFAULT_RECIPE = "tiny-cpu.yaml"  # the demo's
-RECIPES = Path(__file__).resolve().parents[2] / "configs"
+DEFAULT_RECIPE = "tiny-cpu"  # the demo's
 
 
 def method_parser(name: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
     """The arguments that the scripts of all methods take.
 
     Args:
-        name: of the script in jobs/, and of the folder of its recipes in configs/.
+        name: of the script in jobs/, and of the folder of its recipes.
     """
     parser = argparse.ArgumentParser(prog=f"jobs/{name}.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="YAML", help=f"recipe (default: configs/{name}/tiny-cpu.yaml)")
+    parser.add_argument("--config", metavar="YAML", help=f"recipe that comes with medray ({', '.join(part.partition('/')[2] for part in recipe_names(name))}), or a YAML file (default: {DEFAULT_RECIPE}, the demo's)")
     parser.add_argument("--data", metavar="SOURCE", help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE")
     parser.add_argument("--run", metavar="DIR", help=f"run directory: local path, s3:// or gs:// (default: runs/{name}-<time>)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
@@ -62,7 +61,7 @@ def run_method(
     """
     run_uri = arguments.run or f"runs/{arguments.job}-{time.strftime('%Y%m%d-%H%M%S')}"
     source = [f"data.source={json.dumps(arguments.data)}"] if arguments.data else []
-    recipe = arguments.config or str(RECIPES / arguments.job / DEFAULT_RECIPE)
+    recipe = arguments.config or DEFAULT_RECIPE
     try:
         config = load_config(config_type, recipe, [*source, *arguments.overrides])
         check(config)
@@ -81,8 +80,8 @@ def _notes(config: Section, job: str, is_default: bool) -> list[str]:
     """What a job says of its configuration before it starts: the recipe that nobody named, the batches, defaults that surprise."""
     lines = []
     if is_default:
-        others = ", ".join(path.name for path in sorted((RECIPES / job).glob("*.yaml")) if path.name != DEFAULT_RECIPE)
-        lines.append(f"recipe: configs/{job}/{DEFAULT_RECIPE} (--config names none; there are also {others})")
+        others = ", ".join(name.partition("/")[2] for name in recipe_names(job) if not name.endswith(f"/{DEFAULT_RECIPE}"))
+        lines.append(f"recipe: {DEFAULT_RECIPE} (--config names none; there are also {others})")
         own = [name for name, value in (("data.source", config.data.source), ("model.path", config.model.path)) if not value.startswith("testbed:")]
         if own:
             lines.append(

@@ -1,12 +1,12 @@
 """Configuration of every job: pydantic models, YAML files and dotted overrides.
 
 Defaults are the papers' unless a field says otherwise (self-training: STLLaVA-Med, arXiv 2406.19973, and its public code);
-`configs/` holds the recipes that change them. Importing this package loads neither torch nor Ray, so a wrong config fails
+`medray/recipes/` holds the recipes that change them. Importing this package loads neither torch nor Ray, so a wrong config fails
 before anything starts.
 
 Example::
 
-    config = load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", ["dpo.beta=0.2"])
+    config = load_config(SelfTrainingConfig, "self_train/tiny-cpu", ["dpo.beta=0.2"])
 """
 
 from medray.config.clinician_preference import (

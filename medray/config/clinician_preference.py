@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -91,6 +91,8 @@ class PreferenceEvaluateConfig(EvaluateConfig):
 
 class ClinicianPreferenceConfig(Section):
     """`jobs/clinician_preference.py`: clinician preference alignment (BioMed-VITAL, arXiv 2406.13173), whole."""
+
+    recipes: ClassVar[str | None] = "clinician_preference"
 
     model: TunedModelConfig = Field(default_factory=TunedModelConfig)
     data: CaptionedDataConfig = Field(default_factory=CaptionedDataConfig)

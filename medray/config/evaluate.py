@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from medray.config.section import Probability, Section
@@ -19,6 +21,8 @@ from medray.config.shared import (
 
 class EvaluateJobConfig(Section):
     """`jobs/evaluate.py`: models on benchmarks. Which models, benchmarks and data are the command's arguments."""
+
+    recipes: ClassVar[str | None] = "evaluate"
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="Of every local model; its path is the command's --model.")
     data: DataConfig = Field(default_factory=DataConfig, description="Limits and CPUs of reading; the source is the command's --data.")

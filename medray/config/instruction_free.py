@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -90,6 +90,8 @@ class DescriptionEvaluateConfig(EvaluateConfig):
 
 class InstructionFreeConfig(Section):
     """`jobs/instruction_free.py`: instruction-free tuning (arXiv 2603.19482), whole."""
+
+    recipes: ClassVar[str | None] = "instruction_free"
 
     model: PlainModelConfig = Field(default_factory=PlainModelConfig)
     data: DescriptionDataConfig = Field(default_factory=DescriptionDataConfig)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from medray.config.recipes import recipe_path
 from medray.config.section import Section
 from medray.errors import ConfigError
 
@@ -18,13 +19,13 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def load_config(cls: type[ConfigT], path: str | os.PathLike | None = None, overrides: list[str] | tuple[str, ...] = ()) -> ConfigT:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML) and validate.
+    """Read a YAML file (a path, or the name of a recipe that comes with medray), apply `a.b=value` overrides (values are YAML) and validate.
 
     Raises ConfigError naming the field, what is wrong and where the value came from.
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_yaml(Path(path))
+        values = _read_yaml(recipe_path(path, cls.recipes))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -49,10 +50,8 @@ def fields_of(cls: type[Section]) -> dict[str, type[Section] | None]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; see configs/ for recipes") from None
     except OSError as error:  # a folder, or a file that may not be read
-        raise ConfigError(f"config file {path} cannot be read ({error.strerror}); give a YAML file, such as those in configs/") from None
+        raise ConfigError(f"config file {path} cannot be read ({error.strerror}); give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from error
     if values is None:

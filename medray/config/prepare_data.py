@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ class LeaksConfig(Section):
 
 class PrepareDataConfig(Section):
     """`jobs/prepare_data.py`: a source to canonical shards. Of `data` only what is read and its limits count here."""
+
+    recipes: ClassVar[str | None] = "prepare_data"
 
     data: DataConfig = Field(default_factory=DataConfig)
     leaks: LeaksConfig = Field(default_factory=LeaksConfig)

@@ -22,6 +22,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
+    recipes: ClassVar[str | None] = None  # of a job's whole configuration: the folder of its recipes
+
     # Fields that say how, where and at what price the work is done, and change nothing of what is made. A subclass names its own;
     # a field named nowhere counts as one that changes the outcome.
     execution_only: ClassVar[frozenset[str]] = frozenset({"place"})

@@ -64,6 +64,8 @@ class SelfPlayConfig(Section):
 class SelfTrainingConfig(Section):
     """`jobs/self_train.py`: STLLaVA-Med, whole."""
 
+    recipes: ClassVar[str | None] = "self_train"
+
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     sft: SftConfig = Field(default_factory=SftConfig)

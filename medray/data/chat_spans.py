@@ -8,13 +8,13 @@ text inside its own turn; any mismatch is an error that names the turn, never a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 
 from medray.config import ModelConfig
+from medray.config.recipes import read_template
 from medray.errors import ConfigError, DataError
 
 ANSWER, QUESTION, QUESTION_PREFIX = 0, 1, 2
@@ -68,7 +68,7 @@ class Dialogues:
         self.tokenizer = processor.tokenizer
         self.config = config
         if config.chat_template:
-            self.template = Path(config.chat_template).read_text(encoding="utf-8")
+            self.template = read_template(config.chat_template)
         else:
             self.template = processor.chat_template or self.tokenizer.chat_template
         if not self.template:
@@ -193,7 +193,7 @@ class Dialogues:
             if first >= last or starts[first] < begin or ends[last - 1] > end:
                 raise EncodeError(f"a turn's edge at character {begin} or {end} falls inside a token; set model.chat_template to one with special tokens between turns")
             if kind != QUESTION_PREFIX and int(ids[last - 1]) not in self.special_ids:
-                raise EncodeError("the chat template ends a turn without an end token, so the model would not learn to stop; set model.chat_template (see configs/templates)")
+                raise EncodeError("the chat template ends a turn without an end token, so the model would not learn to stop; set model.chat_template (see medray/recipes/templates)")
             out[row] = (kind, first, last)
         return ids, out
 

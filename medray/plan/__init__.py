@@ -4,6 +4,6 @@
 counts a model's parameters, bytes and FLOPs, `devices` says what an accelerator gives, `estimate` turns both and the
 recipe into memory, time and cost, and names what bounds them. Nothing here imports torch or Ray.
 
-    python -m medray.plan --config configs/self_train/llava-1.5-7b.yaml --device a100-80gb --gpus 8
-    python -m medray.plan --config configs/self_train/llava-1.5-7b.yaml --fits cluster/aws.yaml
+    python -m medray.plan --config self_train/llava-1.5-7b --device a100-80gb --gpus 8
+    python -m medray.plan --config self_train/llava-1.5-7b --fits cluster/aws.yaml
 """

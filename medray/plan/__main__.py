@@ -8,10 +8,10 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from medray.config import SelfTrainingConfig, load_config
+from medray.config.recipes import recipe_path
 from medray.config.reference_page import JOBS
 from medray.errors import ConfigError, MedrayError
 from medray.plan import memory
@@ -26,18 +26,18 @@ from medray.plan.work import Lengths, pair_tokens
 SCALES = {"paper": (60_000, 10_000), "internet": (100_000_000, 100_000_000)}
 _MAY_BE_ZERO = {"start", "endpoint"}  # seconds; the other assumptions are divided by
 EXAMPLES = """examples:
-  python -m medray.plan --config configs/self_train/llava-1.5-7b.yaml --device a100-80gb --gpus 4
-  python -m medray.plan --config configs/self_train/qwen2.5-vl-7b.yaml --scale internet --device h100-80gb --gpus 512 --cpus 4096 \\
+  python -m medray.plan --config self_train/llava-1.5-7b --device a100-80gb --gpus 4
+  python -m medray.plan --config self_train/qwen2.5-vl-7b --scale internet --device h100-80gb --gpus 512 --cpus 4096 \\
       --set sft.num_workers=512 --set dpo.num_workers=512 --set dpo.reference_workers='[1, 512]' --set engine.actors='[1, 512]'
-  python -m medray.plan --config configs/self_train/llava-1.5-7b.yaml --fits cluster/aws.yaml
-  python -m medray.plan --config configs/self_train/llava-1.5-7b.yaml --fits cluster/kuberay/rayservice.yaml --serve cluster/kuberay/rayservice.yaml
+  python -m medray.plan --config self_train/llava-1.5-7b --fits cluster/aws.yaml
+  python -m medray.plan --config self_train/llava-1.5-7b --fits cluster/kuberay/rayservice.yaml --serve cluster/kuberay/rayservice.yaml
 
 Every number rests on assumptions that are printed; --gain NAME=VALUE and --length NAME=VALUE replace them by what you measured."""
 
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(prog="python -m medray.plan", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--config", required=True, metavar="YAML", help="recipe, in the folder of its job: configs/<job>/<name>.yaml")
+    arguments.add_argument("--config", required=True, metavar="YAML", help="recipe that comes with medray (self_train/llava-1.5-7b), or a YAML file in a folder named after its job")
     arguments.add_argument("--job", help="the recipe's job, where its folder has another name")
     arguments.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
     arguments.add_argument("--fits", metavar="YAML", help="only say whether every stage can begin on the nodes of this cluster file")
@@ -56,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+def _job(options: argparse.Namespace) -> str:
+    """The job that a recipe is of: named, or the folder that it lies in."""
+    return options.job or recipe_path(options.config).resolve().parent.name
+
+
 def _positive(kind: type) -> Callable[[str], float]:
     def number(text: str) -> float:
         if not (value := kind(text)) > 0:
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.fits:
             return say_fits(options)
-        job = options.job or Path(options.config).resolve().parent.name
+        job = _job(options)
         if job in JOBS and JOBS[job] is not SelfTrainingConfig:
             raise ConfigError(f"--config {options.config}: time and cost are estimated of self_train's recipes only; of {job}, --fits says whether it can begin")
         config = load_config(SelfTrainingConfig, options.config, options.overrides)
@@ -82,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def say_fits(options: argparse.Namespace) -> int:
-    job = options.job or Path(options.config).resolve().parent.name
+    job = _job(options)
     if job not in JOBS:
         raise ConfigError(f"--job: {job} is none of {', '.join(JOBS)}")
     config = load_config(JOBS[job], options.config, options.overrides)

@@ -30,6 +30,7 @@ from medray.config import (
     Section,
     SelfTrainingConfig,
 )
+from medray.config.recipes import template_path
 from medray.errors import ConfigError
 from medray.models.bundled import ENCODERS, MODELS
 from medray.models.fingerprint import pickles_problem
@@ -205,7 +206,7 @@ def clinician_problems(config: CliniciansConfig) -> list[str]:
 
 
 def template_problems(model: ModelConfig | OwnModelConfig, section: str = "model") -> list[str]:
-    if model.chat_template and not Path(model.chat_template).is_file():
+    if model.chat_template and not template_path(model.chat_template).is_file():
         return [f"{section}.chat_template: file {model.chat_template} does not exist"]
     return []
 

@@ -37,6 +37,7 @@ from medray.config import (
     SftConfig,
     TrainConfig,
 )
+from medray.config.recipes import read_template
 from medray.data.collate import Encoder, collate_dpo, collate_sft
 from medray.errors import ConfigError, StageError
 from medray.images.decoding import filler_picture
@@ -484,5 +485,5 @@ def export_merged(checkpoint: Any, model_dir: str, out_dir: str | os.PathLike, m
             parameter.copy_(state.get_tensor(f"weight/{name}"))
     processor = load_processor(model_dir, model_config.trust_remote_code)
     if model_config.chat_template:
-        processor.chat_template = processor.tokenizer.chat_template = Path(model_config.chat_template).read_text(encoding="utf-8")
+        processor.chat_template = processor.tokenizer.chat_template = read_template(model_config.chat_template)
     save_vlm(merge(model), processor, out_dir, {"bf16": torch.bfloat16, "fp32": torch.float32}[model_config.precision])

@@ -343,7 +343,7 @@ def test_the_jobs_entrypoint_is_a_configuration():
     program, script, *arguments = shlex.split(read("rayjob")[-1]["spec"]["entrypoint"])
     assert program == "python" and (ROOT / script).is_file()
     options = method_parser("self_train", None, "").parse_args(arguments)
-    config = load_config(SelfTrainingConfig, ROOT / options.config, options.overrides)
+    config = load_config(SelfTrainingConfig, options.config, options.overrides)
     assert config.cluster.data_labels == {"medray-group": "data"}
     assert [config.sft.place.selector, config.engine.place.selector] == [{"medray-group": "train"}, {"medray-group": "generate"}]
 
@@ -364,7 +364,7 @@ def test_the_images_are_made_of_what_is_there():
 
 def exported_metrics():
     """{name: label names} of what serve/ and jobs export, with the names that Ray's own recorder gives them."""
-    sources = [*(ROOT / "serve").glob("*.py"), ROOT / "medray" / "prometheus.py"]
+    sources = [*(ROOT / "medray/serving").rglob("*.py"), ROOT / "medray" / "prometheus.py"]
     calls = [node for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Counter", "Gauge", "Histogram")]
     made = [(call.func.id, *(ast.literal_eval(argument) for argument in call.args)) for call in calls]
     program = f"""

@@ -33,7 +33,7 @@ LABELLED = ["aws", "gcp", "kuberay/raycluster", "kuberay/rayjob"]
 
 
 def recipe(name, cls, overrides=()):
-    return load_config(cls, ROOT / "configs" / f"{name}.yaml", list(overrides))
+    return load_config(cls, ROOT / "medray/recipes" / f"{name}.yaml", list(overrides))
 
 
 @pytest.mark.parametrize("cluster", [*LABELLED, "local"])
@@ -212,12 +212,12 @@ def plan(*arguments):
 
 
 def test_the_command_says_whether_a_recipe_fits():
-    good = plan("--fits", "cluster/aws.yaml", "--config", "configs/self_train/llava-1.5-7b.yaml")
+    good = plan("--fits", "cluster/aws.yaml", "--config", "medray/recipes/self_train/llava-1.5-7b.yaml")
     assert good.returncode == 0, good.stderr
     assert "fits cluster/aws.yaml" in good.stdout
-    bad = plan("--fits", "cluster/aws.yaml", "--config", "configs/self_train/llava-1.5-7b.yaml", "--set", "engine.gpus_per_actor=2", "--set", "engine.place.labels={medray-group: generate}")
+    bad = plan("--fits", "cluster/aws.yaml", "--config", "medray/recipes/self_train/llava-1.5-7b.yaml", "--set", "engine.gpus_per_actor=2", "--set", "engine.place.labels={medray-group: generate}")
     assert bad.returncode == 1
     assert "engine.actors: no node takes 1 x (4 CPUs, 2 GPUs) on medray-group=generate" in bad.stdout
     service = "cluster/kuberay/rayservice.yaml"
-    endpoint = plan("--fits", service, "--serve", service, "--config", "configs/self_train/llava-1.5-7b.yaml")
+    endpoint = plan("--fits", service, "--serve", service, "--config", "medray/recipes/self_train/llava-1.5-7b.yaml")
     assert endpoint.returncode == 0 and f"{service} fits {service}" in endpoint.stdout, endpoint.stderr

@@ -117,7 +117,7 @@ def test_workers_without_a_sample_are_named():
     assert "24 of 32 workers would get no sample" in SftConfig(global_batch=8, num_workers=32).batch_line
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*7b.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize("path", sorted((ROOT / "medray/recipes").glob("*/*7b.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_more_workers_leave_the_batch_of_a_gpu_recipe(path):
     kind = {"self_train": SelfTrainingConfig, "instruction_free": InstructionFreeConfig, "clinician_preference": ClinicianPreferenceConfig}[path.parent.name]
     as_written = load_config(kind, path)
@@ -151,7 +151,7 @@ def test_one_seed_reaches_every_stage():
 def test_preflight_names_the_field(overrides, message, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml", overrides)
+    config = load_config(SelfTrainingConfig, ROOT / "medray/recipes/self_train/tiny-cpu.yaml", overrides)
     with pytest.raises(ConfigError) as error:
         check_self_training(config)
     assert message in str(error.value)
@@ -170,7 +170,7 @@ def test_gpus_are_counted_as_cpus_are(overrides, message, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(preflight, "_ray_runs", lambda: False)
     monkeypatch.setattr(preflight, "local_gpus", lambda: 2)
-    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml", ["cluster.num_cpus=64", *overrides])
+    config = load_config(SelfTrainingConfig, ROOT / "medray/recipes/self_train/tiny-cpu.yaml", ["cluster.num_cpus=64", *overrides])
     if message is None:
         check_self_training(config)
     else:
@@ -184,7 +184,7 @@ def test_gpus_are_counted_as_cpus_are(overrides, message, monkeypatch):
 def test_splits_of_a_prepared_directory_are_checked_before_anything_starts(tmp_path):
     manifest = tmp_path / "manifest.json"
     manifest.write_text('{"kind": "medray-dataset", "splits": {"train": 313, "test": 203}}')
-    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml", [f"data.source={tmp_path}"])
+    config = load_config(SelfTrainingConfig, ROOT / "medray/recipes/self_train/tiny-cpu.yaml", [f"data.source={tmp_path}"])
     with pytest.raises(ConfigError, match=r"data\.eval_split: no image of split 'val' in .*; there are train \(313\), test \(203\)$"):
         check_self_training(config)
     config.data.eval_split = "test"
@@ -227,11 +227,11 @@ def test_check_says_which_recipe_and_batch(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(["--check"]) == 0
     said = capsys.readouterr().err
-    assert "recipe: configs/self_train/tiny-cpu.yaml (--config names none; there are also llava-1.5-7b.yaml" in said
+    assert "recipe: tiny-cpu (--config names none; there are also llava-1.5-7b" in said
     assert "sft: 16 samples per optimiser step at 1 worker(s)" in said and "warning" not in said
     assert main(["--check", "--data", str(tmp_path)]) == 0
     assert "warning: data.source is yours, and this recipe is the demo's" in capsys.readouterr().err
-    assert main(["--check", "--config", str(ROOT / "configs/self_train/tiny-cpu.yaml"), "--data", str(tmp_path)]) == 0
+    assert main(["--check", "--config", str(ROOT / "medray/recipes/self_train/tiny-cpu.yaml"), "--data", str(tmp_path)]) == 0
     assert "recipe:" not in capsys.readouterr().err
 
 
@@ -247,11 +247,11 @@ def test_a_job_without_what_it_needs_prints_its_usage(job, capsys):
 
 
 def test_preflight_passes_the_demo():
-    config = load_config(SelfTrainingConfig, ROOT / "configs/self_train/tiny-cpu.yaml")
+    config = load_config(SelfTrainingConfig, ROOT / "medray/recipes/self_train/tiny-cpu.yaml")
     check_self_training(config)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("self_train/*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "medray/recipes").glob("self_train/*.yaml")), ids=lambda p: p.name)
 def test_every_recipe_loads(path):
     config = load_config(SelfTrainingConfig, path)
     assert yaml.safe_load(path.read_text())["model"]["path"] == config.model.path

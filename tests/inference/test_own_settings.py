@@ -26,7 +26,7 @@ from medray.methods.clinician_preference.write_dialogues import EngineGenerate, 
 from medray.plan.demand import demands
 from medray.plan.preflight import check_self_training
 
-RECIPES = Path(__file__).parents[2] / "configs"
+RECIPES = Path(__file__).parents[2] / "medray/recipes"
 ENGINE = EngineConfig(gpus_per_actor=2, tensor_parallel_size=2, max_model_len=2048, cpus_per_actor=4, actors=(1, 3), rows_per_task=16, enforce_eager=True)
 
 

@@ -246,7 +246,7 @@ def test_other_families_are_refused_by_name_before_anything_starts(family, folde
         "model.precision=fp32",
     ]
     with pytest.raises(ConfigError, match=family.__name__):
-        check_self_training(load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", settings))
+        check_self_training(load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", settings))
     if family.__name__ != "llama":
         with pytest.raises(ConfigError, match=family.__name__):
             encoder_of(path, "dpo")
@@ -338,11 +338,11 @@ def test_pickled_weights_are_refused(tiny_llava, tmp_path):
         load_vlm(str(folder), "fp32")
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin"):
         check_self_training(
-            load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", [f"model.path={folder}"])
+            load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", [f"model.path={folder}"])
         )
     with pytest.raises(ConfigError, match=r"judge\.model.*pytorch_model\.bin"):
         settings = ["judge.kind=vllm", f"judge.model={folder}", "rounds=1"]
-        check_self_training(load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", settings))
+        check_self_training(load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", settings))
 
 
 def test_parameters_without_a_part_fail_by_name():

@@ -126,7 +126,7 @@ class TestByHand:
 
 
 def recipe(*overrides):
-    return load_config(SelfTrainingConfig, ROOT / "configs/self_train/llava-1.5-7b.yaml", list(overrides))
+    return load_config(SelfTrainingConfig, ROOT / "medray/recipes/self_train/llava-1.5-7b.yaml", list(overrides))
 
 
 def test_more_accelerators_shorten_what_they_bound():
@@ -155,20 +155,20 @@ def plan(*arguments):
 
 
 def test_the_command():
-    done = plan("--config", "configs/self_train/llava-1.5-7b.yaml", "--gpus", "4", "--json", "--gain", "start=0", "--usd-per-gpu-hour", "1")
+    done = plan("--config", "medray/recipes/self_train/llava-1.5-7b.yaml", "--gpus", "4", "--json", "--gain", "start=0", "--usd-per-gpu-hour", "1")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["parameters"] == 7_063_427_072
     assert found["fits"] and found["total"]["usd"] == pytest.approx(sum(stage["usd"] for stage in found["stages"]))
-    words = plan("--config", "configs/self_train/llava-1.5-7b.yaml", "--device", "l4-24gb", "--set", "sft.zero_stage=0", "--set", "sft.micro_batch=64")
+    words = plan("--config", "medray/recipes/self_train/llava-1.5-7b.yaml", "--device", "l4-24gb", "--set", "sft.zero_stage=0", "--set", "sft.micro_batch=64")
     assert words.returncode == 1
     assert "DOES NOT FIT" in words.stdout and "bottleneck: " in words.stdout and "assumed: " in words.stdout
     for arguments, said in ((("--gpus", "0"), "0 is not greater than 0"), (("--labelled", "-5"), "-5 is not greater than 0"), (("--gain", "training=0"), "must be greater than 0")):
-        refused = plan("--config", "configs/self_train/llava-1.5-7b.yaml", *arguments)
+        refused = plan("--config", "medray/recipes/self_train/llava-1.5-7b.yaml", *arguments)
         assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr
-    other = plan("--config", "configs/clinician_preference/qwen2.5-vl-7b.yaml")
+    other = plan("--config", "medray/recipes/clinician_preference/qwen2.5-vl-7b.yaml")
     assert other.returncode == 2 and "of clinician_preference, --fits says" in other.stderr
-    small = plan("--config", "configs/self_train/llava-1.5-7b.yaml", "--device", "l4-24gb", "--set", "engine.memory_utilization=0.5", "--json")
+    small = plan("--config", "medray/recipes/self_train/llava-1.5-7b.yaml", "--device", "l4-24gb", "--set", "engine.memory_utilization=0.5", "--json")
     assert json.loads(small.stdout, parse_constant=pytest.fail)["fits"] is False
-    wrong = plan("--config", "configs/self_train/llava-1.5-7b.yaml", "--gain", "trainig=1")
+    wrong = plan("--config", "medray/recipes/self_train/llava-1.5-7b.yaml", "--gain", "trainig=1")
     assert wrong.returncode == 2 and "names are training, prefill" in wrong.stderr

@@ -88,7 +88,7 @@ def demo_run(folder):
     """A finished run with the engine settings of the demo's recipe."""
     make_run(folder, "generalist")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["engine"] |= yaml.safe_load((ROOT / "configs/self_train/tiny-cpu.yaml").read_text())["engine"]
+    config["engine"] |= yaml.safe_load((ROOT / "medray/recipes/self_train/tiny-cpu.yaml").read_text())["engine"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 

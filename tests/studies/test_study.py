@@ -32,7 +32,7 @@ def test_arms_load_and_do_not_share_a_folder(studies, name):
 
     study = studies[name]
     for arm, overrides in study.arms.items():
-        load_config(study.config_type, ROOT / study.config, overrides)
+        load_config(study.config_type, study.config, overrides)
         assert study.against(arm) is None or study.against(arm) in study.arms
     folders = {arms.folder_of(arm, seed, argparse.Namespace(runs="r")) for arm in study.arms for seed in (0, 1)}
     assert len(folders) == 2 * len(study.arms)
@@ -89,7 +89,7 @@ def test_tables_of_recorded_runs(studies, tmp_path):
 
     study = dataclasses.replace(studies["clinician"], method=method)
     options = argparse.Namespace(
-        runs=str(tmp_path), record=None, data=None, arms=list(study.arms), seeds=[0, 1, 2], overrides=["tune.epochs=1"], config=str(ROOT / study.config))
+        runs=str(tmp_path), record=None, data=None, arms=list(study.arms), seeds=[0, 1, 2], overrides=["tune.epochs=1"], config=str(study.config))
     jobs = []
     for _ in range(2):  # the second time all is in the record
         for arm, seed in made:

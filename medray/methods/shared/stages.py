@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from medray.config import (
@@ -23,6 +22,7 @@ from medray.config import (
     StrongModelConfig,
     TrainConfig,
 )
+from medray.config.recipes import read_template
 from medray.errors import StageError
 from medray.running.run import Run, Stage, digest
 from medray.running.set_aside import SetAside, check_set_aside, check_something, set_aside_in
@@ -47,7 +47,7 @@ class Model:
 
 def model_inputs(config: ModelConfig) -> dict[str, Any]:
     """What work with a model depends on beside its weights: a template's text, not the name of its file."""
-    template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
+    template = read_template(config.chat_template) if config.chat_template else None
     return {**config.outcome("path"), "chat_template": template}
 
 

@@ -83,13 +83,13 @@ def test_the_judge_is_chosen_by_its_kind(rater):
 
 
 def test_preflight_wants_a_rating_model(rater):
-    check_self_training(load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", ["judge.kind=rater", "judge.scoring=scores", f"judge.model={rater}"]))
+    check_self_training(load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", ["judge.kind=rater", "judge.scoring=scores", f"judge.model={rater}"]))
     with pytest.raises(ConfigError, match=r"judge\.model: testbed:expert holds no rating model"):
-        check_self_training(load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", ["judge.kind=rater", "judge.scoring=scores"]))
+        check_self_training(load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", ["judge.kind=rater", "judge.scoring=scores"]))
 
 
 def judged_by(rater, *more):
-    return load_config(SelfTrainingConfig, "configs/self_train/tiny-cpu.yaml", [
+    return load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", [
         "judge.kind=rater", "judge.scoring=scores", f"judge.model={rater}", "judge.min_margin=0", "judge.min_chosen_score=null", "engine.cpus_per_actor=1", *more])
 
 

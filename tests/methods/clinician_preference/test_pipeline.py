@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def config(*overrides, file="tiny-cpu.yaml"):
-    return load_config(ClinicianPreferenceConfig, ROOT / "configs/clinician_preference" / file, overrides)
+    return load_config(ClinicianPreferenceConfig, ROOT / "medray/recipes/clinician_preference" / file, overrides)
 
 
 def test_defaults_are_the_papers():
@@ -80,7 +80,7 @@ def test_preflight_passes_the_demo():
     check_clinician_preference(config("demonstrations.encoder=open_clip:hf-hub:org/name", "weights=[1, 100]"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/clinician_preference").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "medray/recipes/clinician_preference").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_loads(path):
     assert config(file=path.name).select.fraction == 0.4
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def config(*overrides, file="tiny-cpu.yaml"):
-    return load_config(InstructionFreeConfig, ROOT / "configs/instruction_free" / file, overrides)
+    return load_config(InstructionFreeConfig, ROOT / "medray/recipes/instruction_free" / file, overrides)
 
 
 def test_defaults_are_the_papers():
@@ -66,7 +66,7 @@ def test_preflight_passes_the_demo_and_the_plain_way():
     check_instruction_free(config("tune.instruction=Describe this medical scan.", "warm_up.num_workers=4"))  # no warm-up then
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/instruction_free").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "medray/recipes/instruction_free").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_loads(path):
     assert config(file=path.name).warm_up.proxy.mode == "free"
 
