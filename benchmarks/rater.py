@@ -65,12 +65,12 @@ def plain_loop(source: str, target: Path, rater: str, config: ScoreConfig) -> No
     import torch
 
     from medray.data.pixels import normalise_pixels
-    from medray.rating_model.model import Rater
+    from medray.rating_model.model import RatingModel
     from medray.storage.shards import parquet_files
 
     torch.set_num_threads(1)
     device, dtype = ("cuda" if config.gpus_per_actor else "cpu"), {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
-    model = Rater.from_pretrained(rater).to(device, dtype)
+    model = RatingModel.from_pretrained(rater).to(device, dtype)
     inputs = model.inputs(DATA)
     (target / "rows").mkdir(parents=True)
     for number, path in enumerate(parquet_files(source)):
@@ -119,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     import ray
 
-    from medray.rating_model.model import Rater
+    from medray.rating_model.model import RatingModel
 
     config = ScoreConfig(cpus_per_actor=8, gpus_per_actor=1, precision="bf16") if args.gpu else ScoreConfig()
     ray.init(num_cpus=16 if args.gpu else 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -129,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         rater = str(scratch / "rater")
-        Rater.from_encoder(args.encoder, max_length=96).save_pretrained(rater)
+        RatingModel.from_encoder(args.encoder, max_length=96).save_pretrained(rater)
         source = write_exchanges(scratch / "exchanges", args.images, args.turns, args.side, "i")
         start = write_exchanges(scratch / "start", 2, args.turns, args.side, "s")
         for repeat in range(args.repeats + 1):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.prepare_data import main
+from medray.commands.prepare_data import main
 from medray.config import DataConfig
 from medray.errors import ConfigError
 from medray.paths import address_problems, model_folder_problems, output_problems

@@ -31,13 +31,27 @@ RELEASE_SECONDS = 2.0
 DEFAULT_RECIPE = "tiny-cpu"  # the demo's
 
 
+program_name: str | None = None  # what the user called, if it is not a script of jobs/
+
+
+def job_parser(name: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
+    """A parser that calls itself, in usage and examples, what the user called.
+
+    Args:
+        name: of the script in jobs/.
+    """
+    script = f"jobs/{name}.py"
+    told = epilog.replace(f"python {script}", program_name) if program_name else epilog
+    return argparse.ArgumentParser(prog=program_name or script, description=description, epilog=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def method_parser(name: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
     """The arguments that the scripts of all methods take.
 
     Args:
         name: of the script in jobs/, and of the folder of its recipes.
     """
-    parser = argparse.ArgumentParser(prog=f"jobs/{name}.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = job_parser(name, description, epilog)
     parser.add_argument("--config", metavar="YAML", help=f"recipe that comes with medray ({', '.join(part.partition('/')[2] for part in recipe_names(name))}), or a YAML file (default: {DEFAULT_RECIPE}, the demo's)")
     parser.add_argument("--data", metavar="SOURCE", help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE")
     parser.add_argument("--run", metavar="DIR", help=f"run directory: local path, s3:// or gs:// (default: runs/{name}-<time>)")

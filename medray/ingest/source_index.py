@@ -121,6 +121,19 @@ def read_index(config: DataConfig, num_cpus: float = 1.0, notes: str | None = No
     return ray.data.from_items(pieces, override_num_blocks=blocks).map_batches(_read_piece, **settings)
 
 
+def read_source(source: str, **fields: Any) -> Any:
+    """The records of a dataset in any known format, as a lazy ray.data.Dataset of rows: sample_id, image_id, image_file or image, split, group_id,
+    modality, payload (JSON: what the record says of its image), where, error (None, or why the record cannot be used).
+
+    Args:
+        source: folder, file, s3:// or gs:// prefix.
+        fields: of DataConfig, such as format="llava" or images="path".
+
+    Raises DataError for a source in no known format.
+    """
+    return read_index(DataConfig(source=source, **fields))
+
+
 def _uri(fs: Any, path: str) -> str:
     """An address that other machines and working directories understand."""
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]

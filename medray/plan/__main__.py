@@ -36,7 +36,7 @@ Every number rests on assumptions that are printed; --gain NAME=VALUE and --leng
 
 
 def parser() -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(prog="python -m medray.plan", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(prog="medray plan" if sys.argv[0] == "medray plan" else "python -m medray.plan", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--config", required=True, metavar="YAML", help="recipe that comes with medray (self_train/llava-1.5-7b), or a YAML file in a folder named after its job")
     arguments.add_argument("--job", help="the recipe's job, where its folder has another name")
     arguments.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")

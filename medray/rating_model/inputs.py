@@ -118,13 +118,13 @@ class RaterInputs:
         return {"input_ids": torch.from_numpy(ids_BT), "attention_mask": torch.from_numpy(mask_BT)}
 
     def batch(self, texts: Sequence[Sequence[int]], images: Sequence[np.ndarray], image_of: Sequence[int]) -> dict[str, Any]:
-        """Inputs of Rater.forward: texts [B], images uint8 [U] and, for each text, the place of its image."""
+        """Inputs of RatingModel.forward: texts [B], images uint8 [U] and, for each text, the place of its image."""
         import torch
 
         return {**self.padded(texts), "pixel_values": torch.from_numpy(np.stack(images)), "image_of": torch.tensor(image_of)}
 
     def collate_pairs(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Encoded pairs to Rater.forward's inputs of 2B exchanges (B chosen, then B rejected) over their images, each once;
+        """Encoded pairs to RatingModel.forward's inputs of 2B exchanges (B chosen, then B rejected) over their images, each once;
         with `weights` float32 [B] and `clinician` bool [B]."""
         import torch
 

@@ -36,7 +36,7 @@ FACTS = "rater.json"
 _UNUSED = {"logit_scale", "logit_bias"}  # of the contrastive loss alone
 
 
-class Rater(nn.Module):
+class RatingModel(nn.Module):
     """Encoder and MLP.
 
     Args:
@@ -103,7 +103,7 @@ class Rater(nn.Module):
         ]
 
     @classmethod
-    def from_encoder(cls, path: str, hidden: Sequence[int] = (512, 512, 512), max_length: int = 256, pad_to_square: bool = False, seed: int = 0) -> Rater:
+    def from_encoder(cls, path: str, hidden: Sequence[int] = (512, 512, 512), max_length: int = 256, pad_to_square: bool = False, seed: int = 0) -> RatingModel:
         """A new rater: the encoder's weights (folder, hub id, remote address or testbed:encoder) and an MLP drawn from the seed.
 
         Raises ConfigError where there is no such encoder.
@@ -114,7 +114,7 @@ class Rater(nn.Module):
         return cls(encoder, load_processor(folder, field="rater.encoder"), hidden, max_length, pad_to_square)
 
     @classmethod
-    def from_pretrained(cls, path: str) -> Rater:
+    def from_pretrained(cls, path: str) -> RatingModel:
         """What `save_pretrained` wrote (folder or remote address), fp32, in eval mode.
 
         Raises ConfigError where there is no rater.

@@ -27,7 +27,7 @@ class Score:
     """Callable for map_batches: EXCHANGE rows to SCORED_ROW, one for one. Within a batch each image is decoded and encoded once.
 
     Args:
-        rater: path of the rating model (Rater.save_pretrained).
+        rater: path of the rating model (RatingModel.save_pretrained).
         config, data_config: the sections, or their dumps.
 
     Raises ConfigError where there is no rating model.
@@ -36,14 +36,14 @@ class Score:
     def __init__(self, rater: str, config: ScoreConfig | dict, data_config: DataConfig | dict):
         import torch
 
-        from medray.rating_model.model import Rater
+        from medray.rating_model.model import RatingModel
 
         self.config = ScoreConfig.model_validate(config)
         threads = max(1, int(self.config.cpus_per_actor))
         torch.set_num_threads(threads)
         self.device = "cuda" if self.config.gpus_per_actor and torch.cuda.is_available() else "cpu"
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.config.precision]
-        self.model = Rater.from_pretrained(rater).to(self.device, self.dtype)
+        self.model = RatingModel.from_pretrained(rater).to(self.device, self.dtype)
         self.inputs = self.model.inputs(DataConfig.model_validate(data_config))
         self.decoders = ThreadPoolExecutor(threads)
         self.begun = Begun()

@@ -20,7 +20,7 @@ from medray.config import DataConfig, ModelConfig, RaterConfig
 from medray.errors import ConfigError
 from medray.images.decoding import filler_picture
 from medray.rating_model.inputs import RaterInputs
-from medray.rating_model.model import Rater, load_inputs
+from medray.rating_model.model import RatingModel, load_inputs
 from medray.rating_model.pairs import PairEncoder, right_order
 from medray.train.engine import make_engine
 from medray.train.objectives import BEST_BY
@@ -77,7 +77,7 @@ class RaterStep(TrainStep):
         model = new_rater(model_dir, self.config).to(self.device, self.dtype)
         return model, model.processor.image_processor, None
 
-    def _engine(self, model: Rater, precision: str, kind: str) -> Any:
+    def _engine(self, model: RatingModel, precision: str, kind: str) -> Any:
         if self.config.gradient_checkpointing:
             model.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return make_engine(model, self.config, precision, kind, model.optimizer_groups(self.config))
@@ -152,6 +152,6 @@ def _filler(model_dir: str, config: RaterConfig) -> dict[str, Any]:
     return row
 
 
-def new_rater(encoder: str, config: RaterConfig) -> Rater:
+def new_rater(encoder: str, config: RaterConfig) -> RatingModel:
     """The model that training begins from."""
-    return Rater.from_encoder(encoder, config.hidden, config.max_length, config.pad_to_square, config.seed)
+    return RatingModel.from_encoder(encoder, config.hidden, config.max_length, config.pad_to_square, config.seed)

@@ -93,7 +93,7 @@ def _cuts(metrics: str) -> dict[str, int]:
 
 
 def export_rater(checkpoint: Any, folder: str | os.PathLike, config: RaterConfig) -> None:
-    """Write a checkpoint's weights as a folder of Rater.save_pretrained, fp32."""
+    """Write a checkpoint's weights as a folder of RatingModel.save_pretrained, fp32."""
     from safetensors import safe_open
 
     model = new_rater(resolve_model(config.encoder), config)

@@ -15,6 +15,7 @@ import hmac
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def add_holder(file: str, name: str, lead: bool = False) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serve.tokens", description="Make a token for someone; its hash goes into the file.")
+    parser = argparse.ArgumentParser(prog="medray keys" if sys.argv[0] == "medray keys" else "python -m serve.tokens", description="Make a token for someone; its hash goes into the file.")
     parser.add_argument("file")
     parser.add_argument("name", help="letters, digits and . _ @ -, such as dr-lin; stands beside every judgement")
     parser.add_argument("--lead", action="store_true", help="may also see agreement and export")

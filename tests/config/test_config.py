@@ -222,7 +222,7 @@ def test_unknown_field_of_a_file_is_found_elsewhere(tmp_path):
 
 
 def test_check_says_which_recipe_and_batch(capsys, tmp_path, monkeypatch):
-    from jobs.self_train import main
+    from medray.commands.self_train import main
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(["--check"]) == 0

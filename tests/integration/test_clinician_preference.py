@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from medray.clinicians.simulated import is_right
-from medray.rating_model.model import Rater
+from medray.rating_model.model import RatingModel
 from tests.support.jobs import Job, check_ready_to_serve, manifest, rows, summary_of
 
 pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1800)]
@@ -108,7 +108,7 @@ def test_rating_models_of_two_weights_are_trained_and_the_better_aligned_goes_on
         assert rater["counts"]["samples"] == 2 * rater["counts"]["trained"]
         alignment[weight] = (rater["quality"]["clinician"] or rater["quality"]["model"])["pair_accuracy"]["value"]
         assert "The clinicians were 3 simulated clinicians, error rate 0.1: " in (run / f"stages/08-rater-w{weight}/model/README.md").read_text()
-        loaded = Rater.from_pretrained(rater["model"])
+        loaded = RatingModel.from_pretrained(rater["model"])
         assert loaded.hidden == (16,)
         logits[weight] = loaded.mlp[0].weight.detach()
     assert not logits[1].equal(logits[10])

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow.dataset
 import pytest
 
-from jobs.evaluate import check_folders, main, models_of, parse, sources_of
+from medray.commands.evaluate import check_folders, main, models_of, parse, sources_of
 from medray.config import (
     DataConfig,
     EndpointConfig,

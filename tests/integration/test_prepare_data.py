@@ -10,7 +10,7 @@ import pyarrow.dataset
 import pytest
 from PIL import Image
 
-from jobs.prepare_data import main
+from medray.commands.prepare_data import main
 from medray.config import DataConfig, PrepareDataConfig
 from medray.errors import DataError, TooManySetAside
 from medray.ingest.source_index import read_index

@@ -80,7 +80,7 @@ def test_a_rating_models_card():
     text = rater_card(config, config.rater, {"train, clinician": 61, "train, model": 1579}, {"clinician": {"pair_accuracy": S}, "model": None, "pairs": 9, "without rating": 1}, "The clinicians were simulated.")
     metadata, body = parts(text)
     assert {one.metric_type: one.metric_value for one in metadata.eval_results} == {"clinician_pairs_ordered_as_judged": 0.7123}
-    for piece in (NOT_A_DEVICE, "2406.13173", "0.712 [0.700, 0.720]", "- train, clinician: 61", "The clinicians were simulated.", "Rater.from_pretrained", "their mistakes included"):
+    for piece in (NOT_A_DEVICE, "2406.13173", "0.712 [0.700, 0.720]", "- train, clinician: 61", "The clinicians were simulated.", "RatingModel.from_pretrained", "their mistakes included"):
         assert piece in body, piece
     assert "secret" not in text
     assert RaterConfig.model_validate(yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0])) == config.rater

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from medray.config import DataConfig
 from medray.errors import ConfigError
-from medray.rating_model.model import Rater
+from medray.rating_model.model import RatingModel
 from tests.support.rating_pairs import cell
 
 
@@ -48,7 +48,7 @@ def encoder(request, tiny_clip, tiny_siglip):
 
 def test_it_is_the_mlp_of_both_embeddings(tiny_clip):
     """[text ; image], each of length 1, through hidden layers with ReLU, and no sigmoid at the end."""
-    model = Rater.from_encoder(tiny_clip, hidden=(8, 8)).eval()
+    model = RatingModel.from_encoder(tiny_clip, hidden=(8, 8)).eval()
     assert [type(layer).__name__ for layer in model.mlp] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
     assert [tuple(layer.weight.shape) for layer in model.mlp if hasattr(layer, "weight")] == [(8, 32), (8, 8), (1, 8)]
     batch = inputs_of(model)
@@ -64,7 +64,7 @@ def test_it_is_the_mlp_of_both_embeddings(tiny_clip):
 
 def test_padding_and_sharing_images_change_no_score(encoder):
     """Whatever else is in a batch; and one image of several texts gives what copies of it give."""
-    model = Rater.from_encoder(encoder, hidden=(8,)).eval()
+    model = RatingModel.from_encoder(encoder, hidden=(8,)).eval()
     batch = inputs_of(model)
     with torch.no_grad():
         together = model(**batch)
@@ -80,7 +80,7 @@ def test_padding_and_sharing_images_change_no_score(encoder):
 
 
 def test_every_weight_but_the_contrastive_scale_learns(encoder):
-    model = Rater.from_encoder(encoder, hidden=(8,)).train()
+    model = RatingModel.from_encoder(encoder, hidden=(8,)).train()
     model(**inputs_of(model)).sum().backward()
     assert not {name for name, parameter in model.named_parameters() if parameter.grad is None}
     # DeepSpeed refuses parameters without dimensions, such as this one, but the encoder keeps it.
@@ -89,25 +89,25 @@ def test_every_weight_but_the_contrastive_scale_learns(encoder):
 
 
 def test_a_folder_comes_back_as_it_was(encoder, tmp_path):
-    model = Rater.from_encoder(encoder, hidden=(8, 4), max_length=24, pad_to_square=True, seed=3).eval()
+    model = RatingModel.from_encoder(encoder, hidden=(8, 4), max_length=24, pad_to_square=True, seed=3).eval()
     model.save_pretrained(tmp_path / "rater")
     files = {path.name for path in Path(tmp_path, "rater").iterdir()}
     assert {"config.json", "model.safetensors", "head.safetensors", "rater.json"} <= files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
     assert json.loads((tmp_path / "rater" / "rater.json").read_text()) == {"hidden": [8, 4], "max_length": 24, "pad_to_square": True}
-    again = Rater.from_pretrained(str(tmp_path / "rater"))
+    again = RatingModel.from_pretrained(str(tmp_path / "rater"))
     assert not again.training
     assert (again.inputs(DataConfig()).max_length, again.inputs(DataConfig()).square) == (model.inputs(DataConfig()).max_length, True)
     batch = inputs_of(model)
     with torch.no_grad():
         torch.testing.assert_close(again(**batch), model(**batch), rtol=0, atol=0)
     # It is an encoder's folder too: a further rater may begin from it.
-    torch.testing.assert_close(Rater.from_encoder(str(tmp_path / "rater")).encoder.state_dict(), model.encoder.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(RatingModel.from_encoder(str(tmp_path / "rater")).encoder.state_dict(), model.encoder.state_dict(), rtol=0, atol=0)
     assert oct((tmp_path / "rater" / "rater.json").stat().st_mode)[-3:] == "644"
 
 
 def test_a_failed_save_leaves_the_old_folder(tiny_clip, tmp_path, monkeypatch):
-    model = Rater.from_encoder(tiny_clip, hidden=(8,))
+    model = RatingModel.from_encoder(tiny_clip, hidden=(8,))
     model.save_pretrained(tmp_path / "rater")
     before = load_file(tmp_path / "rater" / "head.safetensors")
     with torch.no_grad():
@@ -120,15 +120,15 @@ def test_a_failed_save_leaves_the_old_folder(tiny_clip, tmp_path, monkeypatch):
 
 
 def test_the_head_follows_the_seed(tiny_clip):
-    one, same, other = (Rater.from_encoder(tiny_clip, hidden=(8,), seed=seed).mlp[0].weight for seed in (1, 1, 2))
+    one, same, other = (RatingModel.from_encoder(tiny_clip, hidden=(8,), seed=seed).mlp[0].weight for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_wrong_folders_are_config_errors(tiny_clip, tiny_llava, tmp_path):
     with pytest.raises(ConfigError, match=r"rater\.json"):
-        Rater.from_pretrained(tiny_clip)
+        RatingModel.from_pretrained(tiny_clip)
     with pytest.raises(ConfigError, match="no encoder of images and texts"):
-        Rater.from_encoder(tiny_llava)
+        RatingModel.from_encoder(tiny_llava)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="safetensors"):
-        Rater.from_encoder(str(tmp_path))
+        RatingModel.from_encoder(str(tmp_path))

@@ -11,7 +11,7 @@ import torch
 from medray.config import DataConfig, ScoreConfig
 from medray.data.pixels import normalise_pixels
 from medray.errors import ConfigError
-from medray.rating_model.model import Rater
+from medray.rating_model.model import RatingModel
 from medray.rating_model.scoring import SCORED_ROW, Score, score_exchanges
 from medray.records import EXCHANGE, SCORED
 from medray.storage.shards import stored_rows
@@ -25,13 +25,13 @@ DATA = DataConfig(read_cpus=0.5)
 @pytest.fixture(scope="module")
 def rater(tiny_clip, tmp_path_factory):
     path = tmp_path_factory.mktemp("rater") / "rater"
-    Rater.from_encoder(tiny_clip, hidden=(8,), max_length=64).save_pretrained(path)
+    RatingModel.from_encoder(tiny_clip, hidden=(8,), max_length=64).save_pretrained(path)
     return str(path)
 
 
 def plain_scores(rater, rows):
     """One exchange at a time, straight through the model."""
-    model = Rater.from_pretrained(rater)
+    model = RatingModel.from_pretrained(rater)
     inputs = model.inputs(DATA)
     scores = []
     for row in rows:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from medray.config import DataConfig, ModelConfig, RaterConfig
 from medray.errors import ConfigError, DataError
 from medray.rating_model.metrics import evaluate_rater
-from medray.rating_model.model import Rater
+from medray.rating_model.model import RatingModel
 from medray.rating_model.pairs import PairEncoder, held_out
 from medray.rating_model.train_step import RaterBatches, RaterStep, rating_loss
 from medray.rating_model.training import RATER, export_rater, train_rater
@@ -180,7 +180,7 @@ def test_it_learns_survives_a_kill_and_keeps_the_best_epoch(ray_cluster, tiny_cl
         assert json.loads(Path(folder, "progress.json").read_text())["epoch"] == result.best_epoch
         assert count_done(folder)[0] == trained
     export_rater(result.best, tmp_path / "rater", config)
-    model = Rater.from_pretrained(str(tmp_path / "rater"))
+    model = RatingModel.from_pretrained(str(tmp_path / "rater"))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, state[f"weight/{name}"]), name
     from medray.config import ScoreConfig

@@ -11,7 +11,7 @@ from medray.data.attribute_questions import ATTRIBUTES
 from medray.errors import ConfigError
 from medray.models.bundled import ENCODERS, model_path
 from medray.models.vlm import resolve_model
-from medray.rating_model.model import Rater
+from medray.rating_model.model import RatingModel
 from medray.testbed.cells import render_cell, sample_record
 from medray.testbed.tiny_clip import Statements, zero_shot
 from medray.testbed.training import pixels_of
@@ -72,5 +72,5 @@ def test_statements_are_true_of_the_records_they_say(encoder):
 
 
 def test_it_carries_a_rating_model():
-    model = Rater.from_encoder("testbed:encoder", hidden=(8,))
+    model = RatingModel.from_encoder("testbed:encoder", hidden=(8,))
     assert model.mlp[0].in_features == 128

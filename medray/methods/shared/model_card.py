@@ -132,7 +132,7 @@ def rater_card(config: ClinicianPreferenceConfig, rater: RaterConfig, counts: Ma
         f"(https://arxiv.org/abs/{CLINICIAN_PREFERENCE.paper})). Trained with medray {__version__}, `jobs/{CLINICIAN_PREFERENCE.job}.py`, on {source}. {clinicians}",
         results="Brackets hold 95 % bootstrap intervals over images.\n\n" + "\n".join(results),
         data="\n".join(f"- {what}: {number}" for what, number in counts.items() if not isinstance(number, dict)), limits=said,
-        use="```python\nfrom medray.rating_model.model import Rater\n\nrater = Rater.from_pretrained(FOLDER)\n```", section=rater)
+        use="```python\nfrom medray.rating_model.model import RatingModel\n\nrater = RatingModel.from_pretrained(FOLDER)\n```", section=rater)
 
 
 def _sheet(metadata: Any, title: str, about: str, results: str, data: str, limits: list[str], use: str, section: Section) -> str:

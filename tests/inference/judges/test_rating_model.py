@@ -23,7 +23,7 @@ from medray.inference.judges.rating_model import RaterJudge
 from medray.methods.self_train import stages as steps
 from medray.methods.shared import stages
 from medray.plan.preflight import check_self_training
-from medray.rating_model.model import Rater
+from medray.rating_model.model import RatingModel
 from medray.rating_model.scoring import Score
 from medray.records import SELF_PLAY
 from medray.running.run import Run
@@ -34,7 +34,7 @@ from medray.testbed.tiny_clip import random_clip
 def rater(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rater")
     random_clip(folder / "clip")
-    Rater.from_encoder(str(folder / "clip"), hidden=(8,)).save_pretrained(folder / "rater")
+    RatingModel.from_encoder(str(folder / "clip"), hidden=(8,)).save_pretrained(folder / "rater")
     return str(folder / "rater")
 
 
@@ -119,11 +119,11 @@ def test_its_verdicts_become_pairs(ray_cluster, rater, tmp_path):
 
 def test_a_rating_model_trained_anew_judges_anew(rater, tmp_path):
     folder = tmp_path / "rater"
-    Rater.from_pretrained(rater).save_pretrained(folder)
+    RatingModel.from_pretrained(rater).save_pretrained(folder)
     before = stages.judge_inputs(judged_by(folder))
     assert stages.judge_inputs(judged_by(folder, "judge.concurrency=3", "judge.retries=1", "judge.usd_per_million_input=9", "judge.min_margin=2")) == before
     assert stages.judge_inputs(judged_by(folder, "judge.seed=1")) != before
-    other = Rater.from_pretrained(rater)
+    other = RatingModel.from_pretrained(rater)
     other.mlp[0].bias.data += 1
     other.save_pretrained(folder)
     assert stages.judge_inputs(judged_by(folder)) != before
