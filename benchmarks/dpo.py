@@ -1,9 +1,10 @@
 """DPO steps per second: medray against TRL's DPOTrainer, on the same model, adapters, batch and precision.
 
-A step is forward, backward, clipping and AdamW over pre-collated pairs. TRL's step holds its reference pass (it offers no
-precomputed reference for vision models); medray's reference log-probabilities are columns computed once before
-training, and are timed too: `speedup` leaves them out, `speedup_with_reference_stage` adds one such pass per step, which is
-their whole cost in the paper's single epoch. Both sides run in this process, alternating. Prints one JSON line last.
+A step is forward, backward, clipping and AdamW over pre-collated pairs. TRL's step holds its reference pass
+(it offers no precomputed reference for vision models); medray's reference log-probabilities are columns
+computed once before training, and are timed too: `speedup` leaves them out, `speedup_with_reference_stage`
+adds one such pass per step, which is their whole cost in the paper's single epoch. Both sides run in this
+process, alternating. Prints one JSON line last.
 
     python benchmarks/dpo.py [--pairs 4] [--answer 64] [--repeats 5] [--threads 1]
 """
@@ -28,22 +29,45 @@ from medray.train.objectives import answer_logps
 from medray.train.step import TrainStep
 
 CONFIG = DpoConfig(
-    lora_llm=LoraConfig(rank=16, alpha=32, dropout=0.0), lora_vision=LoraConfig(rank=8, alpha=16, dropout=0.0),
-    gradient_checkpointing=False, zero_stage=0, warmup_ratio=0.0,
+    lora_llm=LoraConfig(rank=16, alpha=32, dropout=0.0),
+    lora_vision=LoraConfig(rank=8, alpha=16, dropout=0.0),
+    gradient_checkpointing=False,
+    zero_stage=0,
+    warmup_ratio=0.0,
 )
 PROMPT_TOKENS = 40
 
 
 def model_of() -> Any:
-    """A LLaVA of 34M parameters whose proportions follow LLaVA-1.5's: 576 image tokens, a tower of a twentieth of the work."""
+    """A LLaVA of 34M parameters whose proportions follow LLaVA-1.5's: 576 image tokens, a tower of a
+    twentieth of the work.
+    """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
-    return LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=336, patch_size=14),
-        text_config=LlamaConfig(vocab_size=8000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8),
-        image_token_id=7999, vision_feature_layer=-2, image_seq_length=576,
-    ))
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=128,
+                intermediate_size=512,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                image_size=336,
+                patch_size=14,
+            ),
+            text_config=LlamaConfig(
+                vocab_size=8000,
+                hidden_size=512,
+                intermediate_size=1376,
+                num_hidden_layers=8,
+                num_attention_heads=8,
+                num_key_value_heads=8,
+            ),
+            image_token_id=7999,
+            vision_feature_layer=-2,
+            image_seq_length=576,
+        )
+    )
 
 
 def batch_of(pairs: int, answer: int) -> dict[str, torch.Tensor]:
@@ -56,7 +80,12 @@ def batch_of(pairs: int, answer: int) -> dict[str, torch.Tensor]:
     labels = ids.clone()
     labels[:, : 576 + PROMPT_TOKENS] = -100
     pixels = torch.randn(pairs, 3, 336, 336, generator=generator)
-    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": pixels,
+    }
 
 
 def trl_step(model: Any, batch: dict[str, torch.Tensor], scratch: str) -> Callable[[], None]:
@@ -65,19 +94,42 @@ def trl_step(model: Any, batch: dict[str, torch.Tensor], scratch: str) -> Callab
     from PIL import Image
     from trl import DPOConfig, DPOTrainer
 
-    random_llava(f"{scratch}/processor")  # any processor: batches are ready, it is only asked for at construction
-    rows = datasets.Dataset.from_list([{
-        "images": [Image.new("RGB", (64, 64))], "prompt": [{"role": "user", "content": "a"}],
-        "chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}],
-    }])
-    arguments = DPOConfig(scratch, beta=CONFIG.beta, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None)
+    # any processor: batches are ready, it is only asked for at construction
+    random_llava(f"{scratch}/processor")
+    rows = datasets.Dataset.from_list(
+        [
+            {
+                "images": [Image.new("RGB", (64, 64))],
+                "prompt": [{"role": "user", "content": "a"}],
+                "chosen": [{"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "assistant", "content": "c"}],
+            }
+        ]
+    )
+    arguments = DPOConfig(
+        scratch,
+        beta=CONFIG.beta,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+    )
     reference = copy.deepcopy(model)
     policy = prepare_trainable(model, CONFIG)
-    trainer = DPOTrainer(policy, ref_model=reference, args=arguments, train_dataset=rows, processing_class=load_processor(f"{scratch}/processor"))
+    trainer = DPOTrainer(
+        policy,
+        ref_model=reference,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=load_processor(f"{scratch}/processor"),
+    )
     optimizer = torch.optim.AdamW(optimizer_groups(policy, CONFIG))
     inputs = {
-        "input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"],
-        "completion_mask": (batch["labels"] != -100).long(), "pixel_values": batch["pixel_values"].repeat(2, 1, 1, 1),
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "completion_mask": (batch["labels"] != -100).long(),
+        "pixel_values": batch["pixel_values"].repeat(2, 1, 1, 1),
     }
 
     def step() -> None:
@@ -116,20 +168,41 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         theirs = trl_step(model_of(), batch, scratch)
         for repeat in range(options.repeats + 1):
-            taken = {"medray": seconds(lambda: ours.update([batch], 0)), "reference": seconds(reference_pass), "trl": seconds(theirs)}
+            taken = {
+                "medray": seconds(lambda: ours.update([batch], 0)),
+                "reference": seconds(reference_pass),
+                "trl": seconds(theirs),
+            }
             for name, value in taken.items():
                 if repeat:  # the first is warm-up
                     times[name].append(value)
             print({name: round(value, 3) for name, value in taken.items()}, flush=True)
     median = {name: statistics.median(values) for name, values in times.items()}
-    print(json.dumps({
-        "benchmark": "dpo", "pairs": options.pairs, "answer_tokens": options.answer, "prompt_tokens": 576 + PROMPT_TOKENS, "threads": options.threads,
-        "repeats": options.repeats, "medray_pairs_per_s": round(options.pairs / median["medray"], 3), "trl_pairs_per_s": round(options.pairs / median["trl"], 3),
-        "speedup": round(statistics.median(t / m for t, m in zip(times["trl"], times["medray"], strict=True)), 3),
-        "speedup_with_reference_stage": round(statistics.median(
-            t / (m + r) for t, m, r in zip(times["trl"], times["medray"], times["reference"], strict=True)), 3),
-        "goal": 1.5,
-    }))
+    print(
+        json.dumps(
+            {
+                "benchmark": "dpo",
+                "pairs": options.pairs,
+                "answer_tokens": options.answer,
+                "prompt_tokens": 576 + PROMPT_TOKENS,
+                "threads": options.threads,
+                "repeats": options.repeats,
+                "medray_pairs_per_s": round(options.pairs / median["medray"], 3),
+                "trl_pairs_per_s": round(options.pairs / median["trl"], 3),
+                "speedup": round(
+                    statistics.median(t / m for t, m in zip(times["trl"], times["medray"], strict=True)), 3
+                ),
+                "speedup_with_reference_stage": round(
+                    statistics.median(
+                        t / (m + r)
+                        for t, m, r in zip(times["trl"], times["medray"], times["reference"], strict=True)
+                    ),
+                    3,
+                ),
+                "goal": 1.5,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

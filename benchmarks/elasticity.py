@@ -1,17 +1,21 @@
-"""The main job on a cluster that grows and shrinks, with nodes that die: what it costs, and that nothing is lost or done twice.
+"""The main job on a cluster that grows and shrinks, with nodes that die: what it costs, and that nothing is
+lost or done twice.
 
-Starts Ray's autoscaler with its fake provider on this machine (medray.testbed.fake_cluster): a head, and groups of nodes for data, training and
-generation that are empty until work asks for them. Then jobs/self_train.py runs on it, small, while this script kills
+Starts Ray's autoscaler with its fake provider on this machine (medray.testbed.fake_cluster): a head, and
+groups of nodes for data, training and generation that are empty until work asks for them. Then
+jobs/self_train.py runs on it, small, while this script kills
 
-    a training node in 01-sq_sft      and none can be had for a while: the training goes on with one worker, from its checkpoint, and grows back later
-    a generation node in 11-self_play the rows it held are generated again, elsewhere
-    a generation node in 12-judge     as much for verdicts
-    the job's driver in 15-dpo        the same command continues
+    a training node in 01-sq_sft      and none can be had for a while: the training goes on with one worker,
+    from its checkpoint, and grows back later a generation node in 11-self_play the rows it held are generated
+    again, elsewhere a generation node in 12-judge     as much for verdicts the job's driver in 15-dpo
+    the same command continues
 
-and checks that every image, answer, pair and training row is there exactly once, and that the training grew back. Prints when nodes came and went, what each
-interruption cost (steps and rows done again, against the checkpoint interval; seconds between starts; workers of each start), and one JSON line last.
+and checks that every image, answer, pair and training row is there exactly once, and that the training grew
+back. Prints when nodes came and went, what each interruption cost (steps and rows done again, against the
+checkpoint interval; seconds between starts; workers of each start), and one JSON line last.
 
-    python benchmarks/elasticity.py [--folder DIR] [--checkpoint-every STEPS] [--calm]     # --calm: nothing is killed, for comparison
+    python benchmarks/elasticity.py [--folder DIR] [--checkpoint-every STEPS] [--calm]     # --calm: nothing
+    is killed, for comparison
 """
 
 from __future__ import annotations
@@ -39,13 +43,36 @@ from medray.testbed.fake_cluster import FakeCluster
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {"data": (2, 1), "train": (1, 2), "generate": (1, 2)}
 PLACES = {
-    "cluster.data_labels": "data", "sft.place.labels": "train", "dpo.place.labels": "train", "engine.place.labels": "generate",
+    "cluster.data_labels": "data",
+    "sft.place.labels": "train",
+    "dpo.place.labels": "train",
+    "engine.place.labels": "generate",
 }
 SETTINGS = [
-    "data.testbed_rows=240", "data.label_fraction=0.3", "data.max_unlabelled=48", "data.turns=3", "data.read_cpus=0.5", "sft.epochs=32", "sft.micro_batch=2", "sft.eval_rows=4", "self_play.questions=2",
-    "judge.min_margin=0", "evaluate.max_images=4", "evaluate.bootstrap=100", "verify.rows=0", "engine.rows_per_task=4", "engine.rows_in_flight=4", "engine.actors=[1,2]",
-    "engine.cpus_per_actor=1", "sft.num_workers=[1,2]", "dpo.num_workers=[1,2]", "sft.threads=1", "dpo.threads=1",
-    *(f"{field}={{medray-group: {group}}}" for field, group in PLACES.items()), "sft.place.resources={train: 1}", "dpo.place.resources={train: 1}",
+    "data.testbed_rows=240",
+    "data.label_fraction=0.3",
+    "data.max_unlabelled=48",
+    "data.turns=3",
+    "data.read_cpus=0.5",
+    "sft.epochs=32",
+    "sft.micro_batch=2",
+    "sft.eval_rows=4",
+    "self_play.questions=2",
+    "judge.min_margin=0",
+    "evaluate.max_images=4",
+    "evaluate.bootstrap=100",
+    "verify.rows=0",
+    "engine.rows_per_task=4",
+    "engine.rows_in_flight=4",
+    "engine.actors=[1,2]",
+    "engine.cpus_per_actor=1",
+    "sft.num_workers=[1,2]",
+    "dpo.num_workers=[1,2]",
+    "sft.threads=1",
+    "dpo.threads=1",
+    *(f"{field}={{medray-group: {group}}}" for field, group in PLACES.items()),
+    "sft.place.resources={train: 1}",
+    "dpo.place.resources={train: 1}",
 ]
 
 
@@ -71,21 +98,37 @@ class Watch(threading.Thread):
 
 def start_job(cluster: FakeCluster, run: Path, log: Path, checkpoint_every: int) -> subprocess.Popen:
     settings = [*SETTINGS, *(f"{stage}.checkpoint_every={checkpoint_every}" for stage in ("sft", "dpo"))]
-    command = [sys.executable, "jobs/self_train.py", "--run", str(run), *(part for setting in settings for part in ("--set", setting))]
+    command = [
+        sys.executable,
+        "jobs/self_train.py",
+        "--run",
+        str(run),
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
     with log.open("a") as handle:
-        return subprocess.Popen(command, cwd=ROOT, env={**cluster.environment, "PYTHONUNBUFFERED": "1"}, stdout=handle, stderr=handle, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**cluster.environment, "PYTHONUNBUFFERED": "1"},
+            stdout=handle,
+            stderr=handle,
+            start_new_session=True,
+        )
 
 
 # What is killed, and the file of the stage that shows that it has got somewhere; None: the driver.
 PLAN = (
-    ("01-sq_sft", "train/starts/*.json", "train"), ("11-self_play", "committed/*", "generate"), ("12-judge", "committed/*", "generate"),
+    ("01-sq_sft", "train/starts/*.json", "train"),
+    ("11-self_play", "committed/*", "generate"),
+    ("12-judge", "committed/*", "generate"),
     ("15-dpo", "train/training/checkpoint_*/progress.json", None),
 )
 
 
 def progress(folder: Path, pattern: str) -> list[int]:
-    """Of the files that show progress the number of workers: of the notes of a training's starts (medray.train.restart_log) those that made steps; of
-    others, which show it by being there, 0."""
+    """Of the files that show progress the number of workers: of the notes of a training's starts
+    (medray.train.restart_log) those that made steps; of others, which show it by being there, 0.
+    """
     found = []
     for path in sorted(folder.glob(pattern)):
         if path.parent.name == "starts":
@@ -105,8 +148,12 @@ def wait_for(shown: Callable[[], Any], job: subprocess.Popen, log: Path) -> None
         time.sleep(0.2)
 
 
-def disturb(cluster: FakeCluster, run: Path, job: subprocess.Popen, log: Path, checkpoint_every: int) -> tuple[subprocess.Popen, list[dict[str, Any]]]:
-    """Kill what the docstring says, each when its stage has got somewhere; returns the job that goes on, and what was killed."""
+def disturb(
+    cluster: FakeCluster, run: Path, job: subprocess.Popen, log: Path, checkpoint_every: int
+) -> tuple[subprocess.Popen, list[dict[str, Any]]]:
+    """Kill what the docstring says, each when its stage has got somewhere; returns the job that goes on,
+    and what was killed.
+    """
     killed = []
     for stage, pattern, group in PLAN:
         so_far = partial(progress, run / "stages" / stage, pattern)
@@ -130,7 +177,11 @@ def disturb(cluster: FakeCluster, run: Path, job: subprocess.Popen, log: Path, c
 
 
 def ids(run: Path, *parts: str) -> Counter[str]:
-    return Counter(pyarrow.dataset.dataset(str(run.joinpath("stages", *parts)), format="parquet").to_table(columns=["sample_id"])["sample_id"].to_pylist())
+    return Counter(
+        pyarrow.dataset.dataset(str(run.joinpath("stages", *parts)), format="parquet")
+        .to_table(columns=["sample_id"])["sample_id"]
+        .to_pylist()
+    )
 
 
 def exactly_once(run: Path) -> dict[str, int]:
@@ -140,9 +191,14 @@ def exactly_once(run: Path) -> dict[str, int]:
     for stage, wanted in (("11-self_play", images), ("12-judge", images), ("14-reference", pairs)):
         found = ids(run, stage, "rows")
         if found != wanted or set(found.values()) - {1}:
-            raise SystemExit(f"{stage}: {sum(found.values())} rows of {len(found)} ids, wanted {len(wanted)} once each")
+            raise SystemExit(
+                f"{stage}: {sum(found.values())} rows of {len(found)} ids, wanted {len(wanted)} once each"
+            )
     config = yaml.safe_load((run / "config.yaml").read_text())
-    for stage, section, rows in (("01-sq_sft", "sft", ids(run, "00-data", "conversations")), ("15-dpo", "dpo", pairs)):
+    for stage, section, rows in (
+        ("01-sq_sft", "sft", ids(run, "00-data", "conversations")),
+        ("15-dpo", "dpo", pairs),
+    ):
         counts, epochs = counts_of(run, stage), config[section]["epochs"]
         if (counts["trained"], counts["samples"]) != (len(rows), epochs * len(rows)):
             raise SystemExit(f"{stage}: {counts}, wanted {len(rows)} rows in {epochs} epochs")
@@ -152,7 +208,10 @@ def exactly_once(run: Path) -> dict[str, int]:
 def grew_back(workers: list[int]) -> bool:
     """Whether a training had all its workers, then fewer, then all again."""
     most = max(workers)
-    return any(fewer < most and most in workers[:place] and most in workers[place:] for place, fewer in enumerate(workers))
+    return any(
+        fewer < most and most in workers[:place] and most in workers[place:]
+        for place, fewer in enumerate(workers)
+    )
 
 
 def counts_of(run: Path, stage: str) -> dict[str, Any]:
@@ -160,9 +219,17 @@ def counts_of(run: Path, stage: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", help="of the cluster and the run (default: a temporary one)")
-    parser.add_argument("--checkpoint-every", type=int, default=20, help="optimiser steps between checkpoints of both trainings (default: 20; Ray Train takes note of one every two seconds)")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=20,
+        help="optimiser steps between checkpoints of both trainings (default: 20; Ray Train takes note of "
+        "one every two seconds)",
+    )
     parser.add_argument("--calm", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -181,14 +248,30 @@ def main() -> None:
         time.sleep(30)  # three times what a node may idle
         watch.over.set()
         left = {group: len(nodes) for group, nodes in cluster.nodes().items()}
-    cost = {stage: {name: count for name, count in counts_of(run, stage).items() if name in TOLD} for stage in ("01-sq_sft", "11-self_play", "12-judge", "15-dpo")}
-    print(json.dumps({
-        "benchmark": "elasticity", "calm": options.calm, "seconds": round(seconds), "checkpoint_every": options.checkpoint_every, "killed": killed,
-        "rows": exactly_once(run), "cost": cost, "nodes": watch.seen, "nodes_left": left,
-    }))
+    cost = {
+        stage: {name: count for name, count in counts_of(run, stage).items() if name in TOLD}
+        for stage in ("01-sq_sft", "11-self_play", "12-judge", "15-dpo")
+    }
+    print(
+        json.dumps(
+            {
+                "benchmark": "elasticity",
+                "calm": options.calm,
+                "seconds": round(seconds),
+                "checkpoint_every": options.checkpoint_every,
+                "killed": killed,
+                "rows": exactly_once(run),
+                "cost": cost,
+                "nodes": watch.seen,
+                "nodes_left": left,
+            }
+        )
+    )
     workers = list(cost["01-sq_sft"].get("workers", {}).values())
     if not options.calm and not (workers and grew_back(workers)):
-        raise SystemExit(f"01-sq_sft: the training did not shrink and grow back; workers at its starts: {workers}")
+        raise SystemExit(
+            f"01-sq_sft: the training did not shrink and grow back; workers at its starts: {workers}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Ingest speed and memory: shards to collated batches through Ray Data, against torch's DataLoader on the same files.
+"""Ingest speed and memory: shards to collated batches through Ray Data, against torch's DataLoader on the
+same files.
 
-Both sides decode, square, resize, tokenise and mask each row, and collate batches of the same size in the same order of
-files; both have the same number of encoding processes. A side's rate is that of the further rows when it goes through ten
-times as many, (10 n - n) / (t(10 n) - t(n)), so what starting processes takes is not counted. The sides take turns. Memory
-is the peak of the proportional set size of the whole process tree (Ray's object store included), at --rows and at ten
-times as many rows, each under a Ray of its own. Prints one JSON line last.
+Both sides decode, square, resize, tokenise and mask each row, and collate batches of the same size in the
+same order of files; both have the same number of encoding processes. A side's rate is that of the further
+rows when it goes through ten times as many, (10 n - n) / (t(10 n) - t(n)), so what starting processes takes
+is not counted. The sides take turns. Memory is the peak of the proportional set size of the whole process
+tree (Ray's object store included), at --rows and at ten times as many rows, each under a Ray of its own.
+Prints one JSON line last.
 
     python benchmarks/ingest.py [--rows 600] [--workers 1] [--repeats 3] [--model testbed:base]
 """
@@ -57,11 +59,19 @@ def write_shards(folder: Path, rows: int) -> str:
     folder.mkdir()
     for start in range(0, rows, ROWS_PER_SHARD):
         part = [
-            {"sample_id": f"row-{i:07d}", "image_id": f"row-{i:07d}", "image": pictures[i % PICTURES],
-             "turns": attribute_dialogue(records[i % PICTURES], random.Random(i), 5)}
+            {
+                "sample_id": f"row-{i:07d}",
+                "image_id": f"row-{i:07d}",
+                "image": pictures[i % PICTURES],
+                "turns": attribute_dialogue(records[i % PICTURES], random.Random(i), 5),
+            }
             for i in range(start, min(start + ROWS_PER_SHARD, rows))
         ]
-        pq.write_table(pa.Table.from_pylist(part, schema=CONVERSATION), folder / f"part-{start:07d}.parquet", row_group_size=64)
+        pq.write_table(
+            pa.Table.from_pylist(part, schema=CONVERSATION),
+            folder / f"part-{start:07d}.parquet",
+            row_group_size=64,
+        )
     return str(folder)
 
 
@@ -92,9 +102,15 @@ class Shards(torch.utils.data.IterableDataset):
                 yield collate_sft(encoder(pa.Table.from_batches([piece])).to_pylist(), info, 0.5, 0, 0)
 
 
-def through_dataloader(folder: str, model: str, config: SelfTrainingConfig, batch: int, workers: int) -> Iterator[int]:
+def through_dataloader(
+    folder: str, model: str, config: SelfTrainingConfig, batch: int, workers: int
+) -> Iterator[int]:
     loader = torch.utils.data.DataLoader(
-        Shards(folder, model, config.model.model_dump(), batch), batch_size=None, num_workers=workers, prefetch_factor=4, multiprocessing_context="spawn",
+        Shards(folder, model, config.model.model_dump(), batch),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4,
+        multiprocessing_context="spawn",
     )
     for collated in loader:
         yield len(collated["input_ids"])
@@ -121,8 +137,9 @@ def local_ray(cpus: int) -> Iterator[None]:
 
 
 class PeakMemory:
-    """Sampled peaks in MiB: the proportional set size of this process and everything under it; what this process has for itself
-    (unique set size: pages of the object store that it maps are not its own)."""
+    """Sampled peaks in MiB: the proportional set size of this process and everything under it; what this
+    process has for itself (unique set size: pages of the object store that it maps are not its own).
+    """
 
     def __enter__(self):
         self.tree = self.driver = 0.0
@@ -163,7 +180,10 @@ def main() -> None:
     config.model.max_length, config.data.read_cpus, config.data.encoders = 1024, 0.25, args.workers
     speeds: dict[str, list[float]] = {"medray": [], "dataloader": []}
     with tempfile.TemporaryDirectory() as scratch:
-        few, many = write_shards(Path(scratch, "few"), args.rows), write_shards(Path(scratch, "many"), 10 * args.rows)
+        few, many = (
+            write_shards(Path(scratch, "few"), args.rows),
+            write_shards(Path(scratch, "many"), 10 * args.rows),
+        )
         sides = {
             "medray": lambda folder: through_ray(folder, model, config, args.batch),
             "dataloader": lambda folder: through_dataloader(folder, model, config, args.batch, args.workers),
@@ -173,23 +193,42 @@ def main() -> None:
             with local_ray(args.workers + 3), PeakMemory() as peak:
                 seconds(sides["medray"](folder), rows)
             memory.append(peak)
-            print(f"memory at {rows} rows: tree {peak.tree:.0f} MiB, driver {peak.driver:.0f} MiB", flush=True)
+            print(
+                f"memory at {rows} rows: tree {peak.tree:.0f} MiB, driver {peak.driver:.0f} MiB", flush=True
+            )
         with local_ray(args.workers + 3):
             for repeat in range(args.repeats):
                 for name, batches in sides.items():
                     short, long = seconds(batches(few), args.rows), seconds(batches(many), 10 * args.rows)
                     speeds[name].append(9 * args.rows / (long - short))
-                    print(f"turn {repeat + 1}: {name} {short:.1f} s and {long:.1f} s, {speeds[name][-1]:.0f} rows/s", flush=True)
+                    print(
+                        f"turn {repeat + 1}: {name} {short:.1f} s and {long:.1f} s, {speeds[name][-1]:.0f} "
+                        "rows/s",
+                        flush=True,
+                    )
     median = {name: statistics.median(values) for name, values in speeds.items()}
-    print(json.dumps({
-        "benchmark": "ingest", "rows": args.rows, "workers": args.workers, "repeats": args.repeats, "cpus": os.cpu_count(),
-        "rows_per_second": {name: round(value, 1) for name, value in median.items()},
-        "of_dataloader": round(statistics.median(a / b for a, b in zip(speeds["medray"], speeds["dataloader"], strict=True)), 3),
-        "peak_mib": {"rows": round(memory[0].tree), "ten_times_rows": round(memory[1].tree)},
-        "peak_memory_ratio": round(memory[1].tree / memory[0].tree, 3),
-        "driver_mib": {"rows": round(memory[0].driver), "ten_times_rows": round(memory[1].driver)},
-        "goals": {"of_dataloader": 1.0, "peak_memory_ratio": 1.2},
-    }))
+    print(
+        json.dumps(
+            {
+                "benchmark": "ingest",
+                "rows": args.rows,
+                "workers": args.workers,
+                "repeats": args.repeats,
+                "cpus": os.cpu_count(),
+                "rows_per_second": {name: round(value, 1) for name, value in median.items()},
+                "of_dataloader": round(
+                    statistics.median(
+                        a / b for a, b in zip(speeds["medray"], speeds["dataloader"], strict=True)
+                    ),
+                    3,
+                ),
+                "peak_mib": {"rows": round(memory[0].tree), "ten_times_rows": round(memory[1].tree)},
+                "peak_memory_ratio": round(memory[1].tree / memory[0].tree, 3),
+                "driver_mib": {"rows": round(memory[0].driver), "ten_times_rows": round(memory[1].driver)},
+                "goals": {"of_dataloader": 1.0, "peak_memory_ratio": 1.2},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

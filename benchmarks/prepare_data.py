@@ -1,10 +1,12 @@
-"""prepare_data's speed against plain loops on the same files, with one worker and with all, and its memory from --rows to ten times as many.
+"""prepare_data's speed against plain loops on the same files, with one worker and with all, and its memory
+from --rows to ten times as many.
 
-Two loops, each run by as many processes at once as there are cores: `pillow` reads each JPEG, opens it and decodes it to RGB,
-nothing else; `loop` does prepare_data's own work for an image (limits, decoding, both hashes) and writes the same shards, without
-Ray. prepare_data also indexes, orders and groups. A side's rate is that of the further rows when it goes through ten times as many,
-(10 n - n) / (t(10 n) - t(n)), so what starting processes takes is not counted; all rates are per core. Memory is the peak
-of the proportional set size of the whole process tree. Prints one JSON line last.
+Two loops, each run by as many processes at once as there are cores: `pillow` reads each JPEG, opens it and
+decodes it to RGB, nothing else; `loop` does prepare_data's own work for an image (limits, decoding, both
+hashes) and writes the same shards, without Ray. prepare_data also indexes, orders and groups. A side's rate
+is that of the further rows when it goes through ten times as many, (10 n - n) / (t(10 n) - t(n)), so what
+starting processes takes is not counted; all rates are per core. Memory is the peak of the proportional set
+size of the whole process tree. Prints one JSON line last.
 
     python benchmarks/prepare_data.py [--rows 10000] [--repeats 3] [--side 360]
 """
@@ -46,7 +48,10 @@ def write_source(folder: Path, rows: int, side: int) -> str:
         for i in range(rows):
             name = f"images/{i:07d}.jpg"
             (folder / name).write_bytes(pictures[i % PICTURES])
-            turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"Cell {i}."}]
+            turns = [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": f"Cell {i}."},
+            ]
             lines.write(json.dumps({"id": f"row-{i:07d}", "image": name, "conversations": turns}) + "\n")
     return str(folder)
 
@@ -60,8 +65,19 @@ def pillow(files: list[str]) -> None:
 def loop(files: list[str]) -> None:
     """The same shards without Ray, by a plain loop."""
     to_samples = ToSamples(DataConfig().model_dump(), "llava")
-    rows = [{"sample_id": path, "image_id": path, "image_file": path, "members": json.dumps([[path, {"turns": TURNS}]]), "bad": []} for path in files]
-    parts = (pa.Table.from_pylist(rows[at : at + READ_ROWS], schema=GROUP) for at in range(0, len(rows), READ_ROWS))
+    rows = [
+        {
+            "sample_id": path,
+            "image_id": path,
+            "image_file": path,
+            "members": json.dumps([[path, {"turns": TURNS}]]),
+            "bad": [],
+        }
+        for path in files
+    ]
+    parts = (
+        pa.Table.from_pylist(rows[at : at + READ_ROWS], schema=GROUP) for at in range(0, len(rows), READ_ROWS)
+    )
     with tempfile.TemporaryDirectory(dir=Path(files[0]).parent.parent) as out:
         write_shard(map(to_samples, parts), out, "part")
 
@@ -99,26 +115,49 @@ def main() -> None:
             with local_ray(cores), PeakMemory() as peak:
                 ours(folder, rows, scratch)
             memory.append(peak)
-            print(f"memory at {rows} rows: tree {peak.tree:.0f} MiB, driver {peak.driver:.0f} MiB", flush=True)
+            print(
+                f"memory at {rows} rows: tree {peak.tree:.0f} MiB, driver {peak.driver:.0f} MiB", flush=True
+            )
         for turn in range(args.repeats):
             for name, workers in (("medray", cores), ("medray_one_worker", 1)):
                 with local_ray(workers):
-                    few, many = (ours(folder, rows, scratch) for folder, rows in zip(folders, sizes, strict=True))
+                    few, many = (
+                        ours(folder, rows, scratch) for folder, rows in zip(folders, sizes, strict=True)
+                    )
                 rates[name].append(9 * args.rows / (many - few) / workers)
             for work in (loop, pillow):
                 few, many = (at_once(work, folder, cores) for folder in folders)
                 rates[work.__name__].append(9 * args.rows / (many - few) / cores)
-            print(f"turn {turn + 1}, images/s and core: {({name: round(values[-1]) for name, values in rates.items()})}", flush=True)
-    ratio = {name: round(statistics.median(a / b for a, b in zip(rates["medray"], rates[name], strict=True)), 3) for name in rates}
-    print(json.dumps({
-        "benchmark": "prepare_data", "rows": args.rows, "side": args.side, "repeats": args.repeats, "cpus": cores,
-        "images_per_second_and_core": {name: round(statistics.median(values), 1) for name, values in rates.items()},
-        "of_pillow": ratio["pillow"], "of_loop": ratio["loop"], "per_core_of_one_worker": ratio["medray_one_worker"],
-        "peak_mib": {"rows": round(memory[0].tree), "ten_times_rows": round(memory[1].tree)},
-        "peak_memory_ratio": round(memory[1].tree / memory[0].tree, 3),
-        "driver_mib": {"rows": round(memory[0].driver), "ten_times_rows": round(memory[1].driver)},
-        "goals": {"of_pillow": 0.8, "peak_memory_ratio": 1.1},
-    }))
+            print(
+                f"turn {turn + 1}, images/s and core: "
+                f"{ ({name: round(values[-1]) for name, values in rates.items()}) }",
+                flush=True,
+            )
+    ratio = {
+        name: round(statistics.median(a / b for a, b in zip(rates["medray"], rates[name], strict=True)), 3)
+        for name in rates
+    }
+    print(
+        json.dumps(
+            {
+                "benchmark": "prepare_data",
+                "rows": args.rows,
+                "side": args.side,
+                "repeats": args.repeats,
+                "cpus": cores,
+                "images_per_second_and_core": {
+                    name: round(statistics.median(values), 1) for name, values in rates.items()
+                },
+                "of_pillow": ratio["pillow"],
+                "of_loop": ratio["loop"],
+                "per_core_of_one_worker": ratio["medray_one_worker"],
+                "peak_mib": {"rows": round(memory[0].tree), "ten_times_rows": round(memory[1].tree)},
+                "peak_memory_ratio": round(memory[1].tree / memory[0].tree, 3),
+                "driver_mib": {"rows": round(memory[0].driver), "ten_times_rows": round(memory[1].driver)},
+                "goals": {"of_pillow": 0.8, "peak_memory_ratio": 1.1},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Scoring's speed: seconds of score(), of compare_models() and of score_models() on synthetic predictions, and where they go.
+"""Scoring's speed: seconds of score(), of compare_models() and of score_models() on synthetic predictions,
+and where they go.
 
-Two models' predictions on the same questions, three to an image: 45 % yes/no, 35 % open (sentences, hardly two alike), 20 %
-multiple choice, five attributes, three modalities; the default configuration (bootstrap over images, permutation tests, all
-groups). score() is split into reading the columns, metrics (what loading takes beyond that) and the bootstrap (the rest, floors
-and means included). score_models() is what jobs/evaluate.py does with two models: scores and comparison from one reading. Each
-measurement has texts of its own, so that no cache holds their metrics. Prints one JSON line last.
+Two models' predictions on the same questions, three to an image: 45 % yes/no, 35 % open (sentences, hardly
+two alike), 20 % multiple choice, five attributes, three modalities; the default configuration (bootstrap over
+images, permutation tests, all groups). score() is split into reading the columns, metrics (what loading takes
+beyond that) and the bootstrap (the rest, floors and means included). score_models() is what jobs/evaluate.py
+does with two models: scores and comparison from one reading. Each measurement has texts of its own, so that
+no cache holds their metrics. Prints one JSON line last.
 
     python benchmarks/score.py [--rows 100000] [--repeats 3]
 """
@@ -27,13 +29,20 @@ from medray.evaluation.prediction_files import prediction_tables, write_predicti
 from medray.evaluation.prediction_table import load
 from medray.evaluation.scores import compare_models, score, score_models
 
-WORDS = [f"{start}{middle}{end}" for start in ("car", "neu", "hep", "ren", "pul", "ost") for middle in ("di", "ro", "a", "mo", "la") for end in ("ma", "tic", "sis", "nal", "itis", "gram", "um", "al")]
+WORDS = [
+    f"{start}{middle}{end}"
+    for start in ("car", "neu", "hep", "ren", "pul", "ost")
+    for middle in ("di", "ro", "a", "mo", "la")
+    for end in ("ma", "tic", "sis", "nal", "itis", "gram", "um", "al")
+]
 COMMON = ("the", "a", "of", "in", "left", "right", "lung", "mass", "no", "with", "shows", "is")
 SHAPES = ("round", "oval", "lobed", "irregular")
 
 
 def predictions(rows: int, seed: int, skill: float) -> Iterator[dict[str, Any]]:
-    """Rows of records.PREDICTION; the questions are the same for every skill (share of right answers), the answers are not."""
+    """Rows of records.PREDICTION; the questions are the same for every skill (share of right answers),
+    the answers are not.
+    """
     asked, said = random.Random(seed), random.Random(f"{seed} {skill}")
     for number in range(rows):
         kind = asked.choices(("closed", "open", "mcq"), (45, 35, 20))[0]
@@ -41,17 +50,37 @@ def predictions(rows: int, seed: int, skill: float) -> Iterator[dict[str, Any]]:
         choices = None
         if kind == "closed":
             reference = asked.choice(("Yes", "No"))
-            answer = said.choice((reference, f"{reference}, {sentence(said, 4)}.")) if right else said.choice(("yes", "no", "I do not know"))
+            answer = (
+                said.choice((reference, f"{reference}, {sentence(said, 4)}."))
+                if right
+                else said.choice(("yes", "no", "I do not know"))
+            )
         elif kind == "mcq":
             choices, reference = list(SHAPES), asked.choice("ABCD")
-            answer = reference if right else said.choice(("A", "B", "C", "D", "The correct answer is A.", "round"))
+            answer = (
+                reference if right else said.choice(("A", "B", "C", "D", "The correct answer is A.", "round"))
+            )
         else:
             reference = sentence(asked, asked.randint(1, 4))
-            answer = f"{reference.capitalize()}." if right else f"{sentence(said, said.randint(3, 15)).capitalize()}."
+            answer = (
+                f"{reference.capitalize()}."
+                if right
+                else f"{sentence(said, said.randint(3, 15)).capitalize()}."
+            )
         yield {
-            "sample_id": f"test:{number}", "image_id": f"image-{number // 3}", "question": f"What is shown in part {number % 3}?", "reference": reference,
-            "answer": answer, "answer_type": kind, "attribute": asked.choice(("organ", "size", "shape", "place", "count")), "choices": choices,
-            "model": f"skill {skill}", "finish_reason": "stop", "tokens": len(answer.split()), "modality": asked.choice(("ct", "mri", "xray")), "language": "en",
+            "sample_id": f"test:{number}",
+            "image_id": f"image-{number // 3}",
+            "question": f"What is shown in part {number % 3}?",
+            "reference": reference,
+            "answer": answer,
+            "answer_type": kind,
+            "attribute": asked.choice(("organ", "size", "shape", "place", "count")),
+            "choices": choices,
+            "model": f"skill {skill}",
+            "finish_reason": "stop",
+            "tokens": len(answer.split()),
+            "modality": asked.choice(("ct", "mri", "xray")),
+            "language": "en",
             "benchmark": "synthetic",
         }
 
@@ -77,8 +106,12 @@ def measured(scratch: Path, seed: int, rows: int, config: EvaluateConfig) -> dic
     loading = seconds(lambda: load(alone["skill 0.5"]))
     scoring = seconds(lambda: score(alone["skill 0.6"], config))
     return {
-        "score": scoring, "reading": reading, "metrics": loading - reading, "bootstrap": scoring - loading,
-        "compare_models": seconds(lambda: compare_models(compared, "skill 0.5", config)), "score_models": seconds(lambda: score_models(together, config)),
+        "score": scoring,
+        "reading": reading,
+        "metrics": loading - reading,
+        "bootstrap": scoring - loading,
+        "compare_models": seconds(lambda: compare_models(compared, "skill 0.5", config)),
+        "score_models": seconds(lambda: score_models(together, config)),
     }
 
 
@@ -96,11 +129,22 @@ def main() -> None:
             continue
         for name, value in turn.items():
             found.setdefault(name, []).append(value)
-        print(f"turn {repeat}: " + ", ".join(f"{name} {value:.1f} s" for name, value in turn.items()), flush=True)
-    print(json.dumps({
-        "benchmark": "score", "rows": args.rows, "repeats": args.repeats, "cpus": os.cpu_count(), "bootstrap": config.bootstrap,
-        "seconds": {name: round(statistics.median(values), 2) for name, values in found.items()},
-    }))
+        print(
+            f"turn {repeat}: " + ", ".join(f"{name} {value:.1f} s" for name, value in turn.items()),
+            flush=True,
+        )
+    print(
+        json.dumps(
+            {
+                "benchmark": "score",
+                "rows": args.rows,
+                "repeats": args.repeats,
+                "cpus": os.cpu_count(),
+                "bootstrap": config.bootstrap,
+                "seconds": {name: round(statistics.median(values), 2) for name, values in found.items()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

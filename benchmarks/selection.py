@@ -1,9 +1,11 @@
-"""Memory and speed of what chooses: k-means with its draw over embeddings, and selection over scored exchanges, at --rows and a tenth.
+"""Memory and speed of what chooses: k-means with its draw over embeddings, and selection over scored
+exchanges, at --rows and a tenth.
 
-Both stream over Parquet shards and keep what they cannot hold in temporary files, so their memory should not grow with the rows.
-Each measurement runs in a process of its own and reports that process's peak resident set, and what it had when everything was
-imported. Embeddings are drawn around --clusters centres; exchanges come in dialogues of five about images of a kilobyte,
-two dialogues an image, in three modalities of 90, 9 and 1 per cent. Prints one JSON line last.
+Both stream over Parquet shards and keep what they cannot hold in temporary files, so their memory should not
+grow with the rows. Each measurement runs in a process of its own and reports that process's peak resident
+set, and what it had when everything was imported. Embeddings are drawn around --clusters centres; exchanges
+come in dialogues of five about images of a kilobyte, two dialogues an image, in three modalities of 90, 9 and
+1 per cent. Prints one JSON line last.
 
     python benchmarks/selection.py [--rows 1000000] [--dimensions 128] [--clusters 60] [--repeats 1]
 """
@@ -43,8 +45,10 @@ def write_embeddings(folder: str, rows: int, dimensions: int, clusters: int) -> 
         of = rng.integers(0, clusters, count)
         vectors = centres[of] + rng.normal(scale=0.5, size=(count, dimensions)).astype(np.float32)
         columns = {
-            "sample_id": [f"image-{number:08d}" for number in range(start, start + count)], "modality": _modalities(rng, count),
-            "embedding": list(vectors), "error": [None] * count,
+            "sample_id": [f"image-{number:08d}" for number in range(start, start + count)],
+            "modality": _modalities(rng, count),
+            "embedding": list(vectors),
+            "error": [None] * count,
         }
         write_shard([pa.table(columns, schema=EMBEDDED)], folder, f"part-{start // PIECE:05d}")
 
@@ -56,7 +60,11 @@ def write_scored(folder: str, rows: int) -> None:
     rng = np.random.default_rng(0)
     os.makedirs(folder)
     for start in range(0, rows, PIECE):
-        write_shard([pa.Table.from_pylist(list(_exchanges(rng, start, min(PIECE, rows - start))), schema=SCORED)], folder, f"part-{start // PIECE:05d}")
+        write_shard(
+            [pa.Table.from_pylist(list(_exchanges(rng, start, min(PIECE, rows - start))), schema=SCORED)],
+            folder,
+            f"part-{start // PIECE:05d}",
+        )
 
 
 def _exchanges(rng: np.random.Generator, start: int, count: int) -> Iterator[dict[str, Any]]:
@@ -69,8 +77,16 @@ def _exchanges(rng: np.random.Generator, start: int, count: int) -> Iterator[dic
         name = f"image-{number // per_image:08d}"
         dialogue, turn = f"{name}/d{number % per_image // ROUNDS}", number % ROUNDS
         yield {
-            "sample_id": f"{dialogue}#{turn}", "dialogue_id": dialogue, "turn": turn, "image_id": name, "image": image, "modality": modalities[(number - start) // per_image],
-            "context": None, "question": f"What is seen in part {turn} of the image?", "answer": f"Finding {rng.integers(1000)} of moderate size.", "score": float(rng.normal()),
+            "sample_id": f"{dialogue}#{turn}",
+            "dialogue_id": dialogue,
+            "turn": turn,
+            "image_id": name,
+            "image": image,
+            "modality": modalities[(number - start) // per_image],
+            "context": None,
+            "question": f"What is seen in part {turn} of the image?",
+            "answer": f"Finding {rng.integers(1000)} of moderate size.",
+            "score": float(rng.normal()),
         }
 
 
@@ -96,14 +112,21 @@ def choose(folder: str, scratch: str, _: int) -> dict[str, Any]:
     from medray.config.clinician_preference_sections import SelectConfig
     from medray.methods.clinician_preference.select_dialogues import select
 
-    return _measured(lambda: select(folder, f"{scratch}/kept", SelectConfig(fraction=0.4))["counts"]["dialogues kept"])
+    return _measured(
+        lambda: select(folder, f"{scratch}/kept", SelectConfig(fraction=0.4))["counts"]["dialogues kept"]
+    )
 
 
 def _measured(work: Callable[[], int]) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     started = time.perf_counter()
     made = work()
-    return {"made": made, "seconds": time.perf_counter() - started, "imported": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "made": made,
+        "seconds": time.perf_counter() - started,
+        "imported": before,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -130,20 +153,44 @@ def main() -> None:
                     with tempfile.TemporaryDirectory(dir=scratch) as out:
                         one = alone(work, f"{scratch}/{source}-{rows}", str(Path(out)), args.clusters)
                     found.setdefault(f"{name} {rows}", []).append(one)
-                    print(f"{name} at {rows} rows: {one['seconds']:.1f} s, peak {one['peak']:.0f} MiB, {one['imported']:.0f} MiB of it imports; {one['made']} drawn or kept", flush=True)
-    middle = {key: {name: statistics.median(one[name] for one in values) for name in ("seconds", "imported", "peak")} for key, values in found.items()}
+                    print(
+                        f"{name} at {rows} rows: {one['seconds']:.1f} s, peak {one['peak']:.0f} MiB, "
+                        f"{one['imported']:.0f} MiB of it imports; {one['made']} drawn or kept",
+                        flush=True,
+                    )
+    middle = {
+        key: {
+            name: statistics.median(one[name] for one in values) for name in ("seconds", "imported", "peak")
+        }
+        for key, values in found.items()
+    }
 
     def sides(name: str) -> tuple[dict[str, float], dict[str, float]]:
         return middle[f"{name} {args.rows // 10}"], middle[f"{name} {args.rows}"]
 
-    print(json.dumps({
-        "benchmark": "selection", "rows": args.rows, "dimensions": args.dimensions, "clusters": args.clusters, "repeats": args.repeats, "cpus": os.cpu_count(),
-        **{name: {
-            "rows_per_second": round(args.rows / many["seconds"]), "peak_mib": {"tenth": round(few["peak"]), "rows": round(many["peak"])},
-            "imported_mib": round(many["imported"]), "peak_memory_ratio": round(many["peak"] / few["peak"], 3),
-        } for name in ("kmeans", "selection") for few, many in [sides(name)]},
-        "goals": {"peak_memory_ratio": 1.1},
-    }))
+    print(
+        json.dumps(
+            {
+                "benchmark": "selection",
+                "rows": args.rows,
+                "dimensions": args.dimensions,
+                "clusters": args.clusters,
+                "repeats": args.repeats,
+                "cpus": os.cpu_count(),
+                **{
+                    name: {
+                        "rows_per_second": round(args.rows / many["seconds"]),
+                        "peak_mib": {"tenth": round(few["peak"]), "rows": round(many["peak"])},
+                        "imported_mib": round(many["imported"]),
+                        "peak_memory_ratio": round(many["peak"] / few["peak"], 3),
+                    }
+                    for name in ("kmeans", "selection")
+                    for few, many in [sides(name)]
+                },
+                "goals": {"peak_memory_ratio": 1.1},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

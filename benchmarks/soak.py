@@ -2,23 +2,27 @@
 
 Runs jobs/self_train.py, small, once undisturbed (the reference), and then
 
-    kills    again and again in one run: SIGKILL of the driver, its process group, a training worker, Ray's controller of the
-             training, the engine, the raylet or the GCS; SIGINT and SIGTERM; each at a random moment, until the job is done
+    kills    again and again in one run: SIGKILL of the driver, its process group, a training worker, Ray's
+    controller of the
+             training, the engine, the raylet or the GCS; SIGINT and SIGTERM; each at a random moment, until
+             the job is done
     two      the same command twice, two seconds apart and at the same time
     disk     on a disk that is too small, twice, then with space (Linux, root: a tmpfs is mounted)
-    damage   on copies of the finished run: a file of each kind is cut in half, emptied, deleted, or some of its bits are flipped,
+    damage   on copies of the finished run: a file of each kind is cut in half, emptied, deleted, or some of
+    its bits are flipped,
              with and without the manifest of its stage
 
-After each the same command is run to its end, and the run is held against the reference: ids of every stage exactly once,
-accuracy of every model, weights. An outcome is
+After each the same command is run to its end, and the run is held against the reference: ids of every stage
+exactly once, accuracy of every model, weights. An outcome is
 
     same        exit status 0, and everything equals the reference
-    named       exit status 1, with one sentence that names the file or the cause, and no traceback on the terminal
-    WRONG       anything else, such as exit status 0 with other rows
+    named       exit status 1, with one sentence that names the file or the cause, and no traceback on the
+    terminal WRONG       anything else, such as exit status 0 with other rows
 
 Prints a line for each fault and one JSON line last, and ends with 1 if anything was WRONG.
 
-    python benchmarks/soak.py [--folder DIR] [--only kills,two,disk,damage] [--kills 12] [--damages 24] [--seed 0] [--table FILE]
+    python benchmarks/soak.py [--folder DIR] [--only kills,two,disk,damage] [--kills 12] [--damages 24]
+    [--seed 0] [--table FILE]
 """
 
 from __future__ import annotations
@@ -46,15 +50,36 @@ from elasticity import exactly_once
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = [
-    "data.testbed_rows=160", "data.label_fraction=0.3", "data.max_unlabelled=24", "data.turns=3", "sft.epochs=2", "sft.eval_rows=8",
-    "sft.checkpoint_every=2", "dpo.checkpoint_every=2", "self_play.questions=2", "judge.min_margin=0", "evaluate.max_images=6",
-    "evaluate.bootstrap=100", "verify.rows=0", "engine.rows_per_task=8", "dpo.sft_weight=0", "cluster.object_store_gib=0.5",
+    "data.testbed_rows=160",
+    "data.label_fraction=0.3",
+    "data.max_unlabelled=24",
+    "data.turns=3",
+    "sft.epochs=2",
+    "sft.eval_rows=8",
+    "sft.checkpoint_every=2",
+    "dpo.checkpoint_every=2",
+    "self_play.questions=2",
+    "judge.min_margin=0",
+    "evaluate.max_images=6",
+    "evaluate.bootstrap=100",
+    "verify.rows=0",
+    "engine.rows_per_task=8",
+    "dpo.sft_weight=0",
+    "cluster.object_store_gib=0.5",
 ]
 PARTS = ("kills", "two", "disk", "damage")
-# What a kill is aimed at: a part of the command line of a process below the job's driver; None: the driver itself.
+# What a kill is aimed at: a part of the command line of a process below the job's driver; None: the driver
+# itself.
 TARGETS = {
-    "driver": None, "process group": None, "training worker": "RayTrainWorker", "training controller": "ray::TrainController",
-    "engine": "VLLM::EngineCore", "raylet": "raylet/raylet", "GCS": "gcs_server", "SIGINT": None, "SIGTERM": None,
+    "driver": None,
+    "process group": None,
+    "training worker": "RayTrainWorker",
+    "training controller": "ray::TrainController",
+    "engine": "VLLM::EngineCore",
+    "raylet": "raylet/raylet",
+    "GCS": "gcs_server",
+    "SIGINT": None,
+    "SIGTERM": None,
 }
 DAMAGES = ("cut", "empty", "deleted", "flipped")
 RESUME = re.compile(r"--run \S+ .*resume|resume.*--run ")
@@ -95,10 +120,21 @@ class SoakJob:
     def start(self) -> tuple[subprocess.Popen, Path]:
         self.starts += 1
         log = self.logs / f"{self.run.name}-{self.starts}.log"
-        environment = {**os.environ, MARK: str(self.run), "RAY_ADDRESS": "", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            MARK: str(self.run),
+            "RAY_ADDRESS": "",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         with log.open("w") as handle:
             job = subprocess.Popen(
-                self.command(), cwd=ROOT, env=environment, stdout=handle, stderr=handle, stdin=subprocess.DEVNULL,
+                self.command(),
+                cwd=ROOT,
+                env=environment,
+                stdout=handle,
+                stderr=handle,
+                stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
         return job, log
@@ -133,7 +169,8 @@ def ids_of(run: Path) -> dict[str, str]:
             ids = pq.read_table(file, columns=["sample_id"])["sample_id"].to_pylist()
             found.setdefault(f"{file.parent.parent.name}/{file.parent.name}", Counter()).update(ids)
     return {
-        folder: hashlib.sha256(json.dumps(sorted(ids.items())).encode()).hexdigest()[:16] for folder, ids in found.items()
+        folder: hashlib.sha256(json.dumps(sorted(ids.items())).encode()).hexdigest()[:16]
+        for folder, ids in found.items()
     }
 
 
@@ -156,15 +193,22 @@ class Reference:
     @classmethod
     def of(cls, run: Path) -> Reference:
         results = json.loads((run / "results.json").read_text())
-        return cls(ids_of(run), weights_of(run), {name: score["value"] for name, score in results["accuracy"].items()})
+        return cls(
+            ids_of(run),
+            weights_of(run),
+            {name: score["value"] for name, score in results["accuracy"].items()},
+        )
 
     def difference(self, other: Reference, trained_alike: bool) -> str:
         """What differs from the reference, in words; "" if nothing does.
 
         Args:
-            trained_alike: no training was interrupted, so weights, and with them all that is generated, are equal.
+            trained_alike: no training was interrupted, so weights, and with them all that is generated, are
+                equal.
         """
-        given = {name for name in self.ids if name.startswith("00-data")} if not trained_alike else set(self.ids)
+        given = (
+            {name for name in self.ids if name.startswith("00-data")} if not trained_alike else set(self.ids)
+        )
         wrong = sorted(name for name in given if self.ids[name] != other.ids.get(name))
         if wrong:
             return f"ids differ in {', '.join(wrong)}"
@@ -175,7 +219,9 @@ class Reference:
         return ""
 
 
-def verdict(run: Path, reference: Reference, status: int, printed: str, trained_alike: bool) -> tuple[str, str]:
+def verdict(
+    run: Path, reference: Reference, status: int, printed: str, trained_alike: bool
+) -> tuple[str, str]:
     """(same, named or WRONG; what was said)."""
     if status == 0:
         try:
@@ -219,7 +265,11 @@ def strike(job: subprocess.Popen, target: str) -> bool:
 
 def left_over(run: Path) -> str:
     """Temporary files of the run, and processes that outlived its jobs, in words."""
-    files = [file for file in run.rglob("*") if file.suffix in (".part", ".tmp") or file.name.startswith(("tmp", ".part-"))]
+    files = [
+        file
+        for file in run.rglob("*")
+        if file.suffix in (".part", ".tmp") or file.name.startswith(("tmp", ".part-"))
+    ]
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -243,7 +293,11 @@ def strike_after(process: subprocess.Popen, target: str, seconds: float) -> bool
 def end_of_struck(target: str, status: int, log: Path) -> tuple[str, str]:
     """(named or WRONG; what was said) of a job that failed after it was struck."""
     if target in ("driver", "process group"):
-        return ("named", "") if status == -signal.SIGKILL else ("WRONG", f"exit {status} instead of {-signal.SIGKILL}")
+        return (
+            ("named", "")
+            if status == -signal.SIGKILL
+            else ("WRONG", f"exit {status} instead of {-signal.SIGKILL}")
+        )
     deadline = time.monotonic() + LAST_LINE_SECONDS
     while not RESUME.search(log.read_text(errors="replace")) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -259,7 +313,9 @@ def end_of_struck(target: str, status: int, log: Path) -> tuple[str, str]:
 
 
 def soak_kills(folder: Path, reference: Reference, kills: int, rng: random.Random) -> list[Outcome]:
-    """One run, disturbed `kills` times, then to its end. When a job finishes, the kills that are left get another run."""
+    """One run, disturbed `kills` times, then to its end. When a job finishes, the kills that are left get
+    another run.
+    """
     job, outcomes, started, misses = SoakJob(folder / "kills"), [], time.monotonic(), 0
     targets = list(TARGETS)
     while len(outcomes) < kills:
@@ -274,11 +330,16 @@ def soak_kills(folder: Path, reference: Reference, kills: int, rng: random.Rando
             judged, said = "WRONG", "did not end within an hour"
         else:
             if status == 0:
-                judged, said = verdict(job.run, reference, status, log.read_text(errors="replace"), trained_alike=False)
+                judged, said = verdict(
+                    job.run, reference, status, log.read_text(errors="replace"), trained_alike=False
+                )
             elif struck:
                 judged, said = end_of_struck(target, status, log)
             else:
-                judged, said = "WRONG", f"failed before it was struck: {last_line(log.read_text(errors='replace'))}"
+                judged, said = (
+                    "WRONG",
+                    f"failed before it was struck: {last_line(log.read_text(errors='replace'))}",
+                )
         if status == 0:
             shutil.rmtree(job.run)
             if not struck and judged == "same":
@@ -297,7 +358,9 @@ def soak_kills(folder: Path, reference: Reference, kills: int, rng: random.Rando
         judged, said = "WRONG", left
     if judged == "named":
         judged = "WRONG"
-    outcomes.append(Outcome("kills", "the run in the end", judged, time.monotonic() - started, [status], said))
+    outcomes.append(
+        Outcome("kills", "the run in the end", judged, time.monotonic() - started, [status], said)
+    )
     show(outcomes[-1])
     return outcomes
 
@@ -321,7 +384,16 @@ def soak_two(folder: Path, reference: Reference) -> list[Outcome]:
             status, printed = job.finish()
             judged, said = verdict(job.run, reference, status, printed, trained_alike=True)
             outcome = judged if judged == "same" else "WRONG", said or last_line(refused)
-        outcomes.append(Outcome("two", f"two jobs {pause:g} s apart", outcome[0], time.monotonic() - started, exits, outcome[1]))
+        outcomes.append(
+            Outcome(
+                "two",
+                f"two jobs {pause:g} s apart",
+                outcome[0],
+                time.monotonic() - started,
+                exits,
+                outcome[1],
+            )
+        )
         show(outcomes[-1])
     return outcomes
 
@@ -332,7 +404,9 @@ def soak_disk(folder: Path, reference: Reference, finished: Path) -> list[Outcom
     disk.mkdir()
     size = sum(file.stat().st_size for file in finished.rglob("*") if file.is_file())
     for share in (0.15, 0.5, 0.8):
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(share * size)}", "tmpfs", str(disk)], check=False).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={int(share * size)}", "tmpfs", str(disk)], check=False
+        ).returncode:
             print("disk: no tmpfs can be mounted here; left out", flush=True)
             return outcomes
         try:
@@ -340,12 +414,24 @@ def soak_disk(folder: Path, reference: Reference, finished: Path) -> list[Outcom
             results = [job.finish(), job.finish()]
             subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(disk)], check=True)
             results.append(job.finish())
-            verdicts = [verdict(job.run, reference, status, printed, trained_alike=False) for status, printed in results]
+            verdicts = [
+                verdict(job.run, reference, status, printed, trained_alike=False)
+                for status, printed in results
+            ]
             right = verdicts[0][0] == verdicts[1][0] == "named" and verdicts[2][0] == "same"
             said = next((said for judged, said in verdicts if judged == "WRONG"), verdicts[0][1])
             judged = "same" if right else "WRONG"
             exits = [status for status, _ in results]
-            outcomes.append(Outcome("disk", f"room for {share:.0%} of the run", judged, time.monotonic() - started, exits, said))
+            outcomes.append(
+                Outcome(
+                    "disk",
+                    f"room for {share:.0%} of the run",
+                    judged,
+                    time.monotonic() - started,
+                    exits,
+                    said,
+                )
+            )
             show(outcomes[-1])
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=False)
@@ -353,10 +439,17 @@ def soak_disk(folder: Path, reference: Reference, finished: Path) -> list[Outcom
 
 
 def kinds_of(run: Path) -> dict[str, Path]:
-    """One file of each kind that the run holds: numbers in names do not make another kind. The longest of each kind."""
+    """One file of each kind that the run holds: numbers in names do not make another kind. The longest of
+    each kind.
+    """
     kinds: dict[str, Path] = {}
     for file in sorted(run.rglob("*")):
-        if not file.is_file() or file.is_symlink() or "cells/images" in str(file) or file.relative_to(run).parts[0] == "logs":
+        if (
+            not file.is_file()
+            or file.is_symlink()
+            or "cells/images" in str(file)
+            or file.relative_to(run).parts[0] == "logs"
+        ):
             continue
         kind = re.sub(r"[0-9a-f]{6,}|\d+(?=[-_.])|(?<=[-_])\d+", "#", str(file.relative_to(run)))
         stage = file.relative_to(run).parts[1] if file.relative_to(run).parts[0] == "stages" else ""
@@ -382,7 +475,9 @@ def damage(file: Path, how: str, rng: random.Random) -> None:
         file.write_bytes(bytes(flipped))
 
 
-def soak_damage(folder: Path, reference: Reference, finished: Path, damages: int, rng: random.Random) -> list[Outcome]:
+def soak_damage(
+    folder: Path, reference: Reference, finished: Path, damages: int, rng: random.Random
+) -> list[Outcome]:
     """Copies of the finished run, at its own path, each with one file damaged."""
     original = folder / "finished-copy"
     shutil.copytree(finished, original, symlinks=True)
@@ -401,7 +496,8 @@ def soak_damage(folder: Path, reference: Reference, finished: Path, damages: int
         before = time.monotonic()
         damage(file, how, rng)
         status, printed = job.finish(1200)
-        # A damaged checkpoint makes an unfinished training resume from the one before, in another order of rows.
+        # A damaged checkpoint makes an unfinished training resume from the one before, in another order of
+        # rows.
         alike = whole or "train" not in parts
         judged, said = verdict(finished, reference, status, printed, trained_alike=alike)
         exits = [status]
@@ -413,7 +509,9 @@ def soak_damage(folder: Path, reference: Reference, finished: Path, damages: int
             judged, said = ("named", said) if again == "same" else ("WRONG", f"the second start: {problem}")
         stage = "stage finished" if whole else "stage unfinished"
         name = "/".join(parts[-3:])
-        outcomes.append(Outcome("damage", f"{how}: {name} ({stage})", judged, time.monotonic() - before, exits, said))
+        outcomes.append(
+            Outcome("damage", f"{how}: {name} ({stage})", judged, time.monotonic() - before, exits, said)
+        )
         show(outcomes[-1])
     shutil.rmtree(finished)
     shutil.move(original, finished)
@@ -422,7 +520,11 @@ def soak_damage(folder: Path, reference: Reference, finished: Path, damages: int
 
 def show(outcome: Outcome) -> None:
     exits = ", ".join(map(str, outcome.exits))
-    print(f"{outcome.verdict:6} {outcome.part:7} {outcome.fault}: exit {exits}, {outcome.seconds:.0f} s  {outcome.said}", flush=True)
+    print(
+        f"{outcome.verdict:6} {outcome.part:7} {outcome.fault}: exit {exits}, {outcome.seconds:.0f} s  "
+        f"{outcome.said}",
+        flush=True,
+    )
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -430,16 +532,24 @@ def table(outcomes: list[Outcome]) -> str:
     lines = ["| fault | outcome | exit | what was said |", "|---|---|---|---|"]
     for outcome in outcomes:
         said = outcome.said.replace("|", "\\|")
-        lines.append(f"| {outcome.fault} | {outcome.verdict} | {', '.join(map(str, outcome.exits))} | {said} |")
+        lines.append(
+            f"| {outcome.fault} | {outcome.verdict} | {', '.join(map(str, outcome.exits))} | {said} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", help="for the runs (default: a temporary one, removed at the end)")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, separated by commas (default: {','.join(PARTS)})")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"parts, separated by commas (default: {','.join(PARTS)})"
+    )
     parser.add_argument("--kills", type=int, default=12, help="disturbances of the one run (default: 12)")
-    parser.add_argument("--damages", type=int, default=24, help="damaged copies, drawn from all (default: 24)")
+    parser.add_argument(
+        "--damages", type=int, default=24, help="damaged copies, drawn from all (default: 24)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", help="write the outcomes to this file as a Markdown table")
     options = parser.parse_args()
@@ -466,7 +576,12 @@ def main() -> None:
     if options.table:
         Path(options.table).write_text(table(outcomes))
     wrong = [outcome for outcome in outcomes if outcome.verdict == "WRONG"]
-    summary = {"benchmark": "soak", "seed": options.seed, "seconds": round(time.monotonic() - started), "faults": len(outcomes)}
+    summary = {
+        "benchmark": "soak",
+        "seed": options.seed,
+        "seconds": round(time.monotonic() - started),
+        "faults": len(outcomes),
+    }
     print(json.dumps({**summary, "wrong": len(wrong), "outcomes": [asdict(outcome) for outcome in outcomes]}))
     if not options.folder:
         shutil.rmtree(folder, ignore_errors=True)

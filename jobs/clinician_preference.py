@@ -1,9 +1,12 @@
-"""Clinician preference alignment, for `ray job submit -- python jobs/clinician_preference.py`: see medray.commands.clinician_preference."""
+"""Clinician preference alignment, for `ray job submit -- python jobs/clinician_preference.py`: see
+medray.commands.clinician_preference.
+"""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
+# `ray job submit --working-dir .` has no installed medray
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from medray.commands.beginning import end_at_signals
 

@@ -1,9 +1,12 @@
-"""Instruction-free tuning, for `ray job submit -- python jobs/instruction_free.py`: see medray.commands.instruction_free."""
+"""Instruction-free tuning, for `ray job submit -- python jobs/instruction_free.py`: see
+medray.commands.instruction_free.
+"""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
+# `ray job submit --working-dir .` has no installed medray
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from medray.commands.beginning import end_at_signals
 

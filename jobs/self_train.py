@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `ray job submit --working-dir .` has no installed medray
+# `ray job submit --working-dir .` has no installed medray
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from medray.commands.beginning import end_at_signals
 

@@ -1,13 +1,14 @@
-"""Lets `import torchvision` succeed beside a CPU build of torch when torchvision's own C++ library cannot load.
+"""Lets `import torchvision` succeed beside a CPU build of torch when torchvision's own C++ library cannot
+load.
 
 PyPI has only CUDA builds of torchvision for Linux. Beside CPU torch their `_C.so` does not load, and
-`import torchvision` then stops at `operator torchvision::nms does not exist`, although medray, transformers and
-vLLM use none of its C++ operators. This module declares the two operators torchvision registers fakes for, and
-only when the library really cannot be loaded; with a matching build it does nothing.
+`import torchvision` then stops at `operator torchvision::nms does not exist`, although medray, transformers
+and vLLM use none of its C++ operators. This module declares the two operators torchvision registers fakes
+for, and only when the library really cannot be loaded; with a matching build it does nothing.
 
-It is started by `medray_torchvision_shim.pth` (one line, in site-packages), so it holds in every process of the
-environment, vLLM's and Ray's workers included. Importing it costs nothing: torch is touched only at the moment
-torchvision itself is imported.
+It is started by `medray_torchvision_shim.pth` (one line, in site-packages), so it holds in every process of
+the environment, vLLM's and Ray's workers included. Importing it costs nothing: torch is touched only at the
+moment torchvision itself is imported.
 """
 
 import importlib.machinery

@@ -1,8 +1,9 @@
 """Bootstrap intervals over images, for one model and for two models on the same questions (numpy only).
 
-Questions on one image are not independent, so images are resampled, not questions. A mean over n questions is a ratio
-of per-image sums; a resample of images is a vector of counts, so B resamples are one [B, images] x [images, metrics]
-product, drawn once for all metrics. Letters of shapes: N questions, M metrics, C clusters (images), B resamples.
+Questions on one image are not independent, so images are resampled, not questions. A mean over n questions is
+a ratio of per-image sums; a resample of images is a vector of counts, so B resamples are one [B, images] x
+[images, metrics] product, drawn once for all metrics. Letters of shapes: N questions, M metrics, C clusters
+(images), B resamples.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ PERMUTATIONS = 10_000
 
 
 def clustered_interval(
-    values: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0, level: float = 0.95, weights: Sequence[float] | None = None,
+    values: Sequence[float],
+    clusters: Sequence[Any],
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Mean with a percentile bootstrap interval over clusters.
 
@@ -37,29 +43,45 @@ def clustered_interval(
 
 
 def clustered_intervals(
-    values_NM: np.ndarray, clusters: Sequence[Any], resamples: int = 1000, seed: int = 0, level: float = 0.95, weights: Sequence[float] | None = None,
+    values_NM: np.ndarray,
+    clusters: Sequence[Any],
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    weights: Sequence[float] | None = None,
 ) -> list[dict[str, float]]:
     """`clustered_interval` of several metrics of the same questions, on one set of resamples.
 
     Args:
-        values_NM: a column per metric. NaN: the question has no part in this metric (resamples without any part are left
-            out of its interval).
+        values_NM: a column per metric. NaN: the question has no part in this metric (resamples without any
+            part are left out of its interval).
 
     Raises ValueError where the lengths differ.
     """
     sums_CM, counts_CM = _by_cluster(values_NM, clusters, weights)
     if not len(sums_CM):
-        return [{"value": float("nan"), "low": float("nan"), "high": float("nan")} for _ in range(sums_CM.shape[1])]
+        return [
+            {"value": float("nan"), "low": float("nan"), "high": float("nan")}
+            for _ in range(sums_CM.shape[1])
+        ]
     means_M = _ratio(sums_CM.sum(axis=0), counts_CM.sum(axis=0))
     means_BM = _resampled_means(sums_CM, counts_CM, resamples, seed)
     low_M, high_M = _quantiles(means_BM, [(1 - level) / 2, (1 + level) / 2])
-    return [{"value": float(value), "low": float(low), "high": float(high)} for value, low, high in zip(means_M, low_M, high_M, strict=True)]
+    return [
+        {"value": float(value), "low": float(low), "high": float(high)}
+        for value, low, high in zip(means_M, low_M, high_M, strict=True)
+    ]
 
 
 def paired_difference(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[Any], resamples: int = 1000, seed: int = 0,
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[Any],
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Mean of second - first on the same questions, with its interval over images and two tests of no difference.
+    """Mean of second - first on the same questions, with its interval over images and two tests of no
+    difference.
 
     Returns {"value", "low", "high", "p_better", "p_bootstrap", "p_permutation"}: see `paired_differences`.
 
@@ -74,17 +96,21 @@ def paired_difference(
 
 
 def paired_differences(
-    first_NM: np.ndarray, second_NM: np.ndarray, clusters: Sequence[Any], resamples: int = 1000, seed: int = 0,
+    first_NM: np.ndarray,
+    second_NM: np.ndarray,
+    clusters: Sequence[Any],
+    resamples: int = 1000,
+    seed: int = 0,
     permutations: int = PERMUTATIONS,
 ) -> list[dict[str, float]]:
     """Mean of second - first per metric, on one set of resamples.
 
     A question that is NaN for either model has no part in that metric.
 
-    Returns per metric {"value", "low", "high", "p_better", "p_bootstrap", "p_permutation"}. p_better is the share of
-    resamples in which second is ahead (equal counts half). p_bootstrap is two-sided: twice the share of resamples on the
-    other side of zero. p_permutation is two-sided too: all differences of an image change their sign together, by chance
-    (all sign patterns where there are no more than `permutations` of them).
+    Returns per metric {"value", "low", "high", "p_better", "p_bootstrap", "p_permutation"}. p_better is the
+    share of resamples in which second is ahead (equal counts half). p_bootstrap is two-sided: twice the share
+    of resamples on the other side of zero. p_permutation is two-sided too: all differences of an image change
+    their sign together, by chance (all sign patterns where there are no more than `permutations` of them).
 
     Raises ValueError where the shapes differ.
     """
@@ -93,19 +119,30 @@ def paired_differences(
     sums_CM, counts_CM = _by_cluster(second_NM - first_NM, clusters)
     metrics = sums_CM.shape[1]
     if not len(sums_CM):
-        return [dict.fromkeys(("value", "low", "high", "p_better", "p_bootstrap", "p_permutation"), float("nan")) for _ in range(metrics)]
+        return [
+            dict.fromkeys(("value", "low", "high", "p_better", "p_bootstrap", "p_permutation"), float("nan"))
+            for _ in range(metrics)
+        ]
     means_BM = _resampled_means(sums_CM, counts_CM, resamples, seed)
     low_M, high_M = _quantiles(means_BM, [0.025, 0.975])
     value_M = _ratio(sums_CM.sum(axis=0), counts_CM.sum(axis=0))
     p_M = _sign_flips(sums_CM, permutations, seed)
     return [
-        {"value": float(value_M[m]), "low": float(low_M[m]), "high": float(high_M[m]), **_tails(means_BM[:, m]), "p_permutation": float(p_M[m])}
+        {
+            "value": float(value_M[m]),
+            "low": float(low_M[m]),
+            "high": float(high_M[m]),
+            **_tails(means_BM[:, m]),
+            "p_permutation": float(p_M[m]),
+        }
         for m in range(metrics)
     ]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down correction: p-values that may be read against one level although several were looked at."""
+    """Holm's step-down correction: p-values that may be read against one level although several were
+    looked at.
+    """
     adjusted: dict[str, float] = {}
     largest = 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
@@ -160,8 +197,12 @@ def _refuse_nan(values: np.ndarray) -> None:
         raise ValueError("a value is NaN; leave unanswered questions out or count them as wrong")
 
 
-def _by_cluster(values_NM: np.ndarray, clusters: Sequence[Any], weights: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [C, M] and counts [C, M] (or [C, 1] where all metrics have all questions), weighted; clusters in sorted order."""
+def _by_cluster(
+    values_NM: np.ndarray, clusters: Sequence[Any], weights: Sequence[float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums [C, M] and counts [C, M] (or [C, 1] where all metrics have all questions), weighted; clusters
+    in sorted order.
+    """
     values_NM = np.asarray(values_NM, dtype=np.float64)
     if len(values_NM) != len(clusters):
         raise ValueError(f"{len(values_NM)} values but {len(clusters)} clusters")
@@ -172,7 +213,10 @@ def _by_cluster(values_NM: np.ndarray, clusters: Sequence[Any], weights: Sequenc
     weights_N = np.ones(len(values_NM)) if weights is None else np.asarray(weights, np.float64)
 
     def added(columns_NM: np.ndarray) -> np.ndarray:
-        return np.stack([np.bincount(index_N, column * weights_N, minlength=len(names)) for column in columns_NM.T], axis=1)
+        return np.stack(
+            [np.bincount(index_N, column * weights_N, minlength=len(names)) for column in columns_NM.T],
+            axis=1,
+        )
 
     if not missing_NM.any():
         return added(values_NM), np.bincount(index_N, weights_N)[:, None]
@@ -203,4 +247,7 @@ def _quantiles(means_BM: np.ndarray, levels: list[float]) -> np.ndarray:
     if not np.isnan(means_BM).any():
         return np.quantile(means_BM, levels, axis=0)
     kept = [column[~np.isnan(column)] for column in means_BM.T]
-    return np.stack([np.quantile(column, levels) if len(column) else np.full(len(levels), np.nan) for column in kept], axis=1)
+    return np.stack(
+        [np.quantile(column, levels) if len(column) else np.full(len(levels), np.nan) for column in kept],
+        axis=1,
+    )

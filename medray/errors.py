@@ -32,7 +32,9 @@ class TooManySetAside(StageError):
 
 
 class Waiting(MedrayError):
-    """Not a failure: a run that can go on only when people have done their part; the same command then continues it."""
+    """Not a failure: a run that can go on only when people have done their part; the same command then
+    continues it.
+    """
 
 
 class RunHeld(MedrayError):

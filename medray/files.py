@@ -1,4 +1,6 @@
-"""Files on any fsspec file system: list a folder by its literal name, write whole, hash contents, seal small JSON files."""
+"""Files on any fsspec file system: list a folder by its literal name, write whole, hash contents, seal
+small JSON files.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _BLOCK = 2**22  # bytes hashed at once
 
 
 def files_in(fs: Any, folder: str, suffix: str = "") -> list[str]:
-    """Paths of a folder's files whose names end with `suffix`, in order of name; none if there is no such folder.
+    """Paths of a folder's files whose names end with `suffix`, in order of name; none if there is no such
+    folder.
 
     Unlike `fs.glob` it takes the folder's name literally: a run may lie under `results[2026]/`.
     """

@@ -1,4 +1,6 @@
-"""Files and folders that only their owner may read, whatever the umask: they hold patients' images, or keys."""
+"""Files and folders that only their owner may read, whatever the umask: they hold patients' images, or
+keys.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ log = logging.getLogger(__name__)
 def private_folder(uri: str) -> None:
     """Make a local folder, and those above it that are missing, with mode 0700.
 
-    A folder that is there keeps its mode, which its owner may have chosen; where others may read it, the log says so. Nothing happens at a remote address: who may
-    read an object store is set there.
+    A folder that is there keeps its mode, which its owner may have chosen; where others may read it, the log
+    says so. Nothing happens at a remote address: who may read an object store is set there.
     """
     fs, root = url_to_fs(uri)
     if "file" not in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
@@ -29,7 +31,9 @@ def private_folder(uri: str) -> None:
     for part in reversed(missing):
         part.mkdir(mode=FOLDER_MODE, exist_ok=True)
     if folder not in missing and stat.S_IMODE(folder.stat().st_mode) & _OTHERS:
-        log.warning("%s can be read by others, and gets patients' data; to close it: chmod 700 %s", folder, folder)
+        log.warning(
+            "%s can be read by others, and gets patients' data; to close it: chmod 700 %s", folder, folder
+        )
 
 
 def private_file(path: str | Path) -> None:
@@ -46,7 +50,8 @@ def private_file(path: str | Path) -> None:
 def write_private(path: Path, text: str) -> None:
     """Write a file with mode 0600 as a whole or not at all.
 
-    It is written beside its place under a name that nobody can foresee or have made before (O_EXCL follows no link), then moved there.
+    It is written beside its place under a name that nobody can foresee or have made before (O_EXCL follows no
+    link), then moved there.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)

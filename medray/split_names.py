@@ -31,14 +31,74 @@ _WORDS = {
 _SPLITS = {word + more: split for split, words in _WORDS.items() for word in words for more in ("", "set")}
 # What a folder's name may say beside its split: train_images, Test Data.
 _BESIDE = re.compile(r"(sets?|data|dataset|split|images?|imgs?|files?|records)$")
-# Words that a folder or a section may have beside its split and say nothing else: VQA_test, partial-train. With others a "test" may be anything:
-# test-project, blood_test.
-_NEUTRAL = frozenset((
-    "set", "sets", "data", "dataset", "split", "splits", "image", "images", "img", "imgs", "picture", "pictures", "file", "files", "record", "records", "item", "items",
-    "sample", "samples", "vqa", "qa", "question", "questions", "answer", "answers", "caption", "captions", "annotation", "annotations", "label", "labels", "metadata",
-    "json", "jsonl", "csv", "jpg", "jpeg", "png", "dicom", "dcm", "shard", "shards", "part", "parts", "partial", "full", "all", "final", "official", "public", "clean",
-    "raw", "processed", "resized", "subset", "small", "new", "v", "the", "for", "of",
-))
+# Words that a folder or a section may have beside its split and say nothing else: VQA_test, partial-train.
+# With others a "test" may be anything: test-project, blood_test.
+_NEUTRAL = frozenset(
+    (
+        "set",
+        "sets",
+        "data",
+        "dataset",
+        "split",
+        "splits",
+        "image",
+        "images",
+        "img",
+        "imgs",
+        "picture",
+        "pictures",
+        "file",
+        "files",
+        "record",
+        "records",
+        "item",
+        "items",
+        "sample",
+        "samples",
+        "vqa",
+        "qa",
+        "question",
+        "questions",
+        "answer",
+        "answers",
+        "caption",
+        "captions",
+        "annotation",
+        "annotations",
+        "label",
+        "labels",
+        "metadata",
+        "json",
+        "jsonl",
+        "csv",
+        "jpg",
+        "jpeg",
+        "png",
+        "dicom",
+        "dcm",
+        "shard",
+        "shards",
+        "part",
+        "parts",
+        "partial",
+        "full",
+        "all",
+        "final",
+        "official",
+        "public",
+        "clean",
+        "raw",
+        "processed",
+        "resized",
+        "subset",
+        "small",
+        "new",
+        "v",
+        "the",
+        "for",
+        "of",
+    )
+)
 # Fields that may hold a split under another name; they are heeded if their value is a known word.
 _OTHER_FIELDS = ("subset", "partition", "set", "datasplit", "datasetsplit", "splitname", "splittype", "phase")
 
@@ -64,8 +124,9 @@ def split_of_name(name: str) -> str | None:
 
 
 def split_of_folder(name: str) -> str | None:
-    """The split that a folder's or a section's name is, apart from words that say nothing else: test, testImages, VQA_test, partial-train. None for
-    others, and for several."""
+    """The split that a folder's or a section's name is, apart from words that say nothing else: test,
+    testImages, VQA_test, partial-train. None for others, and for several.
+    """
     word = re.sub(r"[^a-z]+", "", name.lower())
     whole = _SPLITS.get(word) or _SPLITS.get(_BESIDE.sub("", word))
     if whole or not word:
@@ -175,8 +236,9 @@ def _nested(record: Mapping[str, Any], names: Mapping[str, Any], more: Collectio
 
 
 def split_in(members: Mapping[str, Any]) -> str | None:
-    """The word for a split among the members beside a file's records: {"split": "test", "data": [...]}. Any text
-    of a member `split` is one, known or not, and a known word of a member such as `subset`."""
+    """The word for a split among the members beside a file's records: {"split": "test", "data": [...]}.
+    Any text of a member `split` is one, known or not, and a known word of a member such as `subset`.
+    """
     for name, value in members.items():
         plain = re.sub(r"[^a-z]+", "", str(name).lower())
         if isinstance(value, str) and (plain == "split" or (plain in _OTHER_FIELDS and as_split(value))):

@@ -1,26 +1,31 @@
 """The arms of docs/results/clinician_preference.md: runs the jobs, prints the tables.
 
-Every arm is what one `jobs/clinician_preference.py` command per seed does, printed before it runs, in a run directory of its own under --runs. What
-arms have in common (data, dialogues, judgements, ratings, the rating models, the base model's answers) is made once per seed, in
---runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done; what is done
-stands in a record, with which it continues on another machine too (--record).
+Every arm is what one `jobs/clinician_preference.py` command per seed does, printed before it runs, in a run
+directory of its own under --runs. What arms have in common (data, dialogues, judgements, ratings, the rating
+models, the base model's answers) is made once per seed, in --runs/shared. The same command of this script
+continues where it was stopped, and does nothing where all is done; what is done stands in a record, with
+which it continues on another machine too (--record).
 
     nohup python -m studies.clinician_preference --runs runs/arms-cells > runs/arms.log 2>&1 &
-    python -m studies.clinician_preference --data WBCATT --runs runs/arms-wbcatt --arms 'random, 40 %' 'mixture, 40 %' --seeds 0
-    python -m studies.clinician_preference --runs runs/arms-cells --finished     # the tables of what is finished
+    python -m studies.clinician_preference --data WBCATT --runs runs/arms-wbcatt --arms 'random, 40 %'
+    'mixture, 40 %' --seeds 0 python -m studies.clinician_preference --runs runs/arms-cells --finished     #
+    the tables of what is finished
 
-Arms: dialogues at random, or selected by a rating model that learned from the rating VLM alone, the clinicians alone, or both (the mixture),
-at 10, 40 and 80 %; all dialogues; the mixture with other weights w of the clinicians' pairs (rating models only, nothing is tuned); both ways without
-demonstrations; answers that are right by the true attributes, the most that a selection by correctness can gain; and the mixture's scores
-relative to those of the same question and answer (select.relative_to, an extension).
-Without --data the arms are run on the synthetic cells. The clinicians are simulated from true attributes: `clinicians.error_rate` is
-the share of their ticks that are wrong.
+Arms: dialogues at random, or selected by a rating model that learned from the rating VLM alone, the
+clinicians alone, or both (the mixture), at 10, 40 and 80 %; all dialogues; the mixture with other weights w
+of the clinicians' pairs (rating models only, nothing is tuned); both ways without demonstrations; answers
+that are right by the true attributes, the most that a selection by correctness can gain; and the mixture's
+scores relative to those of the same question and answer (select.relative_to, an extension). Without --data
+the arms are run on the synthetic cells. The clinicians are simulated from true attributes:
+`clinicians.error_rate` is the share of their ticks that are wrong.
 
-Columns: strict accuracy on held-out questions, whole and by kind; `win rate`, against the base model (with --set judge=...); `right`, the
-share of right answers in the dialogues tuned on, and their `variety`: effectively different exchanges per exchange; of the rating model
-`alignment` with held-out pairs of the clinicians, `pairs`, those of the rating VLM, `truth`, its AUC of right against wrong answers about
-images it was not trained on, and `untold`, the same of answers to what the caption does not state. Writes table.md and report.html (plots)
-into --runs, prints the Markdown tables (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
+Columns: strict accuracy on held-out questions, whole and by kind; `win rate`, against the base model (with
+--set judge=...); `right`, the share of right answers in the dialogues tuned on, and their `variety`:
+effectively different exchanges per exchange; of the rating model `alignment` with held-out pairs of the
+clinicians, `pairs`, those of the rating VLM, `truth`, its AUC of right against wrong answers about images it
+was not trained on, and `untold`, the same of answers to what the caption does not state. Writes table.md and
+report.html (plots) into --runs, prints the Markdown tables (mean over seeds, 95 % t-interval over seeds) and
+one JSON line last.
 """
 
 from __future__ import annotations
@@ -43,16 +48,28 @@ def _arms() -> Iterator[tuple[str, list[str]]]:
         kept = [f"select.fraction={share / 100}"]
         yield f"random, {share} %", ["evaluate.arms=[random]", *kept]
         for learned_from in ("model", "clinician", "mixture"):
-            yield f"{learned_from}, {share} %", ["evaluate.arms=[selected]", f"rater.train_on={learned_from}", *kept]
+            yield (
+                f"{learned_from}, {share} %",
+                ["evaluate.arms=[selected]", f"rater.train_on={learned_from}", *kept],
+            )
     yield "all", ["evaluate.arms=[all]"]
     for weight in W_GRID:
         yield f"w {weight}", ["evaluate.arms=[]", f"rater.clinician_weight={weight}"]
-    yield f"random, 40 %, {BARE}", ["evaluate.arms=[random]", "select.fraction=0.4", "with_demonstrations=false"]
-    yield f"mixture, 40 %, {BARE}", ["evaluate.arms=[selected]", "select.fraction=0.4", "with_demonstrations=false"]
+    yield (
+        f"random, 40 %, {BARE}",
+        ["evaluate.arms=[random]", "select.fraction=0.4", "with_demonstrations=false"],
+    )
+    yield (
+        f"mixture, 40 %, {BARE}",
+        ["evaluate.arms=[selected]", "select.fraction=0.4", "with_demonstrations=false"],
+    )
     for share in SHARES[:2]:
         yield f"right, {share} %", ["evaluate.arms=[right]", f"select.fraction={share / 100}"]
     for share in SHARES[:2]:
-        yield f"mixture, {share} %, {RELATIVE}", ["evaluate.arms=[selected]", "select.relative_to=exchange", f"select.fraction={share / 100}"]
+        yield (
+            f"mixture, {share} %, {RELATIVE}",
+            ["evaluate.arms=[selected]", "select.relative_to=exchange", f"select.fraction={share / 100}"],
+        )
 
 
 ARMS = dict(_arms())
@@ -64,17 +81,51 @@ def _at(shares: Iterable[int], name: str, end: str = "") -> list[str]:
 
 
 _TWO = {"all shares": SHARES, "10 and 40 %": SHARES[:2]}
-CONTRASTS = {
-    f"{one} minus {other}, {named}": (_at(shares, one), _at(shares, other))
-    for one, other in (("mixture", "random"), ("model", "random"), ("clinician", "random"), ("mixture", "model"), ("mixture", "clinician")) for named, shares in _TWO.items()
-} | {"with demonstrations minus without": (["random, 40 %", "mixture, 40 %"], [f"random, 40 %, {BARE}", f"mixture, 40 %, {BARE}"])} | {
-    f"{one} minus {other}, 10 and 40 %": (_at(SHARES[:2], one), _at(SHARES[:2], other)) for one, other in (("right", "random"), ("mixture", "right"))
-} | {
-    f"mixture, relative, minus {other}, 10 and 40 %": (_at(SHARES[:2], "mixture", f", {RELATIVE}"), _at(SHARES[:2], other)) for other in ("random", "mixture")
-}
+CONTRASTS = (
+    {
+        f"{one} minus {other}, {named}": (_at(shares, one), _at(shares, other))
+        for one, other in (
+            ("mixture", "random"),
+            ("model", "random"),
+            ("clinician", "random"),
+            ("mixture", "model"),
+            ("mixture", "clinician"),
+        )
+        for named, shares in _TWO.items()
+    }
+    | {
+        "with demonstrations minus without": (
+            ["random, 40 %", "mixture, 40 %"],
+            [f"random, 40 %, {BARE}", f"mixture, 40 %, {BARE}"],
+        )
+    }
+    | {
+        f"{one} minus {other}, 10 and 40 %": (_at(SHARES[:2], one), _at(SHARES[:2], other))
+        for one, other in (("right", "random"), ("mixture", "right"))
+    }
+    | {
+        f"mixture, relative, minus {other}, 10 and 40 %": (
+            _at(SHARES[:2], "mixture", f", {RELATIVE}"),
+            _at(SHARES[:2], other),
+        )
+        for other in ("random", "mixture")
+    }
+)
 """The claims of the paper, as means of arms minus means of others."""
 
-COLUMNS = ("all", "open", "closed", "mcq", "win rate", "right", "variety", "alignment", "pairs", "truth", "untold")
+COLUMNS = (
+    "all",
+    "open",
+    "closed",
+    "mcq",
+    "win rate",
+    "right",
+    "variety",
+    "alignment",
+    "pairs",
+    "truth",
+    "untold",
+)
 
 
 def against(arm: str) -> str | None:
@@ -91,9 +142,13 @@ def measures(results: dict[str, Any], model: str | None, rater: dict[str, Any] |
     truth = results["truth"] or {"right": {}, "auc": {}, "auc, not in the caption": {}}
     auc = {"truth": truth["auc"], "untold": truth["auc, not in the caption"]}
     found = {
-        "all": scores["overall"].get("accuracy"), **{kind: scores["by_type"].get(kind, {}).get("accuracy") for kind in ("open", "closed", "mcq")},
-        "win rate": results["win_rates"].get(f"{model} against base", {}).get("win_rate"), "right": truth["right"].get("written" if model == "all" else model or ""),
-        "alignment": None, "pairs": None, **{name: found.get("rating model") if rater else None for name, found in auc.items()},
+        "all": scores["overall"].get("accuracy"),
+        **{kind: scores["by_type"].get(kind, {}).get("accuracy") for kind in ("open", "closed", "mcq")},
+        "win rate": results["win_rates"].get(f"{model} against base", {}).get("win_rate"),
+        "right": truth["right"].get("written" if model == "all" else model or ""),
+        "alignment": None,
+        "pairs": None,
+        **{name: found.get("rating model") if rater else None for name, found in auc.items()},
     }
     variety = results["variety"].get(model or "")
     found["variety"] = variety and variety["kept"] / results["counts"][f"10-select-{model}"]["exchanges kept"]
@@ -119,8 +174,17 @@ def floors(results: dict[str, Any]) -> dict[str, float | None]:
 
 
 STUDY = Study(
-    job="clinician_preference", method=clinician_preference, config_type=ClinicianPreferenceConfig, title="Clinician preference alignment", arms=ARMS, against=against, columns=COLUMNS,
-    base=base, tuned=tuned, floors=floors, contrasts=CONTRASTS,
+    job="clinician_preference",
+    method=clinician_preference,
+    config_type=ClinicianPreferenceConfig,
+    title="Clinician preference alignment",
+    arms=ARMS,
+    against=against,
+    columns=COLUMNS,
+    base=base,
+    tuned=tuned,
+    floors=floors,
+    contrasts=CONTRASTS,
 )
 
 if __name__ == "__main__":

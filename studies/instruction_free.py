@@ -1,16 +1,18 @@
 """The arms of docs/results/instruction_free.md: runs the jobs, prints the tables.
 
-Every arm is what one `jobs/instruction_free.py` command per seed does, printed before it runs, in a run directory of its own under --runs. What
-arms have in common (the data, the base model's answers, the warm-up of equal k, seed and shuffling) is made once, in
---runs/shared. The same command of this script continues where it was stopped, and does nothing where all is done; what is done
-stands in a record, with which it continues on another machine too (--record).
+Every arm is what one `jobs/instruction_free.py` command per seed does, printed before it runs, in a run
+directory of its own under --runs. What arms have in common (the data, the base model's answers, the warm-up
+of equal k, seed and shuffling) is made once, in --runs/shared. The same command of this script continues
+where it was stopped, and does nothing where all is done; what is done stands in a record, with which it
+continues on another machine too (--record).
 
     nohup python -m studies.instruction_free --data WBCATT --runs runs/arms > runs/arms.log 2>&1 &
-    python -m studies.instruction_free --data WBCATT --runs runs/arms --finished     # the tables of what is finished
-    python -m studies.instruction_free --runs runs/arms-cells --arms text proxy-textbook+shuffled --seeds 0
+    python -m studies.instruction_free --data WBCATT --runs runs/arms --finished     # the tables of what is
+    finished python -m studies.instruction_free --runs runs/arms-cells --arms text proxy-textbook+shuffled
+    --seeds 0
 
-Without --data the arms are run on the synthetic cells. Writes table.md and report.html (plots) into --runs, prints the Markdown
-tables (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
+Without --data the arms are run on the synthetic cells. Writes table.md and report.html (plots) into --runs,
+prints the Markdown tables (mean over seeds, 95 % t-interval over seeds) and one JSON line last.
 """
 
 from __future__ import annotations
@@ -37,9 +39,24 @@ ARMS: dict[str, list[str]] = {
     f"{WHOLE}, LoRA": [*SHUFFLED, *LORA],
     **{f"{WHOLE}, k={k}": [f"tune.proxy.count={k}", *SHUFFLED] for k in OTHER_COUNTS},
 }
-"""Overrides of the configuration by arm. The proxy has 8 vectors and the language model is frozen where the name does not say otherwise."""
+"""Overrides of the configuration by arm. The proxy has 8 vectors and the language model is frozen where
+the name does not say otherwise.
+"""
 
-COLUMNS = ("strict", "balanced", "likelihood", "format failures", "leakage", "plain", "general", "retained", "precision", "recall", "F1", "ROUGE-L")
+COLUMNS = (
+    "strict",
+    "balanced",
+    "likelihood",
+    "format failures",
+    "leakage",
+    "plain",
+    "general",
+    "retained",
+    "precision",
+    "recall",
+    "F1",
+    "ROUGE-L",
+)
 
 PROXIES = [f"proxy-{mode}" for mode in MODES]
 ALL_SHUFFLED = [f"{arm}+shuffled" for arm in PROXIES]
@@ -66,9 +83,17 @@ CONTRASTS = {
 """The claims of the paper, as means of arms minus means of others."""
 
 STUDY = Study(
-    job="instruction_free", method=instruction_free, config_type=InstructionFreeConfig, title="Instruction-free tuning", arms=ARMS, against=lambda arm: "text", columns=COLUMNS,
-    base=lambda results: per_cent(results["measures"]["base"], COLUMNS), tuned=lambda results: per_cent(results["measures"]["tuned"], COLUMNS),
-    floors=lambda results: results["floors"], contrasts=CONTRASTS,
+    job="instruction_free",
+    method=instruction_free,
+    config_type=InstructionFreeConfig,
+    title="Instruction-free tuning",
+    arms=ARMS,
+    against=lambda arm: "text",
+    columns=COLUMNS,
+    base=lambda results: per_cent(results["measures"]["base"], COLUMNS),
+    tuned=lambda results: per_cent(results["measures"]["tuned"], COLUMNS),
+    floors=lambda results: results["floors"],
+    contrasts=CONTRASTS,
 )
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
-"""What the arms of clinician_preference_arms.py keep, by the true attributes: why right answers alone make no good selection.
+"""What the arms of clinician_preference_arms.py keep, by the true attributes: why right answers alone make no
+good selection.
 
 Of the dialogues that each finished run was tuned on, as they lie in --runs:
 
     right       % of the answers that can be checked and are right
-    attributes  effective number of attributes asked about (e to the entropy); `values`, of attributes with the image's true value
-    hard        % wrong among all written answers to questions of the same attribute and true value, on average over what is kept
-    unsure      points, of ten, that the rating VLM's mean score of the right answers that are kept lacks; `like`, the same of all right answers that say
-                the same of the same attribute and true value: where unsure is below like, the plainer images were kept
+    attributes  effective number of attributes asked about (e to the entropy); `values`, of attributes with
+    the image's true value hard        % wrong among all written answers to questions of the same attribute
+    and true value, on average over what is kept unsure      points, of ten, that the rating VLM's mean score
+    of the right answers that are kept lacks; `like`, the same of all right answers that say
+                the same of the same attribute and true value: where unsure is below like, the plainer images
+                were kept
     images      how many images the kept exchanges are about
 
-Prints a Markdown table (means over seeds) and one JSON line last. A selection like the random one but for `right` has thrown away wrong answers
-only; one that is less hard and less unsure has thrown away what there was to learn.
+Prints a Markdown table (means over seeds) and one JSON line last. A selection like the random one but for
+`right` has thrown away wrong answers only; one that is less hard and less unsure has thrown away what there
+was to learn.
 
     python -m studies.selected_dialogues --runs runs/arms-cells
-    python -m studies.selected_dialogues --runs runs/arms-cells --arms 'random, 10 %' 'mixture, 10 %' 'right, 10 %' --seeds 1 2
+    python -m studies.selected_dialogues --runs runs/arms-cells --arms 'random, 10 %' 'mixture, 10 %' 'right,
+    10 %' --seeds 1 2
 """
 
 from __future__ import annotations
@@ -43,9 +48,18 @@ Seen = dict[Exchange, float | None]  # every exchange that was written, with its
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", required=True, help="the study's folder")
-    parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if " %" in arm], choices=list(ARMS), metavar="ARM", help="default: all that select")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=[arm for arm in ARMS if " %" in arm],
+        choices=list(ARMS),
+        metavar="ARM",
+        help="default: all that select",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
     stages = Path(options.runs, "shared", "stages")
@@ -58,12 +72,17 @@ def main() -> None:
         for seed in options.seeds:
             for kept in folder_of(arm, seed, options).glob("stages/10-select-*/rows"):
                 exchanges = list(exchanges_of(kept))
-                seen = max(written, key=lambda one: sum(exchange in one for exchange in exchanges))  # those it was selected from
+                # those it was selected from
+                seen = max(written, key=lambda one: sum(exchange in one for exchange in exchanges))
                 found.setdefault(arm, {})[seed] = measures(exchanges, seen, attributes)
     columns = list(next(iter(next(iter(found.values())).values()))) if found else []
     print("\n".join(["| arm | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]))
     for arm, by_seed in found.items():
-        print(f"| {arm} | {' '.join(map(str, sorted(by_seed)))} | " + " | ".join(f"{mean(one[column] for one in by_seed.values()):.3g}" for column in columns) + " |")
+        print(
+            f"| {arm} | {' '.join(map(str, sorted(by_seed)))} | "
+            + " | ".join(f"{mean(one[column] for one in by_seed.values()):.3g}" for column in columns)
+            + " |"
+        )
     print(json.dumps(found))
 
 
@@ -92,9 +111,15 @@ def measures(kept: list[Exchange], written: Seen, attributes: Attributes) -> dic
             scores.setdefault((subject(exchange, attributes), exchange[2]), []).append(score)
     rated = [exchange for exchange in kept if right[exchange] and written[exchange] is not None]
     return {
-        "right": 100 * mean(right[exchange] for exchange in kept if right[exchange] is not None), "attributes": effective(names), "values": effective(subjects),
-        "hard": 100 * sum(number * mean(wrong[asked]) for asked, number in subjects.items()) / subjects.total(),
-        "unsure": HIGHEST - mean(written[exchange] for exchange in rated), "like": HIGHEST - mean(mean(scores[subject(exchange, attributes), exchange[2]]) for exchange in rated),
+        "right": 100 * mean(right[exchange] for exchange in kept if right[exchange] is not None),
+        "attributes": effective(names),
+        "values": effective(subjects),
+        "hard": 100
+        * sum(number * mean(wrong[asked]) for asked, number in subjects.items())
+        / subjects.total(),
+        "unsure": HIGHEST - mean(written[exchange] for exchange in rated),
+        "like": HIGHEST
+        - mean(mean(scores[subject(exchange, attributes), exchange[2]]) for exchange in rated),
         "images": len({image for image, *_ in kept}),
     }
 

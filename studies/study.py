@@ -1,8 +1,9 @@
-"""What the studies of a method's arms share: one run of the method per arm and seed, continued where it was stopped, and the tables.
+"""What the studies of a method's arms share: one run of the method per arm and seed, continued where it was
+stopped, and the tables.
 
-A study says which overrides of a job's configuration its arms are and which numbers of a run's results.json it shows;
-instruction_free_arms.py and clinician_preference_arms.py are the commands. All runs of a study are made by one process in one
-Ray, so that nothing is started and imported anew for each.
+A study says which overrides of a job's configuration its arms are and which numbers of a run's results.json
+it shows; instruction_free_arms.py and clinician_preference_arms.py are the commands. All runs of a study are
+made by one process in one Ray, so that nothing is started and imported anew for each.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Study:
         base: results.json -> measures of the base model, None where it has none.
         tuned: results.json -> measures of the arm.
         floors: results.json -> what can be had without a look at the image, as shares.
-        contrasts: arms whose mean is compared with the mean of others on the same seeds, by name: one question, more runs.
+        contrasts: arms whose mean is compared with the mean of others on the same seeds, by name: one
+            question, more runs.
     """
 
     job: str
@@ -72,11 +74,15 @@ def per_cent(values: Mapping[str, Any], columns: Sequence[str]) -> Measures:
 
 
 def folder_of(arm: str, seed: int, options: argparse.Namespace) -> Path:
-    return Path(options.runs, f"{arm.replace(', ', '-').replace('+', '-').replace('=', '').replace(' ', '-')}-{seed}")
+    return Path(
+        options.runs, f"{arm.replace(', ', '-').replace('+', '-').replace('=', '').replace(' ', '-')}-{seed}"
+    )
 
 
 def run(study: Study, arm: str, seed: int, options: argparse.Namespace) -> None:
-    """Run or continue one arm and add it to the record, where it is not there with the same configuration. Raises what the method raises."""
+    """Run or continue one arm and add it to the record, where it is not there with the same
+    configuration. Raises what the method raises.
+    """
     folder = folder_of(arm, seed, options)
     overrides = [*study.arms[arm], f"seed={seed}", *options.overrides]
     wanted = fingerprint(load_config(study.config_type, options.config, overrides), options)
@@ -86,22 +92,53 @@ def run(study: Study, arm: str, seed: int, options: argparse.Namespace) -> None:
     config = load_config(study.config_type, options.config, [*source, *overrides])
     shared = Path(options.runs, "shared")
     data = ["--data", options.data] if options.data else []
-    command = ["python", f"jobs/{study.job}.py", "--config", options.config, *data, "--run", str(folder), "--shared", str(shared)]
-    print("$ " + shlex.join([*command, *(part for override in overrides for part in ("--set", override))]), flush=True)
+    command = [
+        "python",
+        f"jobs/{study.job}.py",
+        "--config",
+        options.config,
+        *data,
+        "--run",
+        str(folder),
+        "--shared",
+        str(shared),
+    ]
+    print(
+        "$ " + shlex.join([*command, *(part for override in overrides for part in ("--set", override))]),
+        flush=True,
+    )
     study.method(config, str(folder.resolve()), str(shared.resolve()))
     results = json.loads((folder / "results.json").read_text())
-    line = {"arm": arm, "seed": seed, "config": wanted, "base": study.base(results), "tuned": study.tuned(results), "floors": study.floors(results)}
+    line = {
+        "arm": arm,
+        "seed": seed,
+        "config": wanted,
+        "base": study.base(results),
+        "tuned": study.tuned(results),
+        "floors": study.floors(results),
+    }
     with record_of(options).open("a") as record:
         record.write(json.dumps(line) + "\n")
 
 
 def fingerprint(config: Section, options: argparse.Namespace) -> str:
-    """Of what is not as medray has it by default, wherever it runs: fields that come later, and are left alone, change nothing."""
-    return digest({"config": _without_places(config.model_dump(mode="json", exclude_defaults=True)), "data": options.data and Path(options.data).name})
+    """Of what is not as medray has it by default, wherever it runs: fields that come later, and are left
+    alone, change nothing.
+    """
+    return digest(
+        {
+            "config": _without_places(config.model_dump(mode="json", exclude_defaults=True)),
+            "data": options.data and Path(options.data).name,
+        }
+    )
 
 
 def _without_places(value: Any) -> Any:
-    return {name: _without_places(item) for name, item in value.items() if name != "place"} if isinstance(value, dict) else value
+    return (
+        {name: _without_places(item) for name, item in value.items() if name != "place"}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def record_of(options: argparse.Namespace) -> Path:
@@ -109,7 +146,9 @@ def record_of(options: argparse.Namespace) -> Path:
 
 
 def recorded(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The lines of the record: arm, seed, a hash of the configuration, and the measures as Study has them; of a run done again the last one."""
+    """The lines of the record: arm, seed, a hash of the configuration, and the measures as Study has
+    them; of a run done again the last one.
+    """
     path = record_of(options)
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return list({(line["arm"], line["seed"]): line for line in lines}.values())
@@ -152,7 +191,11 @@ def differences(study: Study, arms: ByArm) -> ByArm:
 
 def contrasted(study: Study, arms: ByArm) -> ByArm:
     """The study's contrasts, of the seeds for which all of their arms are there."""
-    return {name: by_seed for name, (ones, others) in study.contrasts.items() if (by_seed := _minus(study, arms, ones, others))}
+    return {
+        name: by_seed
+        for name, (ones, others) in study.contrasts.items()
+        if (by_seed := _minus(study, arms, ones, others))
+    }
 
 
 def _minus(study: Study, arms: ByArm, ones: Sequence[str], others: Sequence[str]) -> dict[int, Measures]:
@@ -163,16 +206,31 @@ def _minus(study: Study, arms: ByArm, ones: Sequence[str], others: Sequence[str]
         values = [arms[arm][seed].get(name) for arm in of]
         return None if None in values else statistics.mean(values)
 
-    pairs = {seed: {name: (mean(ones, seed, name), mean(others, seed, name)) for name in study.columns} for seed in sorted(seeds)}
-    return {seed: {name: None if None in pair else pair[0] - pair[1] for name, pair in by_name.items()} for seed, by_name in pairs.items()}
+    pairs = {
+        seed: {name: (mean(ones, seed, name), mean(others, seed, name)) for name in study.columns}
+        for seed in sorted(seeds)
+    }
+    return {
+        seed: {name: None if None in pair else pair[0] - pair[1] for name, pair in by_name.items()}
+        for seed, by_name in pairs.items()
+    }
 
 
 def table(study: Study, head: str, arms: ByArm) -> str:
     """Markdown: a line per arm, mean over seeds with its interval."""
-    lines = [f"| {head} | seeds | " + " | ".join(study.columns) + " |", "|---|---:|" + "---:|" * len(study.columns)]
+    lines = [
+        f"| {head} | seeds | " + " | ".join(study.columns) + " |",
+        "|---|---:|" + "---:|" * len(study.columns),
+    ]
     for arm, seeds in arms.items():
-        cells = [[found[name] for found in seeds.values() if found.get(name) is not None] for name in study.columns]
-        lines.append(f"| {arm} | {'' if arm == BASE else len(seeds)} | " + " | ".join(interval(values) if values else "" for values in cells) + " |")
+        cells = [
+            [found[name] for found in seeds.values() if found.get(name) is not None] for name in study.columns
+        ]
+        lines.append(
+            f"| {arm} | {'' if arm == BASE else len(seeds)} | "
+            + " | ".join(interval(values) if values else "" for values in cells)
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -187,9 +245,16 @@ def page(study: Study, arms: ByArm, text: str) -> str:
     """The plots of all arms, one for each measure, and the tables."""
     plots = []
     for name in study.columns:
-        scores = {arm: spread(values) for arm, seeds in arms.items() if (values := [found[name] for found in seeds.values() if found.get(name) is not None])}
+        scores = {
+            arm: spread(values)
+            for arm, seeds in arms.items()
+            if (values := [found[name] for found in seeds.values() if found.get(name) is not None])
+        }
         plots.append(html_report.arms_plot(scores, f"{name}, per cent, mean and 95 % interval over seeds"))
-    return html_report.page(f"{study.title}: the arms", [("Arms", f'<div class="plots">{"".join(plots)}</div>'), ("Tables", f"<pre>{text}</pre>")])
+    return html_report.page(
+        f"{study.title}: the arms",
+        [("Arms", f'<div class="plots">{"".join(plots)}</div>'), ("Tables", f"<pre>{text}</pre>")],
+    )
 
 
 def write(study: Study, options: argparse.Namespace) -> str:
@@ -197,38 +262,68 @@ def write(study: Study, options: argparse.Namespace) -> str:
     arms = by_arm(options)
     if not arms:
         return "no run is finished"
-    shown = "\n".join([
-        table(study, "arm", arms), "", "Floors: " + ", ".join(f"{name} {value:.1f}" for name, value in floors(options).items()) + ".", "",
-        table(study, "difference", differences(study, arms)), *(["", table(study, "question", contrasted(study, arms))] if study.contrasts else []),
-    ])
+    shown = "\n".join(
+        [
+            table(study, "arm", arms),
+            "",
+            "Floors: " + ", ".join(f"{name} {value:.1f}" for name, value in floors(options).items()) + ".",
+            "",
+            table(study, "difference", differences(study, arms)),
+            *(["", table(study, "question", contrasted(study, arms))] if study.contrasts else []),
+        ]
+    )
     Path(options.runs, "table.md").write_text(shown + "\n", encoding="utf-8")
     Path(options.runs, "report.html").write_text(page(study, arms, shown), encoding="utf-8")
     return shown
 
 
 def main(study: Study, name: str, description: str | None) -> None:
-    """The command of a study. Its arguments: --data, --runs, --record, --config, --seeds, --arms, --set, --finished.
+    """The command of a study. Its arguments: --data, --runs, --record, --config, --seeds, --arms, --set,
+    --finished.
 
     Args:
         name: in the JSON line, which is printed last.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="WBCAtt folder, or any source of attribute tables (default: synthetic cells)")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", help="WBCAtt folder, or any source of attribute tables (default: synthetic cells)"
+    )
     parser.add_argument("--runs", required=True, help="folder of the run directories")
-    parser.add_argument("--record", help="file of one JSON line for each finished run; a run that is there is not made again, whatever --runs holds (default: record.jsonl in --runs)")
+    parser.add_argument(
+        "--record",
+        help="file of one JSON line for each finished run; a run that is there is not made again, whatever "
+        "--runs holds (default: record.jsonl in --runs)",
+    )
     parser.add_argument("--config", default=study.config)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(study.arms), choices=list(study.arms), metavar="ARM", help=f"of: {'; '.join(study.arms)}".replace("%", "%%"))
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="for every job")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=list(study.arms),
+        choices=list(study.arms),
+        metavar="ARM",
+        help=f"of: {'; '.join(study.arms)}".replace("%", "%%"),
+    )
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="for every job"
+    )
     parser.add_argument("--finished", action="store_true", help="run nothing, only make the tables")
     options = parser.parse_args()
     options.data = options.data and str(Path(options.data).resolve())
     Path(options.runs).mkdir(parents=True, exist_ok=True)
     if not options.finished:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        )
         with ray_session(load_config(study.config_type, options.config, options.overrides).cluster):
             for seed in options.seeds:
                 for arm in options.arms:
                     run(study, arm, seed, options)
     print(write(study, options))
-    print(json.dumps({"benchmark": name, "seeds": options.seeds, "arms": by_arm(options), "floors": floors(options)}))
+    print(
+        json.dumps(
+            {"benchmark": name, "seeds": options.seeds, "arms": by_arm(options), "floors": floors(options)}
+        )
+    )

@@ -10,12 +10,14 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Serve gives up a proxy that is not ready within 5 seconds, or does not answer within 10: on a machine at work it needs longer.
+# Serve gives up a proxy that is not ready within 5 seconds, or does not answer within 10: on a machine at
+# work it needs longer.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
 
-# A background shell makes its children deaf to Ctrl-C, and theirs, unless they have a handler. Not by preexec_fn: that forks this process while
-# Ray's threads talk to its cluster, and there were calls that never ended after it.
+# A background shell makes its children deaf to Ctrl-C, and theirs, unless they have a handler. Not by
+# preexec_fn: that forks this process while Ray's threads talk to its cluster, and there were calls that never
+# ended after it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -33,7 +35,13 @@ def ray_cluster():
     from medray.running.ray_session import start_ray
 
     ray.shutdown()  # what a test began that did not ask for this one
-    start_ray(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level="ERROR")
+    start_ray(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=True,
+        logging_level="ERROR",
+    )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # as medray.running.ray_session sets it

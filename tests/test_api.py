@@ -34,5 +34,8 @@ def test_every_name_is_there_and_on_the_page():
 
 
 def test_importing_medray_loads_neither_torch_nor_ray():
-    code = "import sys, medray; assert not {'torch', 'ray', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    code = (
+        "import sys, medray; assert not {'torch', 'ray', 'transformers'} & set(sys.modules), "
+        "sorted(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

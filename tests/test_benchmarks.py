@@ -10,7 +10,13 @@ BENCHMARKS = sorted(path for path in (Path(__file__).resolve().parents[1] / "ben
 
 
 def run(path, *arguments):
-    return subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""})
+    return subprocess.run(
+        [sys.executable, str(path), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""},
+    )
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)

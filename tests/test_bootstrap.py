@@ -35,11 +35,18 @@ def test_against_a_loop_over_resamples_question_by_question():
     values[images == 3, 1] = np.nan  # an image without part in the second metric
     names = np.unique(images)
     drawn = np.random.default_rng(7).integers(0, len(names), size=(200, len(names)), dtype=np.int32)
-    means = np.array([np.nanmean(np.concatenate([values[images == names[place]] for place in row]), axis=0) for row in drawn])
+    means = np.array(
+        [
+            np.nanmean(np.concatenate([values[images == names[place]] for place in row]), axis=0)
+            for row in drawn
+        ]
+    )
     found = clustered_intervals(values, images, resamples=200, seed=7)
     for column in (0, 1):
         low, high = np.quantile(means[:, column], [0.025, 0.975])
-        assert found[column] == pytest.approx({"value": np.nanmean(values[:, column]), "low": low, "high": high})
+        assert found[column] == pytest.approx(
+            {"value": np.nanmean(values[:, column]), "low": low, "high": high}
+        )
 
 
 def test_metrics_share_their_resamples():
@@ -59,10 +66,13 @@ def test_resamples_without_any_part_in_a_metric_are_left_out():
 
 def test_weights():
     values, clusters = [1.0, 0.0, 1.0, 1.0, 0.0], ["a", "a", "b", "c", "c"]
-    assert clustered_interval(values, clusters, 500, 3, weights=[2.0] * 5) == pytest.approx(clustered_interval(values, clusters, 500, 3))
+    assert clustered_interval(values, clusters, 500, 3, weights=[2.0] * 5) == pytest.approx(
+        clustered_interval(values, clusters, 500, 3)
+    )
     assert clustered_interval(values, clusters, weights=[1, 1, 4, 1, 1])["value"] == pytest.approx(6 / 8)
     doubled = clustered_interval(values, clusters, 500, 3, weights=[1, 1, 2, 1, 1])
-    assert doubled == pytest.approx(clustered_interval([*values, 1.0], [*clusters, "b"], 500, 3))  # a weight of two is the same question twice
+    # a weight of two is the same question twice
+    assert doubled == pytest.approx(clustered_interval([*values, 1.0], [*clusters, "b"], 500, 3))
 
 
 def test_pairing_removes_what_both_models_share():
@@ -78,11 +88,14 @@ def test_pairing_removes_what_both_models_share():
     assert (equal["p_better"], equal["p_bootstrap"], equal["p_permutation"]) == (0.5, 1.0, 1.0)
 
 
-@pytest.mark.parametrize(("differences", "p"), [
-    ([2, 1, 1], 2 / 8),  # sums of +-2 +-1 +-1 as far from zero as 4
-    ([2, 1, -1], 6 / 8),  # as far as 2: all but +2 -1 -1 and its mirror
-    ([1, 0, 0], 1.0),
-])
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([2, 1, 1], 2 / 8),  # sums of +-2 +-1 +-1 as far from zero as 4
+        ([2, 1, -1], 6 / 8),  # as far as 2: all but +2 -1 -1 and its mirror
+        ([1, 0, 0], 1.0),
+    ],
+)
 def test_sign_flips_of_few_images_are_enumerated(differences, p):
     first, second = np.zeros(6), np.array(differences * 2) / 2  # two questions per image
     assert paired_difference(first, second, [0, 1, 2] * 2)["p_permutation"] == pytest.approx(p)
@@ -98,7 +111,10 @@ def test_random_sign_flips_come_close_to_all_of_them():
 
 def test_without_a_difference_a_small_p_is_as_rare_as_it_says():
     rng = np.random.default_rng(4)
-    p = [paired_difference(*rng.random((2, 40)), np.arange(40) // 2, resamples=10)["p_permutation"] for _ in range(400)]
+    p = [
+        paired_difference(*rng.random((2, 40)), np.arange(40) // 2, resamples=10)["p_permutation"]
+        for _ in range(400)
+    ]
     assert np.mean(np.array(p) <= 0.2) == pytest.approx(0.2, abs=0.06)
 
 
@@ -125,7 +141,9 @@ def test_order_of_questions_does_not_matter():
     rng = np.random.default_rng(5)
     values, images = rng.random(1000), rng.integers(0, 70, 1000)
     shuffled = rng.permutation(1000)
-    assert clustered_interval(values[shuffled], images[shuffled]) == pytest.approx(clustered_interval(values, images))
+    assert clustered_interval(values[shuffled], images[shuffled]) == pytest.approx(
+        clustered_interval(values, images)
+    )
 
 
 def test_a_hundred_thousand_questions_in_chunks():

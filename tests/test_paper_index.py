@@ -6,10 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from medray.config import ClinicianPreferenceConfig, InstructionFreeConfig, Section, SelfTrainingConfig, fields_of
+from medray.config import (
+    ClinicianPreferenceConfig,
+    InstructionFreeConfig,
+    Section,
+    SelfTrainingConfig,
+    fields_of,
+)
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/paper_index.md").read_text()
-METHODS = dict(zip((SelfTrainingConfig, InstructionFreeConfig, ClinicianPreferenceConfig), PAGE.split("\n## ")[1:], strict=True))
+METHODS = dict(
+    zip(
+        (SelfTrainingConfig, InstructionFreeConfig, ClinicianPreferenceConfig),
+        PAGE.split("\n## ")[1:],
+        strict=True,
+    )
+)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(medray\.[\w.]+:\w+)`", PAGE))))
@@ -20,7 +32,11 @@ def test_functions_are_there(name):
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: config.__name__)
 def test_fields_are_there(config):
-    rows = [line.split("|")[3] for line in METHODS[config].splitlines() if line.startswith("| ") and "In the paper" not in line]
+    rows = [
+        line.split("|")[3]
+        for line in METHODS[config].splitlines()
+        if line.startswith("| ") and "In the paper" not in line
+    ]
     named = [field for row in rows for field in re.findall(r"`([\w.]+)`", row)]
     assert len(rows) > 8 and all(re.findall(r"`([\w.]+)`", row) for row in rows)
     for field in named:

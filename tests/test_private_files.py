@@ -31,7 +31,9 @@ def test_the_database_and_the_files_beside_it_are_their_owners_alone(tmp_path):
         engine = open_database(f"sqlite:///{tmp_path}/j.db")
         with writing(engine) as connection:
             connection.execute(insert(set_aside).values(item_id="a", reason="b"))
-            assert {path.name: mode(path) for path in tmp_path.iterdir()} == dict.fromkeys(("j.db", "j.db-wal", "j.db-shm"), 0o600)
+            assert {path.name: mode(path) for path in tmp_path.iterdir()} == dict.fromkeys(
+                ("j.db", "j.db-wal", "j.db-shm"), 0o600
+            )
         engine.dispose()
     finally:
         os.umask(before)
@@ -67,7 +69,9 @@ def test_exports_are_their_owners_alone(tmp_path):
     finally:
         os.umask(before)
     folders = [tmp_path / "a", tmp_path / "a/out", *(tmp_path / "a/out").iterdir()]
-    assert {path.name: mode(path) for path in folders} == dict.fromkeys(("a", "out", "judgements", "pairs", "demonstrations"), 0o700)
+    assert {path.name: mode(path) for path in folders} == dict.fromkeys(
+        ("a", "out", "judgements", "pairs", "demonstrations"), 0o700
+    )
     assert mode(tmp_path) == 0o700 or mode(tmp_path) & 0o077, "what was there stays as it was"
 
 
@@ -96,7 +100,11 @@ def test_a_link_that_waits_for_the_tokens_is_not_followed(tmp_path):
     for name in ("keys.txt.part", ".keys.txt.part"):
         (tmp_path / name).symlink_to(victim)
     token = add_holder(str(file), "ann")
-    assert victim.read_text() == "mine" and read_tokens(str(file)).holder(token).name == "ann" and mode(file) == 0o600
+    assert (
+        victim.read_text() == "mine"
+        and read_tokens(str(file)).holder(token).name == "ann"
+        and mode(file) == 0o600
+    )
 
 
 def test_a_tokens_file_behind_a_link_stays_one(tmp_path):
@@ -105,12 +113,19 @@ def test_a_tokens_file_behind_a_link_stays_one(tmp_path):
     real.chmod(0o644)
     link.symlink_to(real)
     add_holder(str(link), "ben")
-    assert link.is_symlink() and mode(real) == 0o600 and {holder.name for holder in read_tokens(str(link)).holders.values()} == {"ann", "ben"}
+    assert (
+        link.is_symlink()
+        and mode(real) == 0o600
+        and {holder.name for holder in read_tokens(str(link)).holders.values()} == {"ann", "ben"}
+    )
 
 
 def test_a_tokens_file_that_cannot_be_read_or_written_is_named(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    for path, words in ((tmp_path / "bytes", "cannot be read"), (tmp_path / "none" / "keys.txt", "cannot be written")):
+    for path, words in (
+        (tmp_path / "bytes", "cannot be read"),
+        (tmp_path / "none" / "keys.txt", "cannot be written"),
+    ):
         with pytest.raises(ConfigError, match=f"tokens: {path} {words}"):
             add_holder(str(path), "ann")
     assert not Path(tmp_path, "none").exists()

@@ -14,7 +14,11 @@ def module_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_of(path): path for folder in ("medray", "serve", "jobs", "studies") for path in (ROOT / folder).rglob("*.py")}
+MODULES = {
+    module_of(path): path
+    for folder in ("medray", "serve", "jobs", "studies")
+    for path in (ROOT / folder).rglob("*.py")
+}
 
 
 def imported(path):
@@ -59,12 +63,22 @@ def test_the_package_needs_none_of_the_scripts():
 @pytest.mark.parametrize(
     ("lower", "higher"),
     [
-        ("medray/config", "medray/running"), ("medray/running", "medray/inference"), ("medray/images", "medray/ingest/readers"), ("medray/ingest/readers", "medray/ingest"),
-        ("medray/storage", "medray/inference"), ("medray/models", "medray/data"), ("medray/data", "medray/train"), ("medray/train", "medray/rating_model"),
-        ("medray/inference", "medray/evaluation"), ("medray/rating_model", "medray/methods/shared"), ("medray/evaluation", "medray/methods/shared"),
-        ("medray/methods/shared", "medray/methods/self_train"), ("medray/methods/shared", "medray/serving"), ("medray/serving", "serve"),
+        ("medray/config", "medray/running"),
+        ("medray/running", "medray/inference"),
+        ("medray/images", "medray/ingest/readers"),
+        ("medray/ingest/readers", "medray/ingest"),
+        ("medray/storage", "medray/inference"),
+        ("medray/models", "medray/data"),
+        ("medray/data", "medray/train"),
+        ("medray/train", "medray/rating_model"),
+        ("medray/inference", "medray/evaluation"),
+        ("medray/rating_model", "medray/methods/shared"),
+        ("medray/evaluation", "medray/methods/shared"),
+        ("medray/methods/shared", "medray/methods/self_train"),
+        ("medray/methods/shared", "medray/serving"),
+        ("medray/serving", "serve"),
     ],
-)  # fmt: skip
+)
 def test_lower_floors_do_not_import_higher_ones(lower, higher):
     rooms = graph(room_of)
     assert {lower, higher} <= rooms.keys()

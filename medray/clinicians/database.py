@@ -1,6 +1,8 @@
-"""The clinicians' database: its tables, how it is opened, and which judgements count. Sign-ins of the page are in it too (medray/serving/clinician_page/sessions.py).
+"""The clinicians' database: its tables, how it is opened, and which judgements count. Sign-ins of the page
+are in it too (medray/serving/clinician_page/sessions.py).
 
-Nothing that was said is overwritten: a judgement is a row, and the last row of a clinician and item is their word.
+Nothing that was said is overwritten: a judgement is a row, and the last row of a clinician and item is their
+word.
 """
 
 from __future__ import annotations
@@ -46,12 +48,14 @@ _NAME = String(ID_LENGTH)
 schema = MetaData()
 
 images = Table(
-    "clinician_image", schema,
+    "clinician_image",
+    schema,
     Column("image_hash", String(64), primary_key=True),  # SHA-256: the questions of an image share it
     Column("image", LargeBinary(2**32 - 1), nullable=False),  # as found
 )
 items = Table(
-    "clinician_item", schema,
+    "clinician_item",
+    schema,
     Column("item_id", _NAME, primary_key=True),
     Column("priority", Integer, nullable=False),  # greater ones are shown first
     Column("place", BigInteger, nullable=False),  # the drawn order within a priority
@@ -63,12 +67,14 @@ items = Table(
     Index("clinician_item_order", "priority", "place"),
 )
 set_aside = Table(
-    "clinician_item_set_aside", schema,
+    "clinician_item_set_aside",
+    schema,
     Column("item_id", _NAME, primary_key=True),  # or "row N of FOLDER" where it has no usable one
     Column("reason", Text, nullable=False),
 )
 assignments = Table(
-    "assignment", schema,
+    "assignment",
+    schema,
     Column("item_id", ForeignKey(items.c.item_id), primary_key=True),
     Column("clinician", _NAME, primary_key=True),
     Column("first_shown", String(1), nullable=False),  # a | b
@@ -77,18 +83,23 @@ assignments = Table(
     Index("assignment_of_clinician", "clinician", "state"),
 )
 studies = Table(
-    "clinician_study", schema,
-    Column("folder", String(64), primary_key=True),  # SHA-256 of the name of the folder of the items, as the job names it
+    "clinician_study",
+    schema,
+    # SHA-256 of the name of the folder of the items, as the job names it
+    Column("folder", String(64), primary_key=True),
     Column("judgements_per_item", Integer, nullable=False),  # that the job waits for
 )
 words = Table(
-    "judgement", schema,
-    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),  # in the order said
+    "judgement",
+    schema,
+    # in the order said
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("item_id", _NAME, nullable=False),
     Column("clinician", _NAME, nullable=False),
     Column("save_key", String(64), nullable=False),
     Column("status", String(16), nullable=False),  # judged | skipped | not_answerable | withdrawn
-    Column("good_a", Boolean), Column("good_b", Boolean),
+    Column("good_a", Boolean),
+    Column("good_b", Boolean),
     *[Column(name, Text) for name in ("edited_question", "edited_a", "edited_b")],
     Column("first_shown", String(1), nullable=False),
     Column("judged_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
@@ -98,13 +109,16 @@ words = Table(
     Index("judgement_of_item", "item_id", "clinician", "number"),
 )
 page_sessions = Table(
-    "page_session", schema,
+    "page_session",
+    schema,
     Column("session_hash", String(64), primary_key=True),  # SHA-256 of what the browser's cookie holds
-    Column("token_hash", String(64), nullable=False),  # whose session it is: it ends when the token is withdrawn
+    # whose session it is: it ends when the token is withdrawn
+    Column("token_hash", String(64), nullable=False),
     Column("expires_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
 )
 sign_in_failures = Table(
-    "sign_in_failure", schema,
+    "sign_in_failure",
+    schema,
     Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("address_hash", String(64), nullable=False),
     Column("failed_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
@@ -118,14 +132,25 @@ def open_database(url: str) -> Engine:
     try:
         parsed = make_url(url)
         sqlite = parsed.get_backend_name() == "sqlite"
-        if sqlite and (parsed.database in (None, "", ":memory:", "file::memory:") or "mode=memory" in str(parsed)):
-            raise ConfigError(f"database: {url} is kept in memory and would be lost; give a file: sqlite:////path/to/judgements.db")
-        # Who waited for a lock on an item must see what was committed meanwhile, and not all databases do so by default.
-        settings: dict[str, Any] = {"connect_args": {"timeout": 60}} if sqlite else {"isolation_level": "READ COMMITTED"}
+        if sqlite and (
+            parsed.database in (None, "", ":memory:", "file::memory:") or "mode=memory" in str(parsed)
+        ):
+            raise ConfigError(
+                f"database: {url} is kept in memory and would be lost; give a file: "
+                "sqlite:////path/to/judgements.db"
+            )
+        # Who waited for a lock on an item must see what was committed meanwhile, and not all databases do so
+        # by default.
+        settings: dict[str, Any] = (
+            {"connect_args": {"timeout": 60}} if sqlite else {"isolation_level": "READ COMMITTED"}
+        )
         # Errors name what they were about to store, and may reach a log: no texts in them.
         engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True, **settings)
     except (ArgumentError, ModuleNotFoundError) as error:
-        raise ConfigError(f"database: {error}; give an SQLAlchemy URL such as sqlite:///judgements.db or postgresql+psycopg://user@host/name") from None
+        raise ConfigError(
+            f"database: {error}; give an SQLAlchemy URL such as sqlite:///judgements.db or "
+            "postgresql+psycopg://user@host/name"
+        ) from None
     if sqlite:
         _private_sqlite(parsed.database)
         _prepare_sqlite(engine)
@@ -135,7 +160,9 @@ def open_database(url: str) -> Engine:
 
 
 def _private_sqlite(database: str) -> None:
-    """Leave the file, which holds patients' images, to its owner; SQLite gives -wal and -shm the mode of the file."""
+    """Leave the file, which holds patients' images, to its owner; SQLite gives -wal and -shm the mode of
+    the file.
+    """
     path = Path(unquote(urlsplit(database).path) if database.startswith("file:") else database)
     try:
         private_file(path)
@@ -143,13 +170,20 @@ def _private_sqlite(database: str) -> None:
             if beside.exists():
                 private_file(beside)
     except OSError as error:
-        raise ConfigError(f"database: {path} cannot be opened: {error.strerror}; give a file in a folder that exists and can be written") from error
+        raise ConfigError(
+            f"database: {path} cannot be opened: {error.strerror}; give a file in a folder that exists and "
+            "can be written"
+        ) from error
 
 
 def absolute_url(url: str) -> str:
     """A relative SQLite file, as seen from this process, by its full path."""
     parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database.startswith(("/", ":", "file:")):
+    if (
+        parsed.get_backend_name() != "sqlite"
+        or not parsed.database
+        or parsed.database.startswith(("/", ":", "file:"))
+    ):
         return url
     return parsed.set(database=str(Path(os.getcwd(), parsed.database))).render_as_string(hide_password=False)
 
@@ -166,7 +200,9 @@ def _prepare_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def _(connection):
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("medray_writes") else "BEGIN")
+        connection.exec_driver_sql(
+            "BEGIN IMMEDIATE" if connection.get_execution_options().get("medray_writes") else "BEGIN"
+        )
 
 
 @contextlib.contextmanager
@@ -179,5 +215,9 @@ def writing(engine: Engine) -> Iterator[Any]:
 def counting() -> Select:
     """The judgements that count: the last word of each clinician on each item, where it was not withdrawn."""
     later = words.alias("later")
-    is_last = ~exists().where(later.c.item_id == words.c.item_id, later.c.clinician == words.c.clinician, later.c.number > words.c.number)
+    is_last = ~exists().where(
+        later.c.item_id == words.c.item_id,
+        later.c.clinician == words.c.clinician,
+        later.c.number > words.c.number,
+    )
     return select(words).where(words.c.status != WITHDRAWN, is_last)

@@ -56,17 +56,22 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 log = logging.getLogger(__name__)
 
 
-def import_items(uri: str, url: str, seed: int = 0, priority: int = 0, limits: DataConfig | None = None) -> dict[str, int]:
-    """Put records.CLINICIAN_ITEM shards into the database; the same call again changes nothing, also after a kill.
+def import_items(
+    uri: str, url: str, seed: int = 0, priority: int = 0, limits: DataConfig | None = None
+) -> dict[str, int]:
+    """Put records.CLINICIAN_ITEM shards into the database; the same call again changes nothing, also after a
+    kill.
 
     Args:
         seed: of the order in which items are shown.
         priority: of these items; greater ones are shown before all others.
         limits: of the images (data.max_image_pixels, ...).
 
-    Returns {"imported", "already" (were there), "set_aside"}: an item without texts or a usable image is set aside with its reason.
+    Returns {"imported", "already" (were there), "set_aside"}: an item without texts or a usable image is set
+    aside with its reason.
 
-    Raises DataError where there are no items, or one that is there already has other contents now: a judged item must stay what it was.
+    Raises DataError where there are no items, or one that is there already has other contents now: a judged
+    item must stay what it was.
     """
     if not parquet_files(uri):
         raise DataError(f"items: no Parquet files in {uri}; give the folder of the clinician items")
@@ -76,7 +81,10 @@ def import_items(uri: str, url: str, seed: int = 0, priority: int = 0, limits: D
     for table in tables(uri, rows=READ_ROWS):
         missing = [name for name in _NEEDED if name not in table.column_names]
         if missing:
-            raise DataError(f"items: {uri} lacks the columns {', '.join(missing)}; give shards of medray.records.CLINICIAN_ITEM")
+            raise DataError(
+                f"items: {uri} lacks the columns {', '.join(missing)}; give shards of "
+                "medray.records.CLINICIAN_ITEM"
+            )
         rows = conform(table, CLINICIAN_ITEM).to_pylist()
         good, bad = {}, {}
         for number, row in enumerate(rows, counts.total()):
@@ -86,7 +94,9 @@ def import_items(uri: str, url: str, seed: int = 0, priority: int = 0, limits: D
                 if good.setdefault(row["item_id"], made)["fingerprint"] != made["fingerprint"]:
                     raise _changed(row["item_id"], uri)
             else:
-                identity = row["item_id"] if _is_name(row["item_id"]) else f"row {number} of {uri}"[-ID_LENGTH:]
+                identity = (
+                    row["item_id"] if _is_name(row["item_id"]) else f"row {number} of {uri}"[-ID_LENGTH:]
+                )
                 bad[identity] = reason
                 log.warning("item %s is set aside: %s", identity, reason)
         new = _insert_new(engine, good, bad, uri)
@@ -113,7 +123,8 @@ def why_unusable(row: Row, limits: DataConfig) -> str | None:
 
 
 def export_judgements(url: str, target: str) -> int:
-    """Write records.JUDGEMENT shards, one row for each item and clinician, in place of an earlier export; returns the rows.
+    """Write records.JUDGEMENT shards, one row for each item and clinician, in place of an earlier export;
+    returns the rows.
 
     What a clinician took back is left out; the database keeps it.
     """
@@ -124,12 +135,16 @@ def export_judgements(url: str, target: str) -> int:
 
 
 def export_pairs(url: str, target: str) -> dict[str, int]:
-    """Write records.RATING_PAIR shards in place of an earlier export; returns judgements.preference_rows' counts."""
+    """Write records.RATING_PAIR shards in place of an earlier export; returns judgements.preference_rows'
+    counts.
+    """
     return _export(url, target, preference_rows, RATING_PAIR)
 
 
 def export_demonstrations(url: str, target: str) -> dict[str, int]:
-    """Write records.EXCHANGE shards in place of an earlier export; returns judgements.demonstration_rows' counts."""
+    """Write records.EXCHANGE shards in place of an earlier export; returns judgements.demonstration_rows'
+    counts.
+    """
     return _export(url, target, demonstration_rows, EXCHANGE)
 
 
@@ -137,13 +152,16 @@ def export_all(url: str, folder: str) -> dict[str, Any]:
     """judgements/, pairs/ and demonstrations/ under `folder`, with their counts."""
     private_folder(folder)
     return {
-        "judgements": export_judgements(url, f"{folder}/judgements"), "pairs": export_pairs(url, f"{folder}/pairs"),
+        "judgements": export_judgements(url, f"{folder}/judgements"),
+        "pairs": export_pairs(url, f"{folder}/pairs"),
         "demonstrations": export_demonstrations(url, f"{folder}/demonstrations"),
     }
 
 
 def ask_for(uri: str, url: str, judgements_per_item: int) -> None:
-    """Note in the database how many clinicians a job waits for to judge each of the items in `uri`, so that the page asks as many."""
+    """Note in the database how many clinicians a job waits for to judge each of the items in `uri`, so
+    that the page asks as many.
+    """
     engine = open_database(url)
     study = hashlib.sha256(uri.encode()).hexdigest()
     with writing(engine) as connection:
@@ -153,10 +171,11 @@ def ask_for(uri: str, url: str, judgements_per_item: int) -> None:
 
 
 def asked_for(url: str, uri: str | None = None) -> int | None:
-    """How many clinicians the jobs behind a database, and behind the items in `uri`, wait for to judge each item; the largest
-    number, or None if neither says so.
+    """How many clinicians the jobs behind a database, and behind the items in `uri`, wait for to judge each
+    item; the largest number, or None if neither says so.
 
-    The items of a run lie in its folder stages/03-candidates/items; the run's config.yaml says what it waits for.
+    The items of a run lie in its folder stages/03-candidates/items; the run's config.yaml says what it waits
+    for.
     """
     engine = open_database(url)
     with engine.connect() as connection:
@@ -164,7 +183,8 @@ def asked_for(url: str, uri: str | None = None) -> int | None:
     engine.dispose()
     if uri is not None:
         fs, root = url_to_fs(uri)
-        run, inside, _ = root.rstrip("/").partition("/stages/03-candidates")  # of shared stages, the name goes on
+        # of shared stages, the name goes on
+        run, inside, _ = root.rstrip("/").partition("/stages/03-candidates")
         config = posixpath.join(run, "config.yaml")
         if inside and fs.exists(config):
             clinicians = (yaml.safe_load(fs.cat_file(config)) or {}).get("clinicians") or {}
@@ -173,12 +193,27 @@ def asked_for(url: str, uri: str | None = None) -> int | None:
 
 
 def progress_of(url: str, judgements_per_item: int = 1) -> dict[str, int]:
-    """{"items", "complete" (items that as many clinicians have judged), "judgements", "set_aside"} of a database."""
+    """{"items", "complete" (items that as many clinicians have judged), "judgements", "set_aside"} of a
+    database.
+    """
     engine = open_database(url)
-    done = select(assignments.c.item_id).where(assignments.c.state == "done").group_by(assignments.c.item_id).having(func.count() >= judgements_per_item)
-    wanted = {"items": select(items.c.item_id), "complete": done, "judgements": counting(), "set_aside": select(set_aside.c.item_id)}
+    done = (
+        select(assignments.c.item_id)
+        .where(assignments.c.state == "done")
+        .group_by(assignments.c.item_id)
+        .having(func.count() >= judgements_per_item)
+    )
+    wanted = {
+        "items": select(items.c.item_id),
+        "complete": done,
+        "judgements": counting(),
+        "set_aside": select(set_aside.c.item_id),
+    }
     with engine.connect() as connection:
-        found = {name: connection.scalar(select(func.count()).select_from(rows.subquery())) for name, rows in wanted.items()}
+        found = {
+            name: connection.scalar(select(func.count()).select_from(rows.subquery()))
+            for name, rows in wanted.items()
+        }
     engine.dispose()
     return found
 
@@ -186,10 +221,21 @@ def progress_of(url: str, judgements_per_item: int = 1) -> dict[str, int]:
 def judgement_rows(engine: Engine) -> Iterator[Row]:
     """The judgements that count as records.JUDGEMENT rows, in order of item and clinician."""
     with engine.connect().execution_options(yield_per=256) as connection:
-        about = counting().join(items, items.c.item_id == words.c.item_id).add_columns(*[items.c[name] for name in FINGERPRINTED])
+        about = (
+            counting()
+            .join(items, items.c.item_id == words.c.item_id)
+            .add_columns(*[items.c[name] for name in FINGERPRINTED])
+        )
         for row in connection.execute(about.order_by(words.c.item_id, words.c.clinician)).mappings():
-            taken = {name: row[name] for name in JUDGEMENT.names if name not in ("item", "simulated", "judged_at")}
-            yield {**taken, "item": item_fingerprint(row), "simulated": False, "judged_at": _EPOCH + timedelta(microseconds=row["judged_at"])}
+            taken = {
+                name: row[name] for name in JUDGEMENT.names if name not in ("item", "simulated", "judged_at")
+            }
+            yield {
+                **taken,
+                "item": item_fingerprint(row),
+                "simulated": False,
+                "judged_at": _EPOCH + timedelta(microseconds=row["judged_at"]),
+            }
 
 
 def item_rows(engine: Engine) -> Iterator[Row]:
@@ -197,7 +243,9 @@ def item_rows(engine: Engine) -> Iterator[Row]:
     joined = items.join(images, items.c.image_hash == images.c.image_hash)
     columns = [images.c.image if name == "image" else items.c[name] for name in CLINICIAN_ITEM.names]
     with engine.connect().execution_options(yield_per=READ_ROWS) as connection:
-        for row in connection.execute(select(*columns).select_from(joined).order_by(items.c.item_id)).mappings():
+        for row in connection.execute(
+            select(*columns).select_from(joined).order_by(items.c.item_id)
+        ).mappings():
             yield dict(row)
 
 
@@ -210,27 +258,48 @@ def _item(row: Row, seed: int, priority: int) -> Row:
     image_hash = hashlib.sha256(row["image"]).hexdigest()
     shown = {name: row[name] for name in (*_TEXTS, "turn")} | {"image_hash": image_hash}
     fingerprint = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
-    place = xxhash.xxh64_intdigest(f"{seed}/{row['item_id']}".encode()) >> 1  # databases' integers have a sign
-    return {**shown, "item_id": row["item_id"], "image": row["image"], "fingerprint": fingerprint, "place": place, "priority": priority}
+    # databases' integers have a sign
+    place = xxhash.xxh64_intdigest(f"{seed}/{row['item_id']}".encode()) >> 1
+    return {
+        **shown,
+        "item_id": row["item_id"],
+        "image": row["image"],
+        "fingerprint": fingerprint,
+        "place": place,
+        "priority": priority,
+    }
 
 
 def _changed(item_id: str, uri: str) -> DataError:
-    return DataError(f"items: {item_id!r} of {uri} has other contents than before; give changed items new ids, or use another database")
+    return DataError(
+        f"items: {item_id!r} of {uri} has other contents than before; give changed items new ids, or use "
+        "another database"
+    )
 
 
 def _insert_new(engine: Engine, good: dict[str, Row], bad: dict[str, str], uri: str) -> int:
-    """Insert what is not there yet; returns how many items that were. Raises DataError for an item with other contents."""
+    """Insert what is not there yet; returns how many items that were. Raises DataError for an item with
+    other contents.
+    """
     for _ in range(_ATTEMPTS):
         try:
             with writing(engine) as connection:
                 return _insert_in(connection, good, bad, uri)
         except IntegrityError as error:
-            clash = error  # Another import put one of them there between our look and our insert; what it wrote is seen now.
-    raise DataError(f"items: the database takes some ids of {uri} for the same, such as ids that differ only in case; give them ids that differ more") from clash
+            # Another import put one of them there between our look and our insert; what it wrote is seen now.
+            clash = error
+    raise DataError(
+        f"items: the database takes some ids of {uri} for the same, such as ids that differ only in case; "
+        "give them ids that differ more"
+    ) from clash
 
 
 def _insert_in(connection: Connection, good: dict[str, Row], bad: dict[str, str], uri: str) -> int:
-    there = dict(connection.execute(select(items.c.item_id, items.c.fingerprint).where(items.c.item_id.in_(good))).tuples().all())
+    there = dict(
+        connection.execute(select(items.c.item_id, items.c.fingerprint).where(items.c.item_id.in_(good)))
+        .tuples()
+        .all()
+    )
     for item_id, fingerprint in there.items():
         if fingerprint != good[item_id]["fingerprint"]:
             raise _changed(item_id, uri)
@@ -240,9 +309,13 @@ def _insert_in(connection: Connection, good: dict[str, Row], bad: dict[str, str]
     for image_hash in by_hash.keys() - known:
         connection.execute(insert(images).values(image_hash=image_hash, image=by_hash[image_hash]))
     if new:
-        connection.execute(insert(items), [{name: row[name] for name in row if name != "image"} for row in new])
+        connection.execute(
+            insert(items), [{name: row[name] for name in row if name != "image"} for row in new]
+        )
     named = set(connection.scalars(select(set_aside.c.item_id).where(set_aside.c.item_id.in_(bad))))
-    reasons = [{"item_id": item_id, "reason": reason} for item_id, reason in bad.items() if item_id not in named]
+    reasons = [
+        {"item_id": item_id, "reason": reason} for item_id, reason in bad.items() if item_id not in named
+    ]
     if reasons:
         connection.execute(insert(set_aside), reasons)
     return len(new)
@@ -268,16 +341,23 @@ def _write(rows: Iterable[Row], target: str, schema: pa.Schema) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m medray.clinicians.import_export", description="Clinician items into the page's database, judgements out of it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m medray.clinicians.import_export",
+        description="Clinician items into the page's database, judgements out of it.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser("import", help="put shards of clinician items into the database")
     into.add_argument("--items", required=True, metavar="URI")
     into.add_argument("--seed", type=int, default=0, help="of the order in which items are shown")
-    into.add_argument("--priority", type=int, default=0, help="items of a greater priority are shown before all others")
+    into.add_argument(
+        "--priority", type=int, default=0, help="items of a greater priority are shown before all others"
+    )
     out = commands.add_parser("export", help="write judgements/, pairs/ and demonstrations/")
     out.add_argument("--to", required=True, metavar="DIR")
     for command in (into, out):
-        command.add_argument("--database", required=True, metavar="URL", help="such as sqlite:///judgements.db")
+        command.add_argument(
+            "--database", required=True, metavar="URL", help="such as sqlite:///judgements.db"
+        )
     given = parser.parse_args(arguments)
     try:
         if given.command == "import":

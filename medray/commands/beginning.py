@@ -1,4 +1,5 @@
-"""Signals that come while a script in jobs/ still imports or reads its configuration, before medray.commands.command_line owns them.
+"""Signals that come while a script in jobs/ still imports or reads its configuration, before
+medray.commands.command_line owns them.
 
 It imports next to nothing: the imports that it guards take seconds.
 """
@@ -20,7 +21,8 @@ _mine: list[int] = []
 def end_at_signals() -> None:
     """From here on SIGINT, SIGTERM and SIGHUP end the process with status 130 and one line."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is signal.SIG_DFL:  # else nohup wants it to live on
+        # else nohup wants it to live on
+        if number != signal.SIGHUP or signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
             _mine.append(number)
 

@@ -15,15 +15,30 @@ JOBS = {  # each in a module of this package, named alike
     "evaluate": "ask models the questions of benchmarks and compare them",
 }
 APPS = {  # served by Ray Serve: import path, what it is
-    "serve": ("medray.serving.chat.app:build", "serve a run's tuned model behind an OpenAI-compatible endpoint: medray serve run=RUN keys=FILE"),
-    "annotate": ("medray.serving.clinician_page.app:build", "serve the page on which clinicians judge answers: medray annotate items=DIR tokens=FILE"),
+    "serve": (
+        "medray.serving.chat.app:build",
+        "serve a run's tuned model behind an OpenAI-compatible endpoint: medray serve run=RUN keys=FILE",
+    ),
+    "annotate": (
+        "medray.serving.clinician_page.app:build",
+        "serve the page on which clinicians judge answers: medray annotate items=DIR tokens=FILE",
+    ),
 }
 HELPERS = {  # module with a `main`, what it does
     "keys": ("medray.serving.tokens", "make a key of the endpoint, or a clinician's token"),
-    "plan": ("medray.plan.__main__", "memory, time and cost of a run before it starts, and whether a cluster can hold it"),
-    "doctor": ("medray.commands.doctor", "check versions, devices, vLLM, Ray and shared memory, each with a fix"),
+    "plan": (
+        "medray.plan.__main__",
+        "memory, time and cost of a run before it starts, and whether a cluster can hold it",
+    ),
+    "doctor": (
+        "medray.commands.doctor",
+        "check versions, devices, vLLM, Ray and shared memory, each with a fix",
+    ),
     "recipes": ("medray.commands.recipes", "list the recipes that come with medray, or print one"),
-    "config": ("medray.config.reference_page", "print every configuration field with its default and meaning (Markdown)"),
+    "config": (
+        "medray.config.reference_page",
+        "print every configuration field with its default and meaning (Markdown)",
+    ),
 }
 
 
@@ -31,14 +46,24 @@ def usage() -> str:
     """What `medray --help` prints."""
     told = {**JOBS, **{name: about for name, (_, about) in {**APPS, **HELPERS}.items()}}
     lines = [f"  {name:<22}{about}" for name, about in told.items()]
-    return "\n".join([
-        "usage: medray COMMAND [ARGUMENTS]", "", "Tune medical vision-language models on a Ray cluster, evaluate and serve them.", "", "commands:", *lines, "",
-        "medray COMMAND --help says more of each. On a cluster: ray job submit -- medray self-train ...",
-    ])
+    return "\n".join(
+        [
+            "usage: medray COMMAND [ARGUMENTS]",
+            "",
+            "Tune medical vision-language models on a Ray cluster, evaluate and serve them.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "medray COMMAND --help says more of each. On a cluster: ray job submit -- medray self-train ...",
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script. Returns the command's exit status; 2 without a command that there is."""
+    """Entry point of the console script. Returns the command's exit status; 2 without a command that
+    there is.
+    """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         print(usage())
@@ -71,7 +96,11 @@ def _app(name: str, arguments: list[str]) -> int:
     path, about = APPS[name]
     if not arguments or arguments[0] in ("-h", "--help"):
         where = "docs/serving.md" if name == "serve" else "docs/clinician_page.md"
-        print(f"usage: medray {name} FIELD=VALUE ...\n\n{about}\n\nThe same as: serve run {path} FIELD=VALUE ...\nFields: medray config, and {where}", file=sys.stdout if arguments else sys.stderr)
+        print(
+            f"usage: medray {name} FIELD=VALUE ...\n\n{about}\n\nThe same as: serve run {path} FIELD=VALUE "
+            f"...\nFields: medray config, and {where}",
+            file=sys.stdout if arguments else sys.stderr,
+        )
         return 0 if arguments else 2
     from ray.serve.scripts import cli as serve
 

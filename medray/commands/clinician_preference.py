@@ -1,4 +1,6 @@
-"""Clinician preference alignment of a medical vision-language model (BioMed-VITAL, arXiv 2406.13173), as one resumable Ray job."""
+"""Clinician preference alignment of a medical vision-language model (BioMed-VITAL, arXiv 2406.13173), as
+one resumable Ray job.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,20 @@ def work(config: ClinicianPreferenceConfig, run_uri: str, shared_uri: str | None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 3 waiting for clinicians, 4 held by another job, 130 interrupted."""
+    """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 3 waiting for clinicians, 4 held by
+    another job, 130 interrupted.
+    """
     parser = method_parser("clinician_preference", __doc__, EPILOG)
-    parser.add_argument("--shared", metavar="DIR", help="run directory for what other runs can use too (all stages up to the scores, the base model's evaluation); default: --run")
+    parser.add_argument(
+        "--shared",
+        metavar="DIR",
+        help="run directory for what other runs can use too (all stages up to the scores, the base model's "
+        "evaluation); default: --run",
+    )
     arguments = parser.parse_args(argv)
     return run_method(
-        arguments, ClinicianPreferenceConfig, check_clinician_preference, lambda config, run_uri: work(config, run_uri, arguments.shared))
-
+        arguments,
+        ClinicianPreferenceConfig,
+        check_clinician_preference,
+        lambda config, run_uri: work(config, run_uri, arguments.shared),
+    )

@@ -1,4 +1,6 @@
-"""What every script in jobs/ does around its work: arguments, signals, log lines, exit status, the JSON line."""
+"""What every script in jobs/ does around its work: arguments, signals, log lines, exit status, the JSON
+line.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,12 @@ def job_parser(name: str, description: str | None, epilog: str) -> argparse.Argu
     """
     script = f"jobs/{name}.py"
     told = epilog.replace(f"python {script}", program_name) if program_name else epilog
-    return argparse.ArgumentParser(prog=program_name or script, description=description, epilog=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        prog=program_name or script,
+        description=description,
+        epilog=told,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def method_parser(name: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
@@ -52,17 +59,41 @@ def method_parser(name: str, description: str | None, epilog: str) -> argparse.A
         name: of the script in jobs/, and of the folder of its recipes.
     """
     parser = job_parser(name, description, epilog)
-    parser.add_argument("--config", metavar="YAML", help=f"recipe that comes with medray ({', '.join(part.partition('/')[2] for part in recipe_names(name))}), or a YAML file (default: {DEFAULT_RECIPE}, the demo's)")
-    parser.add_argument("--data", metavar="SOURCE", help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE")
-    parser.add_argument("--run", metavar="DIR", help=f"run directory: local path, s3:// or gs:// (default: runs/{name}-<time>)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
+    parser.add_argument(
+        "--config",
+        metavar="YAML",
+        help="recipe that comes with medray "
+        f"({', '.join(part.partition('/')[2] for part in recipe_names(name))}), or a YAML file "
+        f"(default: {DEFAULT_RECIPE}, the demo's)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE",
+    )
+    parser.add_argument(
+        "--run",
+        metavar="DIR",
+        help=f"run directory: local path, s3:// or gs:// (default: runs/{name}-<time>)",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="change one field; may be repeated",
+    )
     parser.add_argument("--check", action="store_true", help="check the configuration and stop")
     parser.set_defaults(job=name)
     return parser
 
 
 def run_method(
-    arguments: argparse.Namespace, config_type: type[ConfigT], check: Callable[[ConfigT], None], work: Callable[[ConfigT, str], dict[str, Any]],
+    arguments: argparse.Namespace,
+    config_type: type[ConfigT],
+    check: Callable[[ConfigT], None],
+    work: Callable[[ConfigT, str], dict[str, Any]],
 ) -> int:
     """Read and check the configuration, then do the work as `run_job` does.
 
@@ -91,16 +122,27 @@ def run_method(
 
 
 def _notes(config: Section, job: str, is_default: bool) -> list[str]:
-    """What a job says of its configuration before it starts: the recipe that nobody named, the batches, defaults that surprise."""
+    """What a job says of its configuration before it starts: the recipe that nobody named, the batches,
+    defaults that surprise.
+    """
     lines = []
     if is_default:
-        others = ", ".join(name.partition("/")[2] for name in recipe_names(job) if not name.endswith(f"/{DEFAULT_RECIPE}"))
+        others = ", ".join(
+            name.partition("/")[2] for name in recipe_names(job) if not name.endswith(f"/{DEFAULT_RECIPE}")
+        )
         lines.append(f"recipe: {DEFAULT_RECIPE} (--config names none; there are also {others})")
-        own = [name for name, value in (("data.source", config.data.source), ("model.path", config.model.path)) if not value.startswith("testbed:")]
+        own = [
+            name
+            for name, value in (("data.source", config.data.source), ("model.path", config.model.path))
+            if not value.startswith("testbed:")
+        ]
         if own:
             lines.append(
-                f"warning: {' and '.join(own)} {'is' if len(own) == 1 else 'are'} yours, and this recipe is the demo's: its rates, lengths and batches are "
-                "for the bundled model of 3 million parameters, and its judges and writers know synthetic blood cells only; name a recipe for your model with --config")
+                f"warning: {' and '.join(own)} {'is' if len(own) == 1 else 'are'} yours, and this recipe is "
+                "the demo's: its rates, lengths and batches are "
+                "for the bundled model of 3 million parameters, and its judges and writers know synthetic "
+                "blood cells only; name a recipe for your model with --config"
+            )
     for name in type(config).model_fields:
         section = getattr(config, name)
         if isinstance(section, LoopConfig):
@@ -115,33 +157,44 @@ def _tuned(summary: dict[str, Any]) -> str:
     said = f"{summary.pop('table')}\n\n{seen + chr(10) if seen else ''}report  {summary['report']}"
     if summary["model"] is None:
         return said
-    return f"{said}\nmodel   {summary['model']}\nserve   serve run serve.app:build run={summary['run']} keys=keys.txt   (docs/serving.md)"
+    return (
+        f"{said}\nmodel   {summary['model']}\nserve   serve run serve.app:build run={summary['run']} "
+        "keys=keys.txt   (docs/serving.md)"
+    )
 
 
-def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict[str, Any]], str] | None = None) -> int:
-    """Do the work, print what `show` says of its summary to stderr and the summary as one JSON line to stdout.
+def run_job(
+    work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict[str, Any]], str] | None = None
+) -> int:
+    """Do the work, print what `show` says of its summary to stderr and the summary as one JSON line to
+    stdout.
 
-    Whatever leaves the work ends in a line that says what failed, where the log is and how to resume; its traceback is in the log.
+    Whatever leaves the work ends in a line that says what failed, where the log is and how to resume; its
+    traceback is in the log.
 
     Args:
         again: the argument with which the same command resumes the run, for example "--run runs/a".
         show: may take entries out of the summary that are for reading only.
 
-    Returns the exit status: 0 done, 1 failed, 2 bad configuration that was found before any stage began (a run that cannot be
-    written), 3 the run waits for people, 4 another job holds the run. Interrupted, or taken over by another job, the process ends
-    here with 130 or 4.
+    Returns the exit status: 0 done, 1 failed, 2 bad configuration that was found before any stage began (a
+    run that cannot be written), 3 the run waits for people, 4 another job holds the run. Interrupted, or
+    taken over by another job, the process ends here with 130 or 4.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
     ending = _Ending(again)
     with JobSignals(ending.interrupted, ending.notice, ending.lost) as signals:
         ending.signals = signals
         try:
             return _done(work(), show)
-        except (KeyboardInterrupt, SystemExit) as error:  # handlers that Ray installs end the process by SystemExit
+        except (KeyboardInterrupt, SystemExit) as error:
+            # handlers that Ray installs end the process by SystemExit
             if isinstance(error, KeyboardInterrupt) or signals.received:
                 ending.interrupted()
             return ending.failed(error)
-        except Exception as error:  # the job's boundary: everything ends in words for the user, its traceback is in the log
+        except Exception as error:
+            # the job's boundary: everything ends in words for the user, its traceback is in the log
             if signals.received:  # what the work made of the interrupt, or of processes that it ended
                 ending.interrupted()
             return ending.failed(error)
@@ -151,7 +204,9 @@ def run_job(work: Callable[[], dict[str, Any]], again: str, show: Callable[[dict
 
 
 def ended(main: Callable[[], int]) -> int:
-    """What a script in jobs/ exits with: what its main returns, or the status of what ended it before a job was started."""
+    """What a script in jobs/ exits with: what its main returns, or the status of what ended it before a
+    job was started.
+    """
     try:
         status = main()
         beginning.over()
@@ -160,7 +215,10 @@ def ended(main: Callable[[], int]) -> int:
         _say("\ninterrupted; nothing was started")
         return INTERRUPTED
     except Exception as error:  # the process's boundary, as in run_job
-        _say(f"failed: {str(error) if isinstance(error, MedrayError) else describe(error)}; nothing was started\nlog: {kept_aside(error)}")
+        _say(
+            f"failed: {str(error) if isinstance(error, MedrayError) else describe(error)}; nothing was "
+            f"started\nlog: {kept_aside(error)}"
+        )
         return FAILED
 
 
@@ -219,7 +277,10 @@ class _Ending:
         if log is None and not isinstance(error, MedrayError):
             log = kept_aside(error)
         at = f"log: {log}\n" if log else ""
-        _say(f"failed: {where}{said}\n{at}fix the cause, then rerun the same command with {self.again} to resume")
+        _say(
+            f"failed: {where}{said}\n{at}fix the cause, then rerun the same command with {self.again} to "
+            "resume"
+        )
         return FAILED
 
     def notice(self) -> None:
@@ -239,7 +300,8 @@ class _Ending:
         by_force = threading.Timer(RELEASE_SECONDS + 1, os._exit, [status])
         by_force.daemon = True
         by_force.start()
-        if not self._once.acquire(timeout=2 * RELEASE_SECONDS):  # for good: the main thread and that of the signals may both come here
+        # for good: the main thread and that of the signals may both come here
+        if not self._once.acquire(timeout=2 * RELEASE_SECONDS):
             os._exit(status)
         processes = descendants() | (self.signals.family if self.signals is not None else set())
         kill({process for process in processes if process.pid != self._watcher.pid})

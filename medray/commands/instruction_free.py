@@ -1,6 +1,7 @@
 """Instruction-free tuning of a medical vision-language model (arXiv 2603.19482), as one resumable Ray job.
 
-From images with descriptions alone (attribute tables, captions, reports); no question, answer or instruction is needed.
+From images with descriptions alone (attribute tables, captions, reports); no question, answer or instruction
+is needed.
 """
 
 from __future__ import annotations
@@ -36,8 +37,16 @@ def work(config: InstructionFreeConfig, run_uri: str, shared_uri: str | None) ->
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 4 held by another job, 130 interrupted."""
     parser = method_parser("instruction_free", __doc__, EPILOG)
-    parser.add_argument("--shared", metavar="DIR", help="run directory for what other runs can use too (data, warm-up, base model's evaluation); default: --run")
+    parser.add_argument(
+        "--shared",
+        metavar="DIR",
+        help="run directory for what other runs can use too (data, warm-up, base model's evaluation); "
+        "default: --run",
+    )
     arguments = parser.parse_args(argv)
     return run_method(
-        arguments, InstructionFreeConfig, check_instruction_free, lambda config, run_uri: work(config, run_uri, arguments.shared))
-
+        arguments,
+        InstructionFreeConfig,
+        check_instruction_free,
+        lambda config, run_uri: work(config, run_uri, arguments.shared),
+    )

@@ -1,4 +1,6 @@
-"""Turn what people have into shards that every medray job reads: streaming, resumable, every dropped row named."""
+"""Turn what people have into shards that every medray job reads: streaming, resumable, every dropped row
+named.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,38 @@ The last line on stdout is JSON: {"run", "format", "images", "splits", "question
 
 def parser() -> argparse.ArgumentParser:
     parser = job_parser("prepare_data", __doc__, EPILOG)
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE")
-    parser.add_argument("--to", metavar="DIR", help="directory to write: local path, s3:// or gs:// (default: runs/data-<time>)")
-    parser.add_argument("--format", metavar="NAME", help="the source's format; short for --set data.format=NAME")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        metavar="SOURCE",
+        help="folder, file, s3:// or gs:// prefix; short for --set data.source=SOURCE",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="DIR",
+        help="directory to write: local path, s3:// or gs:// (default: runs/data-<time>)",
+    )
+    parser.add_argument(
+        "--format", metavar="NAME", help="the source's format; short for --set data.format=NAME"
+    )
     parser.add_argument("--config", metavar="YAML", help="a recipe; its sections: data, leaks, cluster")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one field; may be repeated")
-    parser.add_argument("--inspect", metavar="DIR", help="show what a prepared directory holds and write its sample sheet")
-    parser.add_argument("--export", nargs=2, metavar=("FORMAT", "DIR"), help="write a prepared directory as webdataset, llava or trl, to --to")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="change one field; may be repeated",
+    )
+    parser.add_argument(
+        "--inspect", metavar="DIR", help="show what a prepared directory holds and write its sample sheet"
+    )
+    parser.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("FORMAT", "DIR"),
+        help="write a prepared directory as webdataset, llava or trl, to --to",
+    )
     parser.add_argument("--rows", type=int, default=24, help="images on the sample sheet (default 24)")
     return parser
 
@@ -69,7 +96,10 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(PrepareDataConfig, arguments.config, overrides)
         if not arguments.export and "source" not in config.data.model_fields_set:
             parser().print_usage(sys.stderr)
-            raise ConfigError("SOURCE: name what to prepare (a folder, file, s3:// or gs:// prefix), or a recipe that has data.source")
+            raise ConfigError(
+                "SOURCE: name what to prepare (a folder, file, s3:// or gs:// prefix), or a recipe that has "
+                "data.source"
+            )
         check_output("--to", target)
         if arguments.export:
             from medray.methods.prepare_data.export import check_export
@@ -105,4 +135,3 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 1
     print(json.dumps(found, indent=1))
     return 0
-

@@ -10,8 +10,14 @@ from medray.errors import ConfigError
 
 
 def main() -> int:
-    """List the recipes, each with the first line of its comment, or print one. Returns 2 for a name that there is not."""
-    parser = argparse.ArgumentParser(prog="medray recipes", description="List the recipes that come with medray, or print one to change: medray recipes self_train/tiny-cpu > mine.yaml")
+    """List the recipes, each with the first line of its comment, or print one. Returns 2 for a name that
+    there is not.
+    """
+    parser = argparse.ArgumentParser(
+        prog="medray recipes",
+        description="List the recipes that come with medray, or print one to change: medray recipes "
+        "self_train/tiny-cpu > mine.yaml",
+    )
     parser.add_argument("name", nargs="?", help="recipe to print, such as self_train/llava-1.5-7b")
     wanted = parser.parse_args().name
     if wanted is None:

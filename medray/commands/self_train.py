@@ -32,4 +32,3 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a stage failed, 2 bad configuration, 4 held by another job, 130 interrupted."""
     arguments = method_parser("self_train", __doc__, EPILOG).parse_args(argv)
     return run_method(arguments, SelfTrainingConfig, check_self_training, work)
-

@@ -1,8 +1,8 @@
 """Configuration of every job: pydantic models, YAML files and dotted overrides.
 
-Defaults are the papers' unless a field says otherwise (self-training: STLLaVA-Med, arXiv 2406.19973, and its public code);
-`medray/recipes/` holds the recipes that change them. Importing this package loads neither torch nor Ray, so a wrong config fails
-before anything starts.
+Defaults are the papers' unless a field says otherwise (self-training: STLLaVA-Med, arXiv 2406.19973, and its
+public code); `medray/recipes/` holds the recipes that change them. Importing this package loads neither torch
+nor Ray, so a wrong config fails before anything starts.
 
 Example::
 
@@ -63,10 +63,55 @@ from medray.config.shared import (
 )
 
 __all__ = [
-    "SELF_QUESTIONING_SYSTEM_PROMPT", "TESTBED_SCENES", "CaptionedDataConfig", "CaptionsConfig", "ClinicianPreferenceConfig", "CliniciansConfig", "ClusterConfig",
-    "ConfigT", "DataConfig", "DemonstrationsConfig", "DescriptionDataConfig", "DescriptionEvaluateConfig", "DpoConfig", "EndpointConfig",
-    "EngineConfig", "EvaluateConfig", "EvaluateJobConfig", "GenerateConfig", "InstructionFreeConfig", "InstructionFreeTrainConfig", "JudgeConfig",
-    "LeaksConfig", "LoopConfig", "LoraConfig", "ModelConfig", "OwnEngineConfig", "OwnModelConfig", "PairsConfig", "Placement", "PlainModelConfig", "PreferenceEvaluateConfig", "PreferenceTuneConfig",
-    "PrepareDataConfig", "ProxyConfig", "RateConfig", "RaterConfig", "SamplingConfig", "ScoreConfig", "Section", "SelectConfig", "SelfPlayConfig",
-    "SelfTrainingConfig", "ServeConfig", "SftConfig", "StrongModelConfig", "TrainConfig", "TunedModelConfig", "VerifyConfig", "WarmUpConfig", "fields_of", "load_config",
+    "SELF_QUESTIONING_SYSTEM_PROMPT",
+    "TESTBED_SCENES",
+    "CaptionedDataConfig",
+    "CaptionsConfig",
+    "ClinicianPreferenceConfig",
+    "CliniciansConfig",
+    "ClusterConfig",
+    "ConfigT",
+    "DataConfig",
+    "DemonstrationsConfig",
+    "DescriptionDataConfig",
+    "DescriptionEvaluateConfig",
+    "DpoConfig",
+    "EndpointConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "EvaluateJobConfig",
+    "GenerateConfig",
+    "InstructionFreeConfig",
+    "InstructionFreeTrainConfig",
+    "JudgeConfig",
+    "LeaksConfig",
+    "LoopConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OwnEngineConfig",
+    "OwnModelConfig",
+    "PairsConfig",
+    "Placement",
+    "PlainModelConfig",
+    "PreferenceEvaluateConfig",
+    "PreferenceTuneConfig",
+    "PrepareDataConfig",
+    "ProxyConfig",
+    "RateConfig",
+    "RaterConfig",
+    "SamplingConfig",
+    "ScoreConfig",
+    "Section",
+    "SelectConfig",
+    "SelfPlayConfig",
+    "SelfTrainingConfig",
+    "ServeConfig",
+    "SftConfig",
+    "StrongModelConfig",
+    "TrainConfig",
+    "TunedModelConfig",
+    "VerifyConfig",
+    "WarmUpConfig",
+    "fields_of",
+    "load_config",
 ]

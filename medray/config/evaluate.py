@@ -20,19 +20,34 @@ from medray.config.shared import (
 
 
 class EvaluateJobConfig(Section):
-    """`jobs/evaluate.py`: models on benchmarks. Which models, benchmarks and data are the command's arguments."""
+    """`jobs/evaluate.py`: models on benchmarks. Which models, benchmarks and data are the command's
+    arguments.
+    """
 
     recipes: ClassVar[str | None] = "evaluate"
 
-    model: ModelConfig = Field(default_factory=ModelConfig, description="Of every local model; its path is the command's --model.")
-    data: DataConfig = Field(default_factory=DataConfig, description="Limits and CPUs of reading; the source is the command's --data.")
+    model: ModelConfig = Field(
+        default_factory=ModelConfig, description="Of every local model; its path is the command's --model."
+    )
+    data: DataConfig = Field(
+        default_factory=DataConfig,
+        description="Limits and CPUs of reading; the source is the command's --data.",
+    )
     engine: EngineConfig = Field(default_factory=EngineConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
-    api: EndpointConfig = Field(default_factory=EndpointConfig, description="Endpoint of models given as api:NAME.")
+    api: EndpointConfig = Field(
+        default_factory=EndpointConfig, description="Endpoint of models given as api:NAME."
+    )
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     max_quarantined: Probability = Field(0.05, description=MAX_QUARANTINED)
-    option_likelihood: bool = Field(True, description="Also score options by the log-likelihood of their text (local models).")
-    judge: JudgeConfig | None = Field(None, description="Who rates answers to open questions: win rate against the first model, and, by a judge that writes scores, 100 x model / reference (LLaVA-Med's chat score). null: nobody.")
-    text_only: bool = Field(False, description="Also answer every question with a blank image: the floor that text alone reaches.")
-
-
+    option_likelihood: bool = Field(
+        True, description="Also score options by the log-likelihood of their text (local models)."
+    )
+    judge: JudgeConfig | None = Field(
+        None,
+        description="Who rates answers to open questions: win rate against the first model, and, by a judge "
+        "that writes scores, 100 x model / reference (LLaVA-Med's chat score). null: nobody.",
+    )
+    text_only: bool = Field(
+        False, description="Also answer every question with a blank image: the floor that text alone reaches."
+    )

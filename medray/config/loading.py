@@ -18,8 +18,11 @@ from medray.errors import ConfigError
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def load_config(cls: type[ConfigT], path: str | os.PathLike | None = None, overrides: list[str] | tuple[str, ...] = ()) -> ConfigT:
-    """Read a YAML file (a path, or the name of a recipe that comes with medray), apply `a.b=value` overrides (values are YAML) and validate.
+def load_config(
+    cls: type[ConfigT], path: str | os.PathLike | None = None, overrides: list[str] | tuple[str, ...] = ()
+) -> ConfigT:
+    """Read a YAML file (a path, or the name of a recipe that comes with medray), apply `a.b=value` overrides
+    (values are YAML) and validate.
 
     Raises ConfigError naming the field, what is wrong and where the value came from.
     """
@@ -29,7 +32,9 @@ def load_config(cls: type[ConfigT], path: str | os.PathLike | None = None, overr
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"--set {override!r}: write it as section.field=value, for example dpo.beta=0.2")
+            raise ConfigError(
+                f"--set {override!r}: write it as section.field=value, for example dpo.beta=0.2"
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -57,7 +62,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"config file {path} must hold sections such as 'model:', not a {type(values).__name__}")
+        raise ConfigError(
+            f"config file {path} must hold sections such as 'model:', not a {type(values).__name__}"
+        )
     return _numeric(values)
 
 
@@ -95,23 +102,56 @@ def _assign(cls: type[Section], values: dict, keys: list[str], value: Any, overr
 
 
 def _section(annotation: Any) -> type[Section] | None:
-    options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
     return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
 
 
 # What other trainers call these fields.
 SYNONYMS = {
-    "lr": "lr_llm", "learning_rate": "lr_llm", "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora": "lora_llm",
-    "per_device_train_batch_size": "micro_batch", "batch_size": "global_batch", "gradient_accumulation_steps": "accumulation", "num_train_epochs": "epochs",
-    "num_epochs": "epochs", "save_steps": "checkpoint_every", "save_total_limit": "keep_checkpoints", "lr_scheduler_type": "schedule", "max_steps": "epochs",
-    "gpu_memory_utilization": "memory_utilization", "model_name_or_path": "path", "name_or_path": "path", "cutoff_len": "max_length", "max_seq_length": "max_length",
-    "model_max_length": "max_length", "dataset": "source", "path": "source", "dtype": "precision", "torch_dtype": "precision", "bf16": "precision",
-    "api_key": "key_env", "url": "base_url", "api_base": "base_url", "deepspeed": "zero_stage", "clip_grad": "max_grad_norm", "max_new_tokens": "max_tokens",
+    "lr": "lr_llm",
+    "learning_rate": "lr_llm",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora": "lora_llm",
+    "per_device_train_batch_size": "micro_batch",
+    "batch_size": "global_batch",
+    "gradient_accumulation_steps": "accumulation",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep_checkpoints",
+    "lr_scheduler_type": "schedule",
+    "max_steps": "epochs",
+    "gpu_memory_utilization": "memory_utilization",
+    "model_name_or_path": "path",
+    "name_or_path": "path",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "model_max_length": "max_length",
+    "dataset": "source",
+    "path": "source",
+    "dtype": "precision",
+    "torch_dtype": "precision",
+    "bf16": "precision",
+    "api_key": "key_env",
+    "url": "base_url",
+    "api_base": "base_url",
+    "deepspeed": "zero_stage",
+    "clip_grad": "max_grad_norm",
+    "max_new_tokens": "max_tokens",
 }
 
 
 def _unknown(section: type[Section] | None, key: str, whole: type[Section] | None = None) -> str:
-    """What is wrong with a field's name, with what is close to it: in its section, by another trainer's name, or elsewhere.
+    """What is wrong with a field's name, with what is close to it: in its section, by another trainer's name,
+    or elsewhere.
 
     Args:
         whole: the job's configuration, whose other sections may have the field.
@@ -119,7 +159,9 @@ def _unknown(section: type[Section] | None, key: str, whole: type[Section] | Non
     import difflib
 
     names = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(key, names, n=1) or [name for name in (SYNONYMS.get(key.lower()),) if name in names]
+    near = difflib.get_close_matches(key, names, n=1) or [
+        name for name in (SYNONYMS.get(key.lower()),) if name in names
+    ]
     if near:
         return f"unknown field {key!r}, did you mean {near[0]!r}?"
     wanted = {key, SYNONYMS.get(key.lower(), key)}

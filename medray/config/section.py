@@ -12,7 +12,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
-# user:password@, where a password may hold a slash (SQLAlchemy takes it) unless what stands before the slash can be a port.
+# user:password@, where a password may hold a slash (SQLAlchemy takes it) unless what stands before the slash
+# can be a port.
 _USERINFO = re.compile(r"(://[^/?#:@\[]*):(?:[^/?#]+|(?!\d*[/?#])[^@]+)@")
 _QUERY = re.compile(r"(?<=[?&])(?:ssl)?password=[^&#]*&?", re.IGNORECASE)
 
@@ -24,8 +25,8 @@ class Section(BaseModel):
 
     recipes: ClassVar[str | None] = None  # of a job's whole configuration: the folder of its recipes
 
-    # Fields that say how, where and at what price the work is done, and change nothing of what is made. A subclass names its own;
-    # a field named nowhere counts as one that changes the outcome.
+    # Fields that say how, where and at what price the work is done, and change nothing of what is made. A
+    # subclass names its own; a field named nowhere counts as one that changes the outcome.
     execution_only: ClassVar[frozenset[str]] = frozenset({"place"})
 
     def settings(self, *without: str) -> dict[str, Any]:
@@ -33,11 +34,17 @@ class Section(BaseModel):
         return self.model_dump(mode="json", exclude={"place", *without})
 
     def outcome(self, *without: str) -> dict[str, Any]:
-        """What a stage's outcome depends on, as plain data: all fields, those of inner sections too, but the execution-only ones and those named."""
-        left_out = {name for kind in type(self).__mro__ for name in vars(kind).get("execution_only", ())} | set(without)
+        """What a stage's outcome depends on, as plain data: all fields, those of inner sections too, but
+        the execution-only ones and those named.
+        """
+        left_out = {
+            name for kind in type(self).__mro__ for name in vars(kind).get("execution_only", ())
+        } | set(without)
         plain = self.model_dump(mode="json", exclude=left_out)
         inner = {name: getattr(self, name) for name in plain}
-        return plain | {name: section.outcome() for name, section in inner.items() if isinstance(section, Section)}
+        return plain | {
+            name: section.outcome() for name, section in inner.items() if isinstance(section, Section)
+        }
 
 
 def set_seed(seed: int | None, *sections: Any) -> None:
@@ -53,7 +60,9 @@ def adopt(section: Section, leader: Section, name: str, where: str) -> None:
     if own == wanted:
         return
     if name in section.model_fields_set:
-        raise ValueError(f"{where}.{name} {own!r} differs from tune's {wanted!r}; leave it out, it is taken from tune")
+        raise ValueError(
+            f"{where}.{name} {own!r} differs from tune's {wanted!r}; leave it out, it is taken from tune"
+        )
     setattr(section, name, wanted)
 
 

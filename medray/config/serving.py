@@ -20,19 +20,37 @@ _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?")
 class LimitsConfig(Section):
     """What one request may ask for. More is answered with 4xx, before a model sees it."""
 
-    body_bytes: PositiveInt = Field(24 * 2**20, description="Of the whole request (413). Base64 makes images a third larger.")
-    images: PositiveInt = Field(1, description="Images in one request. Models tuned here have seen one at a time.")
+    body_bytes: PositiveInt = Field(
+        24 * 2**20, description="Of the whole request (413). Base64 makes images a third larger."
+    )
+    images: PositiveInt = Field(
+        1, description="Images in one request. Models tuned here have seen one at a time."
+    )
     image_bytes: PositiveInt = Field(16 * 2**20, description="Of one encoded image.")
-    image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(32 * 2**20, description="Of one image, looked up in its header before a pixel is decoded.")
+    image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
+        32 * 2**20, description="Of one image, looked up in its header before a pixel is decoded."
+    )
     messages: PositiveInt = Field(64, description="Messages in one request.")
     text_chars: PositiveInt = Field(65_536, description="Characters of all messages together.")
-    tokens: PositiveInt = Field(1024, description="Tokens of one answer; also what a request without max_tokens gets at most.")
+    tokens: PositiveInt = Field(
+        1024, description="Tokens of one answer; also what a request without max_tokens gets at most."
+    )
     samples: PositiveInt = Field(8, description="Answers to one request (n).")
     schema_bytes: PositiveInt = Field(16_384, description="Of a JSON schema for structured output.")
-    requests_per_minute: PositiveInt = Field(600, description="Of one key (429), for each ingress replica; a minute's worth may come at once.")
-    seconds: Annotated[float, Field(gt=0)] = Field(120.0, description="Until a request must be answered in full (408).")
-    hosts: list[str] = Field(default_factory=list, description="https hosts that images may be fetched from, such as images.example.org or host:8443; none: only data URIs. Hosts with private or loopback addresses are refused all the same.")
-    fetch_seconds: Annotated[float, Field(gt=0)] = Field(10.0, description="For fetching one image, redirects included.")
+    requests_per_minute: PositiveInt = Field(
+        600, description="Of one key (429), for each ingress replica; a minute's worth may come at once."
+    )
+    seconds: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="Until a request must be answered in full (408)."
+    )
+    hosts: list[str] = Field(
+        default_factory=list,
+        description="https hosts that images may be fetched from, such as images.example.org or host:8443; "
+        "none: only data URIs. Hosts with private or loopback addresses are refused all the same.",
+    )
+    fetch_seconds: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="For fetching one image, redirects included."
+    )
 
     @field_validator("hosts")
     @classmethod
@@ -48,27 +66,55 @@ class ServedModel(Section):
     """One name under which a model answers."""
 
     name: str = Field(description="The `model` of requests: letters, digits and . _ -")
-    path: str = Field(description="Folder in Hugging Face format, s3:// or gs:// folder, hub id, or a bundled model (testbed:base).")
+    path: str = Field(
+        description="Folder in Hugging Face format, s3:// or gs:// folder, hub id, or a bundled model "
+        "(testbed:base)."
+    )
     precision: str = Field("bf16", pattern="^(bf16|fp32)$", description="Of the weights: bf16 or fp32.")
     pad_to_square: bool = Field(True, description="Pad images to a square, as the model was tuned.")
-    system_prompt: str = Field("", description="Of conversations that bring none, as the model was tuned; empty for none.")
-    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Leave false unless you have read that code.")
+    system_prompt: str = Field(
+        "", description="Of conversations that bring none, as the model was tuned; empty for none."
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Run Python code shipped with the model. Leave false unless you have read that code.",
+    )
 
 
 class ReplicaConfig(Section):
     """The replicas of a model."""
 
-    engine: EngineConfig | None = Field(None, description="Of every replica; none: as in the run's configuration (rows_* and actors are not used).")
+    engine: EngineConfig | None = Field(
+        None,
+        description="Of every replica; none: as in the run's configuration (rows_* and actors are not used).",
+    )
     engine_cpus: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Logical CPUs that each replica reserves; on CPU its whole ones are also the engine's threads (at least 1). null: engine.cpus_per_actor; "
-        "but 0.5 on CPU with a run's own settings, which are those of a job that has the machine to itself.")
-    replicas: tuple[Annotated[int, Field(ge=0)], PositiveInt] = Field((1, 1), description="[min, max] of each model; from 0 it is started by its first request.")
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = Field(16.0, description="Requests at work in one replica above which another is started.")
-    upscale_delay_s: Annotated[float, Field(ge=0)] = Field(30.0, description="Load must last so long before a replica is added.")
-    downscale_delay_s: Annotated[float, Field(ge=0)] = Field(600.0, description="And its lack so long before one is taken away.")
-    queued: PositiveInt = Field(256, description="Requests that may wait for a replica of one model; more are answered with 503.")
-    drain_seconds: Annotated[float, Field(ge=0)] = Field(120.0, description="A replica that is replaced finishes what it has for so long.")
-    stream_milliseconds: Annotated[float, Field(ge=0)] = Field(10.0, description="Tokens of a stream that come within so long go out together; 0 for each by itself.")
+        None,
+        description="Logical CPUs that each replica reserves; on CPU its whole ones are also the engine's "
+        "threads (at least 1). null: engine.cpus_per_actor; "
+        "but 0.5 on CPU with a run's own settings, which are those of a job that has the machine to itself.",
+    )
+    replicas: tuple[Annotated[int, Field(ge=0)], PositiveInt] = Field(
+        (1, 1), description="[min, max] of each model; from 0 it is started by its first request."
+    )
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = Field(
+        16.0, description="Requests at work in one replica above which another is started."
+    )
+    upscale_delay_s: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="Load must last so long before a replica is added."
+    )
+    downscale_delay_s: Annotated[float, Field(ge=0)] = Field(
+        600.0, description="And its lack so long before one is taken away."
+    )
+    queued: PositiveInt = Field(
+        256, description="Requests that may wait for a replica of one model; more are answered with 503."
+    )
+    drain_seconds: Annotated[float, Field(ge=0)] = Field(
+        120.0, description="A replica that is replaced finishes what it has for so long."
+    )
+    stream_milliseconds: Annotated[float, Field(ge=0)] = Field(
+        10.0, description="Tokens of a stream that come within so long go out together; 0 for each by itself."
+    )
     place: Placement = Field(default_factory=Placement, description="Where replicas run.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
 
@@ -94,23 +140,46 @@ class ReplicaConfig(Section):
     @property
     def of_replicas(self) -> ReplicaConfig:
         """What a replica depends on: one whose settings here are the same is not replaced."""
-        return ReplicaConfig.model_validate({**self.model_dump(include=set(ReplicaConfig.model_fields)), "limits": {"tokens": self.limits.tokens, "images": self.limits.images}})
+        return ReplicaConfig.model_validate(
+            {
+                **self.model_dump(include=set(ReplicaConfig.model_fields)),
+                "limits": {"tokens": self.limits.tokens, "images": self.limits.images},
+            }
+        )
 
 
 class ServeConfig(ReplicaConfig):
     """`serve run serve.app:build run=RUN_DIR`, and the args of a Serve config file."""
 
-    run: str | None = Field(None, description="Run directory of a job, local or s3://, gs://; its tuned model answers as `tuned`, its base as `base`.")
-    runs: dict[str, str] = Field(default_factory=dict, description="Several run directories by name: the tuned model of each answers under it, the base of each under NAME-base (one that several share, once).")
+    run: str | None = Field(
+        None,
+        description="Run directory of a job, local or s3://, gs://; its tuned model answers as `tuned`, its "
+        "base as `base`.",
+    )
+    runs: dict[str, str] = Field(
+        default_factory=dict,
+        description="Several run directories by name: the tuned model of each answers under it, the base of "
+        "each under NAME-base (one that several share, once).",
+    )
     base: bool = Field(True, description="Serve base models too.")
     models: list[ServedModel] = Field(default_factory=list, description="Models that belong to no run.")
-    keys: str | None = Field(None, description="File made by python -m serve.tokens; none: the environment variable MEDRAY_KEYS.")
-    revision: str = Field("", description="Any text. Ray Serve leaves alone what is deployed with equal settings: another text makes `serve deploy` read keys, models and runs again.")
+    keys: str | None = Field(
+        None, description="File made by python -m serve.tokens; none: the environment variable MEDRAY_KEYS."
+    )
+    revision: str = Field(
+        "",
+        description="Any text. Ray Serve leaves alone what is deployed with equal settings: another text "
+        "makes `serve deploy` read keys, models and runs again.",
+    )
     open: bool = Field(False, description="Ask for no key. Only where nobody else can reach the port.")
-    ingress_replicas: PositiveInt = Field(1, description="Processes that take requests, check them and decode images.")
+    ingress_replicas: PositiveInt = Field(
+        1, description="Processes that take requests, check them and decode images."
+    )
     ingress_cpus: Annotated[float, Field(ge=0)] = Field(0.5, description="Logical CPUs of each.")
     title: str = Field("medray", description="Of the web page.")
-    examples: Annotated[int, Field(ge=0, le=50)] = Field(6, description="Held-out questions of the first run that the page offers to try, of one image each.")
+    examples: Annotated[int, Field(ge=0, le=50)] = Field(
+        6, description="Held-out questions of the first run that the page offers to try, of one image each."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -119,7 +188,12 @@ class ServeConfig(ReplicaConfig):
         if not isinstance(given, dict):
             return given
         try:
-            return {name: yaml.safe_load(value) if isinstance(value, str) and value[:1] in ("[", "{") and name not in _TEXTS else value for name, value in given.items()}
+            return {
+                name: yaml.safe_load(value)
+                if isinstance(value, str) and value[:1] in ("[", "{") and name not in _TEXTS
+                else value
+                for name, value in given.items()
+            }
         except yaml.YAMLError as error:
             raise ValueError(f"a list or map cannot be read: {error}") from None
 
@@ -133,7 +207,9 @@ class ServeConfig(ReplicaConfig):
     @model_validator(mode="after")
     def _something(self):
         if not (self.run or self.runs or self.models):
-            raise ValueError("nothing to serve: give run=RUN_DIR (runs and models in a config file serve several)")
+            raise ValueError(
+                "nothing to serve: give run=RUN_DIR (runs and models in a config file serve several)"
+            )
         names = [model.name for model in self.models]
         for name in names:
             _check(name)

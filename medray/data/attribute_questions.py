@@ -1,8 +1,8 @@
 """Conversations and evaluation questions made from attribute records (pure functions, no images, no Ray).
 
-A record is a dict of attribute values, such as one row of WBCAtt (Tsutsui et al., NeurIPS 2023): the cell type
-and 11 morphological attributes. `ATTRIBUTES` lists them with WBCAtt's exact value sets; `testbed.corpus` uses the
-same functions with another schema. Answers are short and scorable by exact match after lower-casing.
+A record is a dict of attribute values, such as one row of WBCAtt (Tsutsui et al., NeurIPS 2023): the cell
+type and 11 morphological attributes. `ATTRIBUTES` lists them with WBCAtt's exact value sets; `testbed.corpus`
+uses the same functions with another schema. Answers are short and scorable by exact match after lower-casing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ DESCRIBE_PHRASINGS = (
 class Attribute:
     """One attribute: the values a record may hold and how people ask about it.
 
-    `open` and `closed` are phrasings; the first of each is the canonical one used for evaluation. `closed` phrasings
-    contain `{word}`. `words` maps a raw value to the word used in text where the raw value reads badly.
+    `open` and `closed` are phrasings; the first of each is the canonical one used for evaluation. `closed`
+    phrasings contain `{word}`. `words` maps a raw value to the word used in text where the raw value reads
+    badly.
     """
 
     values: tuple[str, ...]
@@ -41,8 +42,17 @@ class Attribute:
         return self.words.get(value, value.lower())
 
     def value_in(self, stem: str) -> str | None:
-        """The raw value that a closed question names; None for a question in no closed phrasing of this attribute."""
-        return next((value for value in self.values if any(phrasing.format(word=self.word(value)) == stem for phrasing in self.closed)), None)
+        """The raw value that a closed question names; None for a question in no closed phrasing of this
+        attribute.
+        """
+        return next(
+            (
+                value
+                for value in self.values
+                if any(phrasing.format(word=self.word(value)) == stem for phrasing in self.closed)
+            ),
+            None,
+        )
 
 
 def noun_attribute(values: Sequence[str], noun: str, of: str, more: Sequence[str] = (), **kw) -> Attribute:
@@ -62,7 +72,9 @@ def noun_attribute(values: Sequence[str], noun: str, of: str, more: Sequence[str
 ATTRIBUTES: dict[str, Attribute] = {
     "label": noun_attribute(
         ("Basophil", "Eosinophil", "Lymphocyte", "Monocyte", "Neutrophil"),
-        "cell type", "this cell", ("Which type of white blood cell is this?",),
+        "cell type",
+        "this cell",
+        ("Which type of white blood cell is this?",),
     ),
     "cell_size": noun_attribute(("big", "small"), "cell size", "this cell", ("How large is the cell?",)),
     "cell_shape": noun_attribute(
@@ -70,13 +82,21 @@ ATTRIBUTES: dict[str, Attribute] = {
     ),
     "nucleus_shape": noun_attribute(
         (
-            "unsegmented-band", "unsegmented-round", "unsegmented-indented",
-            "segmented-bilobed", "segmented-multilobed", "irregular",
+            "unsegmented-band",
+            "unsegmented-round",
+            "unsegmented-indented",
+            "segmented-bilobed",
+            "segmented-multilobed",
+            "irregular",
         ),
-        "nucleus shape", "this cell", ("Which shape does the nucleus have?",),
+        "nucleus shape",
+        "this cell",
+        ("Which shape does the nucleus have?",),
     ),
     "nuclear_cytoplasmic_ratio": noun_attribute(
-        ("high", "low"), "nuclear-cytoplasmic ratio", "this cell",
+        ("high", "low"),
+        "nuclear-cytoplasmic ratio",
+        "this cell",
         ("How large is the nucleus relative to the cytoplasm?",),
     ),
     "chromatin_density": noun_attribute(
@@ -89,21 +109,33 @@ ATTRIBUTES: dict[str, Attribute] = {
             "Are cytoplasmic vacuoles present or absent in the image?",
             "State whether vacuoles are present or absent.",
         ),
-        ("Are vacuoles {word}?", "Are vacuoles {word} in the cytoplasm?", "Would you call the vacuoles {word}?"),
+        (
+            "Are vacuoles {word}?",
+            "Are vacuoles {word} in the cytoplasm?",
+            "Would you call the vacuoles {word}?",
+        ),
         {"yes": "present", "no": "absent"},
     ),
     "cytoplasm_texture": noun_attribute(
         ("clear", "frosted"), "cytoplasm texture", "this cell", ("How does the cytoplasm look?",)
     ),
     "cytoplasm_colour": noun_attribute(
-        ("light blue", "blue", "purple blue"), "cytoplasm colour", "this cell",
+        ("light blue", "blue", "purple blue"),
+        "cytoplasm colour",
+        "this cell",
         ("Which colour does the cytoplasm have?",),
     ),
     "granule_type": noun_attribute(
-        ("small", "round", "coarse", "nil"), "granule type", "this cell", ("Which type of granules are there?",)
+        ("small", "round", "coarse", "nil"),
+        "granule type",
+        "this cell",
+        ("Which type of granules are there?",),
     ),
     "granule_colour": noun_attribute(
-        ("pink", "red", "purple", "nil"), "granule colour", "this cell", ("Which colour do the granules have?",)
+        ("pink", "red", "purple", "nil"),
+        "granule colour",
+        "this cell",
+        ("Which colour do the granules have?",),
     ),
     "granularity": Attribute(
         ("yes", "no"),
@@ -122,13 +154,19 @@ MORPHOLOGY = tuple(name for name in ATTRIBUTES if name != "label")
 """The 11 attributes over which "mean attribute accuracy" is taken."""
 
 DESCRIPTIONS = (
-    "This is a {cell_size} {cell_shape} {label}. The nucleus shape is {nucleus_shape}, the chromatin is {chromatin_density} "
-    "packed and the nuclear-cytoplasmic ratio is {nuclear_cytoplasmic_ratio}. The cytoplasm is {cytoplasm_colour} and "
-    "{cytoplasm_texture}, vacuoles are {cytoplasm_vacuole}. The cell is {granularity}, with granule type {granule_type} "
+    "This is a {cell_size} {cell_shape} {label}. The nucleus shape is {nucleus_shape}, the chromatin is "
+    "{chromatin_density} "
+    "packed and the nuclear-cytoplasmic ratio is {nuclear_cytoplasmic_ratio}. The cytoplasm is "
+    "{cytoplasm_colour} and "
+    "{cytoplasm_texture}, vacuoles are {cytoplasm_vacuole}. The cell is {granularity}, with granule type "
+    "{granule_type} "
     "and granule colour {granule_colour}.",
-    "The image shows a {label}. The cell is {granularity}: granule type {granule_type}, granule colour {granule_colour}. "
-    "Its cell size is {cell_size} and its cell shape {cell_shape}. The cytoplasm colour is {cytoplasm_colour}, the "
-    "cytoplasm texture {cytoplasm_texture} and vacuoles are {cytoplasm_vacuole}. The nucleus shape is {nucleus_shape} "
+    "The image shows a {label}. The cell is {granularity}: granule type {granule_type}, granule colour "
+    "{granule_colour}. "
+    "Its cell size is {cell_size} and its cell shape {cell_shape}. The cytoplasm colour is "
+    "{cytoplasm_colour}, the "
+    "cytoplasm texture {cytoplasm_texture} and vacuoles are {cytoplasm_vacuole}. The nucleus shape is "
+    "{nucleus_shape} "
     "with {chromatin_density} packed chromatin and a {nuclear_cytoplasmic_ratio} nuclear-cytoplasmic ratio.",
 )
 
@@ -190,13 +228,14 @@ def question(
     """One question about attribute `name` of `record`.
 
     Args:
-        kind: "open" (answer: the value's word), "closed" (yes/no, true half the time) or "mcq" (up to four lettered
-            options; the canonical form is answered by the letter, a training form sometimes in words).
+        kind: "open" (answer: the value's word), "closed" (yes/no, true half the time) or "mcq" (up to four
+            lettered options; the canonical form is answered by the letter, a training form sometimes in
+            words).
         canonical: the fixed evaluation phrasing; otherwise one of the phrasings, drawn from `rng`.
 
     Returns:
-        question, reference, answer_type ("open"/"closed"/"mcq"), attribute, choices (the options' texts in the order
-        shown for "mcq", else None).
+        question, reference, answer_type ("open"/"closed"/"mcq"), attribute, choices (the options' texts in
+        the order shown for "mcq", else None).
 
     Raises:
         ValueError: an unknown kind, or a record `check_record` refuses.
@@ -232,8 +271,8 @@ def attribute_questions(
 ) -> list[dict]:
     """Evaluation questions: one per attribute and kind, canonical phrasing, in the order of `schema`.
 
-    `rng` draws the asked-for value of closed questions and the order of options; without one it is seeded by the
-    record's values, so the same record always gives the same questions. Row fields: see `question`.
+    `rng` draws the asked-for value of closed questions and the order of options; without one it is seeded by
+    the record's values, so the same record always gives the same questions. Row fields: see `question`.
     """
     check_record(record, schema)
     rng = rng or random.Random("|".join(str(record.get(k)) for k in ("img_name", *schema)))
@@ -264,7 +303,12 @@ def attribute_dialogue(
     check_record(record, schema)
     rows: list[dict] = []
     if rng.random() < 0.3:
-        rows.append({"question": rng.choice(DESCRIBE_PHRASINGS), "reference": describe(record, rng, schema, templates)})
+        rows.append(
+            {
+                "question": rng.choice(DESCRIBE_PHRASINGS),
+                "reference": describe(record, rng, schema, templates),
+            }
+        )
     names: list[str] = []
     while len(rows) < turns:
         names = names or rng.sample(list(schema), len(schema))
@@ -274,12 +318,22 @@ def attribute_dialogue(
 
 
 def turns_of(rows: Iterable[Mapping]) -> list[dict]:
-    """Rows with a question and its reference as turns {"role": "user" | "assistant", "text": str}, user first."""
-    return [turn for row in rows for turn in ({"role": "user", "text": row["question"]}, {"role": "assistant", "text": row["reference"]})]
+    """Rows with a question and its reference as turns {"role": "user" | "assistant", "text": str}, user
+    first.
+    """
+    return [
+        turn
+        for row in rows
+        for turn in (
+            {"role": "user", "text": row["question"]},
+            {"role": "assistant", "text": row["reference"]},
+        )
+    ]
 
 
 def right_answer(text: str, record: Mapping, schema: Mapping[str, Attribute] = ATTRIBUTES) -> str | None:
-    """What `record` says to a question in any of the forms of `question`; None for a question of another form.
+    """What `record` says to a question in any of the forms of `question`; None for a question of another
+    form.
 
     The inverse of question making: it tells whether answers to questions a model asked by itself are right.
     """
@@ -292,7 +346,11 @@ def right_answer(text: str, record: Mapping, schema: Mapping[str, Attribute] = A
             choices = [line.partition(". ")[2] for line in rest[:-1]]
             if rest[-1] in MCQ_WORDS or word not in choices:
                 return word if word in choices else None
-            return LETTERS[choices.index(word)] if rest[-1] in MCQ_LETTER and choices.index(word) < len(LETTERS) else None
+            return (
+                LETTERS[choices.index(word)]
+                if rest[-1] in MCQ_LETTER and choices.index(word) < len(LETTERS)
+                else None
+            )
         value = attribute.value_in(stem)
         if value is not None:
             return "yes" if attribute.word(value) == word else "no"
@@ -300,7 +358,9 @@ def right_answer(text: str, record: Mapping, schema: Mapping[str, Attribute] = A
 
 
 def asked_attribute(text: str, schema: Mapping[str, Attribute] = ATTRIBUTES) -> str | None:
-    """The attribute that a question in any of the forms of `question` asks for; None for a question of another form."""
+    """The attribute that a question in any of the forms of `question` asks for; None for a question of
+    another form.
+    """
     stem = text.strip().split("\n")[0]
     for name, attribute in schema.items():
         if stem in attribute.open or attribute.value_in(stem) is not None:

@@ -1,8 +1,9 @@
 """Dialogues to token ids with the spans of their turns, through the model's own chat template (pure).
 
-Masks come from incremental rendering: the template is asked for the dialogue up to each turn, and what it adds is that
-turn. Character spans become token spans by the fast tokenizer's offsets. No string is searched for but a turn's own
-text inside its own turn; any mismatch is an error that names the turn, never a silently wrong mask.
+Masks come from incremental rendering: the template is asked for the dialogue up to each turn, and what it
+adds is that turn. Character spans become token spans by the fast tokenizer's offsets. No string is searched
+for but a turn's own text inside its own turn; any mismatch is an error that names the turn, never a silently
+wrong mask.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ _MARK = "QXQ"  # stands where a text will
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Ids of all special tokens by spelling: those that transformers has a name for, and those that only the tokenizer's own file marks as
-    special (Gemma's <end_of_turn>, Idefics' <global-img>). Tokens of blanks alone are text."""
-    marked = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    """Ids of all special tokens by spelling: those that transformers has a name for, and those that only
+    the tokenizer's own file marks as special (Gemma's <end_of_turn>, Idefics' <global-img>). Tokens of
+    blanks alone are text.
+    """
+    marked = {
+        token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return {token: index for token, index in {**marked, **named}.items() if token.strip()}
 
@@ -36,7 +41,10 @@ def image_token_of(processor: Any) -> str:
     """
     token = getattr(processor, "image_token", None)
     if not isinstance(token, str):
-        raise ConfigError(f"model.path: {type(processor).__name__} names no image token; this model family is not supported yet")
+        raise ConfigError(
+            f"model.path: {type(processor).__name__} names no image token; this model family is not "
+            "supported yet"
+        )
     return token
 
 
@@ -74,7 +82,9 @@ class Dialogues:
         if not self.template:
             raise ConfigError("model.chat_template: the model has none of its own; give a Jinja file")
         if not isinstance(self.template, str):
-            raise ConfigError("model.chat_template: the model has several templates; give one as a Jinja file")
+            raise ConfigError(
+                "model.chat_template: the model has several templates; give one as a Jinja file"
+            )
         self.image_token = image_token_of(processor)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         special = special_tokens(self.tokenizer)
@@ -85,24 +95,38 @@ class Dialogues:
         """`questioner` False: without the questioner's prefix, which not every template can write."""
         pad = self.tokenizer.pad_token_id
         return TokenInfo(
-            pad_id=self.tokenizer.eos_token_id if pad is None else pad, image_token_id=self.image_token_id,
+            pad_id=self.tokenizer.eos_token_id if pad is None else pad,
+            image_token_id=self.image_token_id,
             questioner_prefix_ids=tuple(self._questioner_prefix()) if questioner else (),
             wants_token_types="mm_token_type_ids" in self.processor.model_input_names,
         )
 
     def render(self, turns: list[dict[str, str]], opening: bool = False) -> str:
-        """Text of the dialogue; the first user turn carries the image; `opening` adds the assistant's prefix."""
+        """Text of the dialogue; the first user turn carries the image; `opening` adds the assistant's
+        prefix.
+        """
         try:
-            return self.processor.apply_chat_template(self.messages(turns), chat_template=self.template, add_generation_prompt=opening, tokenize=False)
-        except TemplateError as error:  # also what a template raises itself: an unknown role, an order of roles it does not know
+            return self.processor.apply_chat_template(
+                self.messages(turns),
+                chat_template=self.template,
+                add_generation_prompt=opening,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            # also what a template raises itself: an unknown role, an order of roles it does not know
             roles = ", ".join(dict.fromkeys(message["role"] for message in self.messages(turns)))
-            raise EncodeError(f"the chat template refuses a dialogue with the roles {roles}: {error}; set model.chat_template") from error
+            raise EncodeError(
+                f"the chat template refuses a dialogue with the roles {roles}: {error}; set "
+                "model.chat_template"
+            ) from error
 
     def encode(self, turns: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (one image token, not yet expanded) int32 [T] and spans int32 [S, 3] of (kind, start, end), half-open.
+        """Ids (one image token, not yet expanded) int32 [T] and spans int32 [S, 3] of (kind, start, end),
+        half-open.
 
         ANSWER: an answer with its end token (assistants' always, and questions of explicit questioner turns).
-        QUESTION_PREFIX, QUESTION: in pairs, the role prefix and the text with end token of each user turn after the first.
+        QUESTION_PREFIX, QUESTION: in pairs, the role prefix and the text with end token of each user turn
+        after the first.
         """
         turns = self.with_system(turns)
         self._check_text(turns)
@@ -123,7 +147,9 @@ class Dialogues:
             self._expect_prefix(until, before, index)
             content = until.find(turn["text"], len(before))
             if content < 0:
-                raise EncodeError(f"turn {index}: the chat template changes the text of the turn, so it cannot be masked")
+                raise EncodeError(
+                    f"turn {index}: the chat template changes the text of the turn, so it cannot be masked"
+                )
             begin = len(until[:content].rstrip(" "))
             if turn["role"] == "user":
                 spans.append((QUESTION_PREFIX, len(before), begin))
@@ -133,7 +159,9 @@ class Dialogues:
         return self.tokenise(text, spans)
 
     def encode_answer(self, question: str, answer: str) -> tuple[np.ndarray, int]:
-        """Ids of a single-turn question and answer, cut after the answer's end token, and where the answer starts."""
+        """Ids of a single-turn question and answer, cut after the answer's end token, and where the
+        answer starts.
+        """
         ids, spans = self.encode([{"role": "user", "text": question}, {"role": "assistant", "text": answer}])
         _, start, end = spans[-1]
         return ids[:end], int(start)
@@ -144,7 +172,9 @@ class Dialogues:
         if len(places) != 1:
             raise EncodeError(f"the dialogue holds {len(places)} image tokens where one image was given")
         place = int(places[0])
-        grown = np.concatenate([ids[:place], np.full(image_tokens, self.image_token_id, np.int32), ids[place + 1:]])
+        grown = np.concatenate(
+            [ids[:place], np.full(image_tokens, self.image_token_id, np.int32), ids[place + 1 :]]
+        )
         moved = spans.copy()
         moved[:, 1:] += (image_tokens - 1) * (spans[:, 1:] > place)
         return grown, moved
@@ -169,7 +199,9 @@ class Dialogues:
     def _check_text(self, turns: list[dict[str, str]]) -> None:
         for index, turn in enumerate(turns):
             if token := self.special_in(turn["text"]):
-                raise EncodeError(f"turn {index}: the text contains the special token {token}; remove or rewrite it")
+                raise EncodeError(
+                    f"turn {index}: the text contains the special token {token}; remove or rewrite it"
+                )
 
     def special_in(self, text: str) -> str | None:
         """A special token that a text spells, if any."""
@@ -178,7 +210,10 @@ class Dialogues:
     @staticmethod
     def _expect_prefix(text: str, prefix: str, index: int) -> None:
         if not text.startswith(prefix):
-            raise EncodeError(f"turn {index}: the chat template rewrites earlier turns, so turns cannot be masked; set model.chat_template")
+            raise EncodeError(
+                f"turn {index}: the chat template rewrites earlier turns, so turns cannot be masked; set "
+                "model.chat_template"
+            )
 
     def tokenise(self, text: str, spans: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Ids and spans as of `encode`, of a rendered text and (kind, begin, end) in characters."""
@@ -191,24 +226,42 @@ class Dialogues:
             first = int(np.searchsorted(ends, begin, side="right"))
             last = int(np.searchsorted(starts, end, side="left"))
             if first >= last or starts[first] < begin or ends[last - 1] > end:
-                raise EncodeError(f"a turn's edge at character {begin} or {end} falls inside a token; set model.chat_template to one with special tokens between turns")
+                raise EncodeError(
+                    f"a turn's edge at character {begin} or {end} falls inside a token; set "
+                    "model.chat_template to one with special tokens between turns"
+                )
             if kind != QUESTION_PREFIX and int(ids[last - 1]) not in self.special_ids:
-                raise EncodeError("the chat template ends a turn without an end token, so the model would not learn to stop; set model.chat_template (see medray/recipes/templates)")
+                raise EncodeError(
+                    "the chat template ends a turn without an end token, so the model would not learn to "
+                    "stop; set model.chat_template (see medray/recipes/templates)"
+                )
             out[row] = (kind, first, last)
         return ids, out
 
     def _questioner_prefix(self) -> list[int]:
-        turns = [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}, {"role": "questioner", "text": _MARK}]
+        turns = [
+            {"role": "user", "text": "a"},
+            {"role": "assistant", "text": "b"},
+            {"role": "questioner", "text": _MARK},
+        ]
         try:
             before, through = self.render(turns[:2]), self.render(turns)
         except EncodeError as error:
-            raise ConfigError(f"model.questioner_role: {error}, which writes the role {self.config.questioner_role!r} too") from error
-        if not through.startswith(before) or _MARK not in through[len(before):]:
-            raise ConfigError(f"model.questioner_role: the chat template writes nothing usable for the role {self.config.questioner_role!r}")
+            raise ConfigError(
+                f"model.questioner_role: {error}, which writes the role {self.config.questioner_role!r} too"
+            ) from error
+        if not through.startswith(before) or _MARK not in through[len(before) :]:
+            raise ConfigError(
+                "model.questioner_role: the chat template writes nothing usable for the role "
+                f"{self.config.questioner_role!r}"
+            )
         opened = through[: through.rindex(_MARK)].rstrip(" ")
         if opened == before.rstrip(" "):
-            raise ConfigError(f"model.questioner_role: the chat template gives the role {self.config.questioner_role!r} no prefix; set model.chat_template")
-        return self._ids(opened)[len(self._ids(before)):]
+            raise ConfigError(
+                f"model.questioner_role: the chat template gives the role {self.config.questioner_role!r} no "
+                "prefix; set model.chat_template"
+            )
+        return self._ids(opened)[len(self._ids(before)) :]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -217,13 +270,15 @@ class Dialogues:
 class Descriptions:
     """Dialogues of one turn, [image][instruction] -> description, as instruction-free tuning trains them.
 
-    What the template writes around a description is rendered once: shuffled, it is tokenised anew in every epoch.
+    What the template writes around a description is rendered once: shuffled, it is tokenised anew in every
+    epoch.
 
     Args:
-        instruction: the text of the user's turn; None for `proxy_count` placeholders of the proxy instruction, each of which
-            the tokenizer (in memory) then knows as one token.
+        instruction: the text of the user's turn; None for `proxy_count` placeholders of the proxy
+            instruction, each of which the tokenizer (in memory) then knows as one token.
 
-    Raises ConfigError where the instruction holds a special token, or the template does not write turn after turn.
+    Raises ConfigError where the instruction holds a special token, or the template does not write turn after
+    turn.
     """
 
     def __init__(self, dialogues: Dialogues, instruction: str | None, proxy_count: int):
@@ -238,20 +293,26 @@ class Descriptions:
             raise ConfigError(f"instruction: it contains the special token {token}; remove or rewrite it")
         self._asked = dialogues.with_system([{"role": "user", "text": instruction}])
         opened, text = dialogues.render(self._asked, opening=True).rstrip(" "), self._render(_MARK)
-        if not text.startswith(opened) or _MARK not in text[len(opened):]:
-            raise ConfigError("model.chat_template: it does not write the assistant's turn behind the user's; give another")
+        if not text.startswith(opened) or _MARK not in text[len(opened) :]:
+            raise ConfigError(
+                "model.chat_template: it does not write the assistant's turn behind the user's; give another"
+            )
         self._opened = len(opened)
         self._before, _, self._after = text.rpartition(_MARK)
 
     def check(self, description: str) -> None:
-        """Raises EncodeError for a text that holds a special token or a placeholder, or that the template changes."""
+        """Raises EncodeError for a text that holds a special token or a placeholder, or that the template
+        changes.
+        """
         if token := self._special_in(description):
             raise EncodeError(f"the description contains the special token {token}; remove or rewrite it")
         if self._render(description) != self._before + description + self._after:
             raise EncodeError("the chat template changes the text of the description, so it cannot be masked")
 
     def encode(self, description: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and spans as `Dialogues.encode` gives them for the two turns, of a text that `check` lets pass."""
+        """Ids and spans as `Dialogues.encode` gives them for the two turns, of a text that `check` lets
+        pass.
+        """
         text = self._before + description + self._after
         return self.dialogues.tokenise(text, [(ANSWER, self._opened, len(text.rstrip()))])
 

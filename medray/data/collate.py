@@ -1,8 +1,8 @@
-"""Rows to training batches. `Encoder` runs on Ray Data workers (decode, resize, tokenise); the functions below it run
-in the training worker on encoded rows (self-questioning, shuffling, padding). No Ray in here.
+"""Rows to training batches. `Encoder` runs on Ray Data workers (decode, resize, tokenise); the functions
+below it run in the training worker on encoded rows (self-questioning, shuffling, padding). No Ray in here.
 
-Shapes: B samples, T tokens, S spans. Pixels stay uint8 until the model's device, where `normalise_pixels` does what the
-processor's rescale and normalise would have done.
+Shapes: B samples, T tokens, S spans. Pixels stay uint8 until the model's device, where `normalise_pixels`
+does what the processor's rescale and normalise would have done.
 """
 
 from __future__ import annotations
@@ -33,33 +33,69 @@ from medray.records import check_turns
 IGNORE = -100
 ROWS_CHECKED = 6  # by each encoder, against the model's own processor
 
-_PIXELS = [("pixels", pa.binary()), ("pixel_shape", pa.list_(pa.int32())), ("image_grid_thw", pa.list_(pa.int32()))]
-ENCODED_SFT = pa.schema([("sample_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), *_PIXELS, ("error", pa.string())])
-ENCODED_DPO = pa.schema([
-    ("sample_id", pa.string()), ("chosen_ids", pa.list_(pa.int32())), ("rejected_ids", pa.list_(pa.int32())), ("answer_start", pa.int32()),
-    ("ref_chosen_logp", pa.float64()), ("ref_rejected_logp", pa.float64()), *_PIXELS, ("error", pa.string()),
-])
-# Text, not ids: rows are encoded once for all epochs, and the order of a description's parts, and with it its tokens, is drawn for each.
-ENCODED_DESCRIPTION = pa.schema([("sample_id", pa.string()), ("description", pa.string()), ("image_tokens", pa.int32()), *_PIXELS, ("error", pa.string())])
+_PIXELS = [
+    ("pixels", pa.binary()),
+    ("pixel_shape", pa.list_(pa.int32())),
+    ("image_grid_thw", pa.list_(pa.int32())),
+]
+ENCODED_SFT = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("spans", pa.list_(pa.int32())),
+        *_PIXELS,
+        ("error", pa.string()),
+    ]
+)
+ENCODED_DPO = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("chosen_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("answer_start", pa.int32()),
+        ("ref_chosen_logp", pa.float64()),
+        ("ref_rejected_logp", pa.float64()),
+        *_PIXELS,
+        ("error", pa.string()),
+    ]
+)
+# Text, not ids: rows are encoded once for all epochs, and the order of a description's parts, and with it its
+# tokens, is drawn for each.
+ENCODED_DESCRIPTION = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("description", pa.string()),
+        ("image_tokens", pa.int32()),
+        *_PIXELS,
+        ("error", pa.string()),
+    ]
+)
 ENCODED = {"sft": ENCODED_SFT, "dpo": ENCODED_DPO, "description": ENCODED_DESCRIPTION}
 
 
 class Encoder:
-    """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.CONVERSATION ("sft"), PREFERENCE ("dpo")
-    or DESCRIPTION ("description") to encoded rows, one for one. A row that cannot be encoded carries its reason in `error`.
-    The first rows are held against the model's own processor.
+    """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.CONVERSATION ("sft"),
+    PREFERENCE ("dpo") or DESCRIPTION ("description") to encoded rows, one for one. A row that cannot be
+    encoded carries its reason in `error`. The first rows are held against the model's own processor.
 
     Args:
         model_path: the model, whose processor is used.
         model_config, data_config: as dicts, so that the constructor arguments travel as plain data.
-        train_config: of "description" only, the stage's InstructionFreeTrainConfig as a dict (default: its defaults). Its
-            instruction counts for a row's length; the encoded rows are the same for every instruction and shuffling.
+        train_config: of "description" only, the stage's InstructionFreeTrainConfig as a dict (default: its
+            defaults). Its instruction counts for a row's length; the encoded rows are the same for every
+            instruction and shuffling.
 
-    Raises ConfigError, also later for one of the first rows, where the model's own processor gives the model something else.
+    Raises ConfigError, also later for one of the first rows, where the model's own processor gives the model
+    something else.
     """
 
     def __init__(
-        self, model_path: str, model_config: dict[str, Any], data_config: dict[str, Any], kind: str, train_config: dict[str, Any] | None = None,
+        self,
+        model_path: str,
+        model_config: dict[str, Any],
+        data_config: dict[str, Any],
+        kind: str,
+        train_config: dict[str, Any] | None = None,
     ):
         from medray.models.support import family_and_stops
         from medray.models.vlm import load_processor
@@ -86,7 +122,8 @@ class Encoder:
                 rows.append({"sample_id": row["sample_id"], "error": str(error)})
             except ConfigError:
                 raise
-            except Exception as error:  # the row boundary: a processor may raise anything for one odd image or text
+            except Exception as error:
+                # the row boundary: a processor may raise anything for one odd image or text
                 rows.append({"sample_id": row["sample_id"], "error": f"{type(error).__name__}: {error}"})
         return pa.Table.from_pylist(rows, schema=self.schema)
 
@@ -96,26 +133,41 @@ class Encoder:
             self._rows_to_check -= 1
             image = self._decoded(row["image"])
             for turns, ids, whole in self._texts(row, encoded):
-                check_alike(self.family, self.dialogues, own_inputs(self.dialogues, turns, image), ids, encoded, whole)
+                check_alike(
+                    self.family, self.dialogues, own_inputs(self.dialogues, turns, image), ids, encoded, whole
+                )
         return encoded
 
     def check_row(self, turns: list[dict[str, str]], image: Any) -> None:
-        """Compare one dialogue about a decoded (and padded, where the model wants it) image with what the processor makes of it.
+        """Compare one dialogue about a decoded (and padded, where the model wants it) image with what the
+        processor makes of it.
 
-        Raises ConfigError naming the family and the first difference, EncodeError for a dialogue that cannot be encoded.
+        Raises ConfigError naming the family and the first difference, EncodeError for a dialogue that cannot
+        be encoded.
         """
         pixels, image_tokens = self._pixels(image)
         ids, _ = self.dialogues.expand(*self.dialogues.encode(turns), image_tokens)
         check_alike(self.family, self.dialogues, own_inputs(self.dialogues, turns, image), ids, pixels)
 
-    def _texts(self, row: dict[str, Any], encoded: dict[str, Any]) -> list[tuple[list[dict[str, str]], np.ndarray, bool]]:
+    def _texts(
+        self, row: dict[str, Any], encoded: dict[str, Any]
+    ) -> list[tuple[list[dict[str, str]], np.ndarray, bool]]:
         """(turns, ids, whether they are the whole text's) of a row."""
         if self.schema is ENCODED_SFT:
             return [(row["turns"], encoded["input_ids"], True)]
         if self.schema is ENCODED_DPO:
             asked = {"role": "user", "text": row["prompt"]}
-            return [([asked, {"role": "assistant", "text": row[name]}], encoded[f"{name}_ids"], False) for name in ("chosen", "rejected")]
-        return [(self.descriptions.turns(encoded["description"]), self._described(encoded, encoded["description"])[0], True)]
+            return [
+                ([asked, {"role": "assistant", "text": row[name]}], encoded[f"{name}_ids"], False)
+                for name in ("chosen", "rejected")
+            ]
+        return [
+            (
+                self.descriptions.turns(encoded["description"]),
+                self._described(encoded, encoded["description"])[0],
+                True,
+            )
+        ]
 
     def _sft(self, row: dict[str, Any]) -> dict[str, Any]:
         problem = check_turns(row["turns"])
@@ -139,8 +191,11 @@ class Encoder:
             self._check_length(ids)
             encoded[f"{name}_ids"] = ids
         return {
-            **encoded, "answer_start": start + image_tokens - 1, **pixels,
-            "ref_chosen_logp": row.get("ref_chosen_logp"), "ref_rejected_logp": row.get("ref_rejected_logp"),
+            **encoded,
+            "answer_start": start + image_tokens - 1,
+            **pixels,
+            "ref_chosen_logp": row.get("ref_chosen_logp"),
+            "ref_rejected_logp": row.get("ref_rejected_logp"),
         }
 
     def _description(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -157,18 +212,21 @@ class Encoder:
         return self.dialogues.expand(*self.descriptions.encode(text), row["image_tokens"])
 
     def in_order(self, row: dict[str, Any], epoch: int | None) -> dict[str, Any]:
-        """An encoded description (ENCODED_DESCRIPTION) as an encoded dialogue (ENCODED_SFT), its parts in the order of this
-        epoch, which (seed, epoch, sample_id) fix; epoch None (evaluation) and rows with an error: as they are.
+        """An encoded description (ENCODED_DESCRIPTION) as an encoded dialogue (ENCODED_SFT), its parts in the
+        order of this epoch, which (seed, epoch, sample_id) fix; epoch None (evaluation) and rows with an
+        error: as they are.
 
         Byte pairs meet anew in another order, so that it can be some tokens longer. One that is thereby over
-        model.max_length gives way to the original order, which is not: so every epoch, and every way of shuffling, trains
-        on the same rows. Nothing is cut.
+        model.max_length gives way to the original order, which is not: so every epoch, and every way of
+        shuffling, trains on the same rows. Nothing is cut.
         """
         if row["error"] is not None:
             return row
         text = row["description"]
         if epoch is not None and self.train.shuffling != "none":
-            text = shuffled(text, row["sample_id"], epoch, self.train.seed, self.train.shuffling, self.train.separator)
+            text = shuffled(
+                text, row["sample_id"], epoch, self.train.seed, self.train.shuffling, self.train.separator
+            )
         try:
             ids, spans = self._described(row, text)
             if len(ids) > self.config.max_length:
@@ -191,7 +249,13 @@ class Encoder:
         return pad_to_square(image) if self.config.pad_to_square else image
 
     def _pixels(self, image: Any) -> tuple[dict[str, Any], int]:
-        out = self.processor(text=[self.dialogues.image_token], images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+        out = self.processor(
+            text=[self.dialogues.image_token],
+            images=[image],
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="np",
+        )
         values = np.asarray(out["pixel_values"])
         # LLaVA: [1, 3, H, W] -> [3, H, W]; Qwen-VL: [patches, 3 * time * side * side] as it is.
         values = values[0] if "image_grid_thw" not in out else values
@@ -212,12 +276,16 @@ def draw_flips(sample_id: str, turns: int, rho: float, seed: int, epoch: int) ->
 
 
 def apply_self_questioning(
-    ids: np.ndarray, spans: np.ndarray, flips: Sequence[bool], questioner_prefix_ids: Sequence[int],
+    ids: np.ndarray,
+    spans: np.ndarray,
+    flips: Sequence[bool],
+    questioner_prefix_ids: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels after the drawn user turns were given to the questioner.
 
-    A flipped turn's role prefix is replaced by the questioner's and not supervised; its text and end token are.
-    Answers always are; unflipped questions are context only. Labels are IGNORE elsewhere. int64 [T'], int64 [T'].
+    A flipped turn's role prefix is replaced by the questioner's and not supervised; its text and end token
+    are. Answers always are; unflipped questions are context only. Labels are IGNORE elsewhere. int64 [T'],
+    int64 [T'].
 
     Args:
         spans: [S, 3] of (kind, start, end); QUESTION_PREFIX and QUESTION come in pairs, in order.
@@ -251,8 +319,12 @@ def apply_self_questioning(
     return np.concatenate(pieces).astype(np.int64), np.concatenate(labels).astype(np.int64)
 
 
-def collate_sft(rows: Sequence[dict[str, Any]], info: TokenInfo, rho: float, seed: int, epoch: int) -> dict[str, Any]:
-    """Encoded rows to torch tensors: input_ids, attention_mask, labels [B, T]; pixel_values uint8; model extras."""
+def collate_sft(
+    rows: Sequence[dict[str, Any]], info: TokenInfo, rho: float, seed: int, epoch: int
+) -> dict[str, Any]:
+    """Encoded rows to torch tensors: input_ids, attention_mask, labels [B, T]; pixel_values uint8; model
+    extras.
+    """
     sequences = []
     for row in rows:
         ids = np.asarray(row["input_ids"], np.int32)
@@ -275,12 +347,14 @@ def collate_dpo(rows: Sequence[dict[str, Any]], info: TokenInfo) -> dict[str, An
         for row in rows:
             ids = np.asarray(row[name], np.int64)
             labels = np.full(len(ids), IGNORE, np.int64)
-            labels[row["answer_start"]:] = ids[row["answer_start"]:]
+            labels[row["answer_start"] :] = ids[row["answer_start"] :]
             sequences.append((ids, labels))
     batch = {**_pad(sequences, info), **_images(rows, copies=2)}
     if rows[0].get("ref_chosen_logp") is not None:
         for name in ("chosen", "rejected"):
-            batch[f"ref_{name}_logps"] = torch.tensor([row[f"ref_{name}_logp"] for row in rows], dtype=torch.float32)
+            batch[f"ref_{name}_logps"] = torch.tensor(
+                [row[f"ref_{name}_logp"] for row in rows], dtype=torch.float32
+            )
     return batch
 
 
@@ -308,6 +382,7 @@ def _images(rows: Sequence[dict[str, Any]], copies: int) -> dict[str, Any]:
     if rows[0]["image_grid_thw"] is None:
         return {"pixel_values": torch.from_numpy(np.stack(arrays))}
     grid = torch.tensor([row["image_grid_thw"] for row in rows])
-    return {"pixel_values": torch.from_numpy(np.concatenate(arrays)), "image_grid_thw": grid.repeat(copies, 1)}
-
-
+    return {
+        "pixel_values": torch.from_numpy(np.concatenate(arrays)),
+        "image_grid_thw": grid.repeat(copies, 1),
+    }

@@ -1,6 +1,8 @@
-"""Exchanges (a question and its answer) as dialogues; what generation wrote, in the forms others read (pure, and streamed).
+"""Exchanges (a question and its answer) as dialogues; what generation wrote, in the forms others read (pure,
+and streamed).
 
-Ids: dialogue "{image}/d{k}" holds the k-th answers to the questions about an image, exchange "{dialogue}#{turn}" is one of them.
+Ids: dialogue "{image}/d{k}" holds the k-th answers to the questions about an image, exchange
+"{dialogue}#{turn}" is one of them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def normal(text: str) -> str:
 
 
 def same_answer(one: str, other: str) -> bool:
-    """Whether two answers differ in nothing but case, blanks and a full stop at the end: between them there is nothing to choose."""
+    """Whether two answers differ in nothing but case, blanks and a full stop at the end: between them
+    there is nothing to choose.
+    """
     return _plain(one) == _plain(other)
 
 
@@ -40,7 +44,9 @@ def _plain(text: str) -> str:
 
 
 def kind_of_error(error: str | None) -> str:
-    """An error without what differs from row to row, to count by: numbers, and what stands in quotation marks."""
+    """An error without what differs from row to row, to count by: numbers, and what stands in quotation
+    marks.
+    """
     text = re.sub(r"\d+(\.\d+)?", "#", re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", error or "unknown"))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -55,16 +61,25 @@ def known_of(row: Mapping[str, Any]) -> str | None:
 
 
 def conversation_row(exchanges: Sequence[Mapping[str, Any]]) -> Row:
-    """The row of records.CONVERSATION that exchanges of one dialogue make, whatever their order; the image of whichever has it."""
+    """The row of records.CONVERSATION that exchanges of one dialogue make, whatever their order; the
+    image of whichever has it.
+    """
     ordered = sorted(exchanges, key=lambda row: row["turn"])
     image = next((row["image"] for row in ordered if row["image"] is not None), None)
     turns = turns_of({"question": row["question"], "reference": row["answer"]} for row in ordered)
-    return {"sample_id": ordered[0]["dialogue_id"], "image_id": ordered[0]["image_id"], "image": image, "turns": turns}
+    return {
+        "sample_id": ordered[0]["dialogue_id"],
+        "image_id": ordered[0]["image_id"],
+        "image": image,
+        "turns": turns,
+    }
 
 
 def rounds_of(turns: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, str]]:
     """(question, answer) of each round of a conversation's turns."""
-    return ((user["text"], answer["text"]) for user, answer in pairwise(turns) if answer["role"] == "assistant")
+    return (
+        (user["text"], answer["text"]) for user, answer in pairwise(turns) if answer["role"] == "assistant"
+    )
 
 
 def demonstrations_of(exchanges: str | None) -> list[Row]:
@@ -72,15 +87,25 @@ def demonstrations_of(exchanges: str | None) -> list[Row]:
 
     Held in memory, without images: the bank is some dozens to hundreds of dialogues, as clinicians made it.
 
-    Returns {"dialogue_id", "image_id", "modality", "context", "rounds": [{"question", "answer"}]} by dialogue, in order of id.
+    Returns {"dialogue_id", "image_id", "modality", "context", "rounds": [{"question", "answer"}]} by
+    dialogue, in order of id.
     """
     found: dict[str, Row] = {}
-    rows = [] if exchanges is None else stored_rows(exchanges, [name for name in EXCHANGE.names if name != "image"])
+    rows = (
+        []
+        if exchanges is None
+        else stored_rows(exchanges, [name for name in EXCHANGE.names if name != "image"])
+    )
     for row in rows:
-        one = found.setdefault(row["dialogue_id"], {name: row[name] for name in ("dialogue_id", "image_id", "modality", "context")} | {"rounds": []})
+        one = found.setdefault(
+            row["dialogue_id"],
+            {name: row[name] for name in ("dialogue_id", "image_id", "modality", "context")} | {"rounds": []},
+        )
         one["rounds"].append((row["turn"], row["question"], row["answer"]))
     for one in found.values():
-        one["rounds"] = [{"question": question, "answer": answer} for _, question, answer in sorted(one["rounds"])]
+        one["rounds"] = [
+            {"question": question, "answer": answer} for _, question, answer in sorted(one["rounds"])
+        ]
     return [found[name] for name in sorted(found)]
 
 
@@ -95,7 +120,10 @@ def unpack(generated: str, out_dir: str) -> dict[str, Any]:
     """
     writers: dict[str, tuple[pa.Schema, Callable[[Row], Iterable[Row]]]] = {
         "conversations": (CONVERSATION, lambda row: map(conversation_row, _dialogues(row))),
-        "exchanges": (EXCHANGE, lambda row: (exchange for dialogue in _dialogues(row) for exchange in dialogue)),
+        "exchanges": (
+            EXCHANGE,
+            lambda row: (exchange for dialogue in _dialogues(row) for exchange in dialogue),
+        ),
         "items": (CLINICIAN_ITEM, _items),
     }
     counts: Counter[str] = Counter({"images": 0, "without dialogue": 0, "exchanges": 0})
@@ -106,7 +134,9 @@ def unpack(generated: str, out_dir: str) -> dict[str, Any]:
         empty_folder(folder)
         counts[name] = 0
 
-        def made(name: str = name, schema: pa.Schema = schema, make: Callable[[Row], Iterable[Row]] = make) -> Iterator[pa.Table]:
+        def made(
+            name: str = name, schema: pa.Schema = schema, make: Callable[[Row], Iterable[Row]] = make
+        ) -> Iterator[pa.Table]:
             for table in tables(generated, rows=32):
                 rows = [one for row in table.to_pylist() for one in make(row)]
                 counts[name] += len(rows)
@@ -114,9 +144,16 @@ def unpack(generated: str, out_dir: str) -> dict[str, Any]:
                     yield pa.Table.from_pylist(rows, schema=schema)
 
         write_shard(made(), folder, "part")
-    words = {f"mean words, {side}": round(counts.pop(f"{side} words") / max(counts[f"{side}s"], 1), 2) for side in ("question", "answer")}
+    words = {
+        f"mean words, {side}": round(counts.pop(f"{side} words") / max(counts[f"{side}s"], 1), 2)
+        for side in ("question", "answer")
+    }
     del counts["answers"]
-    return {**counts, **words, "mean rounds": round(counts["questions"] / max(counts["images"] - counts["without dialogue"], 1), 2)}
+    return {
+        **counts,
+        **words,
+        "mean rounds": round(counts["questions"] / max(counts["images"] - counts["without dialogue"], 1), 2),
+    }
 
 
 def _dialogues(row: Row) -> Iterator[list[Row]]:
@@ -124,10 +161,23 @@ def _dialogues(row: Row) -> Iterator[list[Row]]:
     rounds = row["rounds"] or []
     for k in range(max((len(one["answers"]) for one in rounds), default=0)):
         name = f"{row['sample_id']}/d{k}"
-        base = {"dialogue_id": name, "image_id": row["sample_id"], "image": row["image"], "modality": row["modality"], "context": known_of(row)}
+        base = {
+            "dialogue_id": name,
+            "image_id": row["sample_id"],
+            "image": row["image"],
+            "modality": row["modality"],
+            "context": known_of(row),
+        }
         exchanges = [
-            {"sample_id": exchange_id(name, turn), "turn": turn, **base, "question": one["question"], "answer": one["answers"][k]}
-            for turn, one in enumerate(rounds) if len(one["answers"]) > k and one["answers"][k]
+            {
+                "sample_id": exchange_id(name, turn),
+                "turn": turn,
+                **base,
+                "question": one["question"],
+                "answer": one["answers"][k],
+            }
+            for turn, one in enumerate(rounds)
+            if len(one["answers"]) > k and one["answers"][k]
         ]
         if exchanges:
             yield exchanges
@@ -140,8 +190,17 @@ def _items(row: Row) -> Iterator[Row]:
         answers = one["answers"]
         if len(answers) == 2 and all(answers) and not same_answer(*answers):
             yield {
-                "item_id": exchange_id(name, turn), "image_id": row["sample_id"], "image": row["image"], "modality": row["modality"], "caption": row["caption"],
-                "context": row["context"], "dialogue_id": name, "turn": turn, "question": one["question"], "answer_a": answers[0], "answer_b": answers[1],
+                "item_id": exchange_id(name, turn),
+                "image_id": row["sample_id"],
+                "image": row["image"],
+                "modality": row["modality"],
+                "caption": row["caption"],
+                "context": row["context"],
+                "dialogue_id": name,
+                "turn": turn,
+                "question": one["question"],
+                "answer_a": answers[0],
+                "answer_b": answers[1],
             }
 
 
@@ -152,6 +211,11 @@ def _quality(row: Row) -> dict[str, int]:
     if row["error"] is not None:
         counts[f"error: {kind_of_error(row['error'])}"] += 1
     return {
-        **counts, "images": 1, "without dialogue": int(not answers), "questions": len(rounds), "answers": len(answers),
-        "question words": sum(len(one["question"].split()) for one in rounds), "answer words": sum(len(answer.split()) for answer in answers),
+        **counts,
+        "images": 1,
+        "without dialogue": int(not answers),
+        "questions": len(rounds),
+        "answers": len(answers),
+        "question words": sum(len(one["question"].split()) for one in rounds),
+        "answer words": sum(len(answer.split()) for answer in answers),
     }

@@ -13,8 +13,8 @@ from medray.models.vlm import refuse_adapters, refuse_pickles, resolve_model
 def check_support(path: str, model_config: ModelConfig, questioner: bool, kind: str = "sft") -> None:
     """Refuse a model that would be tuned wrongly, before anything starts.
 
-    Reads a local folder, the small files of a remote address, or a hub id's (from the cache or the hub; one that cannot be reached is left
-    to the stage that loads it).
+    Reads a local folder, the small files of a remote address, or a hub id's (from the cache or the hub; one
+    that cannot be reached is left to the stage that loads it).
 
     Args:
         questioner: the template must write model.questioner_role.

@@ -9,7 +9,8 @@ def normalise_pixels(pixel_values: Any, image_processor: Any, dtype: Any = None)
     """uint8 pixels to what the processor would have returned: (x * rescale_factor - mean) / std per channel.
 
     Args:
-        pixel_values: uint8 [B, 3, H, W] (LLaVA) or [patches, 3 * time * side * side] (Qwen-VL, channel first).
+        pixel_values: uint8 [B, 3, H, W] (LLaVA) or [patches, 3 * time * side * side] (Qwen-VL, channel
+            first).
         dtype: torch dtype of the result, default float32.
     """
     import torch

@@ -1,6 +1,7 @@
 """Benchmarks by name: which files, which questions, which words after the question.
 
-A benchmark's prompt suffix and split are part of its definition; change one and the number is another benchmark's.
+A benchmark's prompt suffix and split are part of its definition; change one and the number is another
+benchmark's.
 """
 
 from __future__ import annotations
@@ -32,15 +33,29 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "vqa-rad": Benchmark("vqa-rad", ("test",), note="official split: 202 of its 203 test images also occur in train"),
-    "vqa-rad-mevf": Benchmark("vqa-rad", ("test",), files="testset", note="MEVF / LLaVA-Med split of VQA-RAD: all 203 test images also occur in train"),
+    "vqa-rad": Benchmark(
+        "vqa-rad", ("test",), note="official split: 202 of its 203 test images also occur in train"
+    ),
+    "vqa-rad-mevf": Benchmark(
+        "vqa-rad",
+        ("test",),
+        files="testset",
+        note="MEVF / LLaVA-Med split of VQA-RAD: all 203 test images also occur in train",
+    ),
     "slake": Benchmark("slake", ("test",), languages=("en",), note="English questions"),
     "slake-zh": Benchmark("slake", ("test",), languages=("zh",), note="Chinese questions"),
     "path-vqa": Benchmark("hf-parquet", ("test",)),
     "pmc-vqa": Benchmark("pmc-vqa", ("test",), kinds=("mcq",)),
     "omnimedvqa": Benchmark("omnimedvqa", kinds=("mcq",)),
-    "wbcatt-mcq": Benchmark("wbcatt", ("test",), kinds=("mcq",), note="one question per attribute with up to four options"),
+    "wbcatt-mcq": Benchmark(
+        "wbcatt", ("test",), kinds=("mcq",), note="one question per attribute with up to four options"
+    ),
     "skincon-mcq": Benchmark("skincon", kinds=("mcq",)),
-    "llava-med-qa50": Benchmark("llava-med-qa", ("test",), kinds=("open",), note="GPT-4's answers are the references; the chat score needs a judge that writes scores"),
+    "llava-med-qa50": Benchmark(
+        "llava-med-qa",
+        ("test",),
+        kinds=("open",),
+        note="GPT-4's answers are the references; the chat score needs a judge that writes scores",
+    ),
     "cbis-mcq": Benchmark("cbis-ddsm", ("test",), kinds=("mcq",)),
 }

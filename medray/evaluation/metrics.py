@@ -1,10 +1,11 @@
 """Metrics of visual question answering (pure). Two variants of each stand side by side:
 
-- legacy: bug-compatible with LLaVA-Med's public evaluation (llava/eval/run_eval.py and eval_metrics/), so that numbers
-  compare with papers; it has a normalisation of its own, `normalise_legacy`;
+- legacy: bug-compatible with LLaVA-Med's public evaluation (llava/eval/run_eval.py and eval_metrics/), so
+  that numbers compare with papers; it has a normalisation of its own, `normalise_legacy`;
 - strict: what the name of the metric says.
 
-All functions take texts and return numbers per question; means and intervals are made in `medray.evaluation.scores`.
+All functions take texts and return numbers per question; means and intervals are made in
+`medray.evaluation.scores`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,42 @@ from medray.evaluation.plain_text import plain
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {
-    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
-    "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
 }
 # The contractions of the VQA v2 evaluation code that medical text may hold, without their apostrophe.
 _CONTRACTIONS = {
-    "arent": "are not", "cant": "can not", "couldnt": "could not", "didnt": "did not", "doesnt": "does not", "dont": "do not",
-    "hadnt": "had not", "hasnt": "has not", "havent": "have not", "isnt": "is not", "shouldnt": "should not", "thats": "that is",
-    "theres": "there is", "theyre": "they are", "wasnt": "was not", "werent": "were not", "whats": "what is", "wont": "will not",
-    "wouldnt": "would not", "youre": "you are", "its": "its",
+    "arent": "are not",
+    "cant": "can not",
+    "couldnt": "could not",
+    "didnt": "did not",
+    "doesnt": "does not",
+    "dont": "do not",
+    "hadnt": "had not",
+    "hasnt": "has not",
+    "havent": "have not",
+    "isnt": "is not",
+    "shouldnt": "should not",
+    "thats": "that is",
+    "theres": "there is",
+    "theyre": "they are",
+    "wasnt": "was not",
+    "werent": "were not",
+    "whats": "what is",
+    "wont": "will not",
+    "wouldnt": "would not",
+    "youre": "you are",
+    "its": "its",
 }
 _EXPANDED = _NUMBERS | _CONTRACTIONS
 _HAN = re.compile(r"[㐀-䶿一-鿿豈-﫿\U00020000-\U000323af]")
@@ -38,10 +66,12 @@ _HAN = re.compile(r"[㐀-䶿一-鿿豈-﫿\U00020000-\U000323af]")
 def normalise(text: str) -> str:
     """VQA-v2 style: lower case, no punctuation, number words to digits, contractions expanded, no a/an/the.
 
-    Punctuation and letters of every script and width are folded first (plain_text.plain). Chinese has no spaces: every character
-    becomes a word of its own.
+    Punctuation and letters of every script and width are folded first (plain_text.plain). Chinese has no
+    spaces: every character becomes a word of its own.
     """
-    return " ".join(_EXPANDED.get(word, word) for word in _apart(plain(text)).split() if word not in _ARTICLES)
+    return " ".join(
+        _EXPANDED.get(word, word) for word in _apart(plain(text)).split() if word not in _ARTICLES
+    )
 
 
 def word_count(text: str) -> int:
@@ -53,37 +83,47 @@ def _apart(text: str) -> str:
     return text if text.isascii() else _HAN.sub(r" \g<0> ", text)
 
 
-# The full forms of the VQA v2 code's table. Its keys are these with one apostrophe left out (those it writes in
-# capitals, such as I'm, are left out: they never match a lower-cased text).
+# The full forms of the VQA v2 code's table. Its keys are these with one apostrophe left out (those it writes
+# in capitals, such as I'm, are left out: they never match a lower-cased text).
 _LEGACY_FORMS = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd "
-    "how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't "
-    "'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've "
-    "someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've "
-    "they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've "
-    "who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd "
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't "
+    "he'd he'd've he's how'd "
+    "how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't "
+    "not've o'clock oughtn't "
+    "'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's "
+    "someone'd someone'd've "
+    "someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's "
+    "they'd they'd've "
+    "they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's "
+    "where'd where's where've "
+    "who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all "
+    "y'all'll y'all'd've you'd "
     "you'd've you'll you're you've"
 )
 
 
 def _without_one_apostrophe(form: str) -> list[str]:
-    return [form[:place] + form[place + 1:] for place, letter in enumerate(form) if letter == "'"]
+    return [form[:place] + form[place + 1 :] for place, letter in enumerate(form) if letter == "'"]
 
 
-_LEGACY_CONTRACTIONS = {key: form for form in _LEGACY_FORMS.split() for key in _without_one_apostrophe(form)} | {"somebody'd": "somebodyd"}
+_LEGACY_CONTRACTIONS = {
+    key: form for form in _LEGACY_FORMS.split() for key in _without_one_apostrophe(form)
+} | {"somebody'd": "somebodyd"}
 _LEGACY_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_STRIPPED = 32  # the public code passes re.UNICODE, which is 32, where re.sub expects the number of replacements
+# the public code passes re.UNICODE, which is 32, where re.sub expects the number of replacements
+_PERIODS_STRIPPED = 32
 
 
 @lru_cache(maxsize=1024)
 def normalise_legacy(text: str) -> str:
     """LLaVA-Med's normalize_word on the lower-cased text, quirks included.
 
-    A punctuation mark becomes a space, but nothing at all where it touches a space anywhere in the text ("left-sided - a"
-    gives "leftsided") or where a number holds a comma; the first 32 full stops go, unless a digit follows; other marks
-    (: * # % ') stay; contractions gain an apostrophe ("dont" gives "don't") and are not expanded.
+    A punctuation mark becomes a space, but nothing at all where it touches a space anywhere in the text
+    ("left-sided - a" gives "leftsided") or where a number holds a comma; the first 32 full stops go, unless a
+    digit follows; other marks (: * # % ') stay; contractions gain an apostrophe ("dont" gives "don't") and
+    are not expanded.
     """
     text = text.lower()
     glued = _COMMA_IN_NUMBER.search(text) is not None
@@ -132,7 +172,9 @@ def open_legacy(answer: str, reference: str) -> dict[str, float]:
 
 
 def exact_legacy(answer: str, reference: str) -> float:
-    """What LLaVA-Med's tables call "exact match": distinct reference words that the prediction says, over its length in words."""
+    """What LLaVA-Med's tables call "exact match": distinct reference words that the prediction says, over
+    its length in words.
+    """
     predicted, wanted = _legacy_words(answer), _legacy_words(reference)
     return sum(word in predicted for word in wanted) / predicted.total() if predicted else 0.0
 
@@ -150,14 +192,17 @@ def open_strict(answer: str, reference: str) -> dict[str, float]:
 def set_recall(answer: str, reference: str) -> float:
     """MedEvalKit's recall: share of the reference's distinct words that occur in the prediction.
 
-    MedEvalKit only lower-cases and splits; here both sides are normalised, so that "lung." is "lung" as in the other columns.
+    MedEvalKit only lower-cases and splits; here both sides are normalised, so that "lung." is "lung" as in
+    the other columns.
     """
     wanted, predicted = _words(reference), _words(answer)
     return sum(word in predicted for word in wanted) / len(wanted) if wanted else 0.0
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1.0 if both are equal after normalisation. Texts of which it leaves nothing ("a", "-") are compared as they stand."""
+    """1.0 if both are equal after normalisation. Texts of which it leaves nothing ("a", "-") are compared
+    as they stand.
+    """
     said, wanted = normalise(answer), normalise(reference)
     return float(said == wanted if said or wanted else answer.strip().lower() == reference.strip().lower())
 
@@ -186,7 +231,15 @@ def _bleu(shared: tuple[int, ...], candidate: int, wanted: int) -> tuple[float, 
 
     totals = [max(0, candidate - order) for order in range(4)]
     scores = (
-        BLEU.compute_bleu(list(shared[:order]), totals[:order], candidate, wanted, smooth_method="exp", effective_order=True, max_ngram_order=order).score
+        BLEU.compute_bleu(
+            list(shared[:order]),
+            totals[:order],
+            candidate,
+            wanted,
+            smooth_method="exp",
+            effective_order=True,
+            max_ngram_order=order,
+        ).score
         for order in range(1, 5)
     )
     return tuple(min(1.0, score / 100) for score in scores)
@@ -195,7 +248,11 @@ def _bleu(shared: tuple[int, ...], candidate: int, wanted: int) -> tuple[float, 
 def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L F1 in 0..1 over normalised words (rouge_score, no stemming)."""
     wanted, said = normalise(reference), normalise(answer)
-    return 0.0 if set(wanted.split()).isdisjoint(said.split()) else _rouge().score(wanted, said)["rougeL"].fmeasure
+    return (
+        0.0
+        if set(wanted.split()).isdisjoint(said.split())
+        else _rouge().score(wanted, said)["rougeL"].fmeasure
+    )
 
 
 @lru_cache(maxsize=1)
@@ -218,7 +275,8 @@ def _says_yes_or_no(text: str) -> bool:
 
 
 def closed_legacy(answer: str, reference: str) -> float:
-    """LLaVA-Med's rule: a hit iff "yes" or "no" occurs in the answer and the reference does, both as *substrings*.
+    """LLaVA-Med's rule: a hit iff "yes" or "no" occurs in the answer and the reference does, both as
+    *substrings*.
 
     So "know" and "abnormal" say "no", and a choice such as "left" can only hit beside a yes or no.
     """
@@ -227,10 +285,11 @@ def closed_legacy(answer: str, reference: str) -> float:
 
 
 def closed_published(answer: str, reference: str) -> float:
-    """`closed_legacy` as LLaVA-Med's script averages it: NaN where an answer with a yes or no does not hold the reference.
+    """`closed_legacy` as LLaVA-Med's script averages it: NaN where an answer with a yes or no does not hold
+    the reference.
 
-    The script appends nothing for such a question, so it is missing from the numerator and from the *denominator*: the wrong
-    answers of yes/no questions do not count at all.
+    The script appends nothing for such a question, so it is missing from the numerator and from the
+    *denominator*: the wrong answers of yes/no questions do not count at all.
     """
     hit = closed_legacy(answer, reference)
     return math.nan if hit == 0.0 and _says_yes_or_no(normalise_legacy(answer)) else hit
@@ -253,11 +312,11 @@ def closed_strict(answer: str, reference: str, choices: Sequence[str] | None = N
     """(hit, parsed): the answer names exactly one of the choices, as whole words, and it is the reference.
 
     Args:
-        choices: the possible answers; default yes and no (in the reference's language), or only the reference where that is
-            neither.
+        choices: the possible answers; default yes and no (in the reference's language), or only the reference
+            where that is neither.
 
-    An answer that names none or several is unparsable: wrong, and to be counted separately. Where one choice is part
-    of another ("normal" in "not normal"), the longer one counts.
+    An answer that names none or several is unparsable: wrong, and to be counted separately. Where one choice
+    is part of another ("normal" in "not normal"), the longer one counts.
     """
     options = _options(reference, choices)
     text = f" {normalise(answer)} "
@@ -282,8 +341,24 @@ def _options(reference: str, choices: Sequence[str] | None) -> dict[str, str]:
 
 
 _LEAD = "the correct answer is"
-# What may stand before the letter: "Final answer: B", "\\boxed{\\text{B}}". One of _NAMING must be among the words.
-_NAMING = {"answer", "option", "choice", "boxed", "text", "textbf", "mathrm", "mathbf", "答案", "答案是", "答案为", "正确答案", "正确答案是", "正确答案为"}
+# What may stand before the letter: "Final answer: B", "\\boxed{\\text{B}}". One of _NAMING must be among the
+# words.
+_NAMING = {
+    "answer",
+    "option",
+    "choice",
+    "boxed",
+    "text",
+    "textbf",
+    "mathrm",
+    "mathbf",
+    "答案",
+    "答案是",
+    "答案为",
+    "正确答案",
+    "正确答案是",
+    "正确答案为",
+}
 _FILLING = {"the", "my", "final", "correct", "right", "best", "letter", "is"}
 _SIGNS = re.compile(r"[+=<>≠¬]")  # they say something of the letter beside them
 _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
@@ -292,9 +367,10 @@ _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 def mcq_letter(answer: str, choices: int = 4) -> str | None:
     """The option letter an answer gives, or None where its format is wrong.
 
-    The text after the last "The correct answer is", else the whole answer, must be one option letter, with nothing
-    around it but punctuation (of any script and width), markup or the word answer: "B", "(B)", "Ｂ．", "**b**", "Answer: B",
-    "\\boxed{B}" and "The correct answer is B." pass; "B because ..." and "B. round" do not.
+    The text after the last "The correct answer is", else the whole answer, must be one option letter, with
+    nothing around it but punctuation (of any script and width), markup or the word answer: "B", "(B)", "Ｂ．",
+    "**b**", "Answer: B", "\\boxed{B}" and "The correct answer is B." pass; "B because ..." and "B. round" do
+    not.
     """
     folded = unicodedata.normalize("NFKC", _ANSWER_TAG.sub(" ", answer))
     if _SIGNS.search(folded):
@@ -302,7 +378,7 @@ def mcq_letter(answer: str, choices: int = 4) -> str | None:
     text = plain(folded)
     place = text.rfind(_LEAD)
     if place >= 0:
-        text = text[place + len(_LEAD):].strip()
+        text = text[place + len(_LEAD) :].strip()
     *before, letter = text.split() or [""]
     if len(letter) != 1 or not "a" <= letter <= "z":
         return None
@@ -312,13 +388,19 @@ def mcq_letter(answer: str, choices: int = 4) -> str | None:
 
 
 def option_letter(reference: str, choices: Sequence[str]) -> str | None:
-    """The letter of the option that a reference names: by its letter, its text, or both ("B. lung"); None where it names none or several."""
+    """The letter of the option that a reference names: by its letter, its text, or both ("B. lung"); None
+    where it names none or several.
+    """
     letter = mcq_letter(reference, len(choices) or 26)
     if letter is not None:
         return letter
     named = _named(plain(reference), [plain(choice) for choice in choices])
     if not named and (both := _LETTER_AND_TEXT.match(unicodedata.normalize("NFKC", reference))) is not None:
-        named = [both[1].upper()] if both[1].upper() in _named(normalise(both[2]), [normalise(choice) for choice in choices]) else []
+        named = (
+            [both[1].upper()]
+            if both[1].upper() in _named(normalise(both[2]), [normalise(choice) for choice in choices])
+            else []
+        )
     elif not named:
         named = _named(normalise(reference), [normalise(choice) for choice in choices])
     return named[0] if len(named) == 1 else None
@@ -362,7 +444,9 @@ def likeliest(logps: Sequence[float], right: int, lengths: Sequence[int] | None 
 
 
 def chance(answer_type: str, reference: str, choices: Sequence[str] | None = None) -> float:
-    """Expected accuracy of drawing an option: 0 for open questions, NaN for closed ones whose options are not known."""
+    """Expected accuracy of drawing an option: 0 for open questions, NaN for closed ones whose options are
+    not known.
+    """
     if answer_type == "open":
         return 0.0
     if choices:

@@ -1,12 +1,14 @@
-"""Predictions in and out: our own Parquet and JSON Lines, lmms-eval's sample logs, VLMEvalKit's prediction tables.
+"""Predictions in and out: our own Parquet and JSON Lines, lmms-eval's sample logs, VLMEvalKit's prediction
+tables.
 
 Everything is read into rows of records.PREDICTION, which `medray.evaluation.scores` scores without a model::
 
     write_predictions(read_lmms_eval("20250101_120000_samples_vqa_rad.jsonl"), "predictions/")
     score("predictions/", EvaluateConfig())
 
-Reading needs no other package; .xlsx needs openpyxl. Formats: lmms_eval/evaluator.py and loggers/evaluation_tracker.py
-(`*_samples_<task>.jsonl`), vlmeval/inference.py and smp/file.py (tables of index, question, A.., answer, prediction).
+Reading needs no other package; .xlsx needs openpyxl. Formats: lmms_eval/evaluator.py and
+loggers/evaluation_tracker.py (`*_samples_<task>.jsonl`), vlmeval/inference.py and smp/file.py (tables of
+index, question, A.., answer, prediction).
 """
 
 from __future__ import annotations
@@ -47,13 +49,14 @@ def read_predictions(uri: str, columns: Sequence[str] | None = None) -> Iterator
 
 
 def prediction_tables(uri: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Columns of records.PREDICTION from a file, or from a folder of Parquet or .jsonl files; columns a file lacks are null.
+    """Columns of records.PREDICTION from a file, or from a folder of Parquet or .jsonl files; columns a file
+    lacks are null.
 
-    A .jsonl file may also be a sample log of lmms-eval, and a .tsv, .csv or .xlsx file is a table of VLMEvalKit. Fields and columns
-    that are not read are logged once per file.
+    A .jsonl file may also be a sample log of lmms-eval, and a .tsv, .csv or .xlsx file is a table of
+    VLMEvalKit. Fields and columns that are not read are logged once per file.
 
-    Raises DataError where there is no such file, naming the line and field of a JSON record of the wrong form, or the file
-    with a column of another type.
+    Raises DataError where there is no such file, naming the line and field of a JSON record of the wrong
+    form, or the file with a column of another type.
     """
     fs, root = url_to_fs(uri)
     if not fs.exists(root):
@@ -72,13 +75,20 @@ def prediction_tables(uri: str, columns: Sequence[str] | None = None) -> Iterato
         if len(chosen) < len(files):
             logger.warning("%s: only the %s files are read, of %s", uri, suffix, there)
         for path in chosen:
-            yield from _parquet_tables(fs, path, schema) if suffix == ".parquet" else _tables(_jsonl_rows(fs, path, schema.names), schema, path)
+            yield from (
+                _parquet_tables(fs, path, schema)
+                if suffix == ".parquet"
+                else _tables(_jsonl_rows(fs, path, schema.names), schema, path)
+            )
         return
-    raise DataError(f"predictions: {uri} is or holds no .parquet, .jsonl, .tsv, .csv or .xlsx file; there is {there or 'nothing'}")
+    raise DataError(
+        f"predictions: {uri} is or holds no .parquet, .jsonl, .tsv, .csv or .xlsx file; there is "
+        f"{there or 'nothing'}"
+    )
 
 
 def _hidden(path: str, root: str) -> bool:
-    return any(part.startswith((".", "_")) for part in path[len(root):].split("/"))
+    return any(part.startswith((".", "_")) for part in path[len(root) :].split("/"))
 
 
 def _parquet_tables(fs: Any, path: str, schema: pa.Schema) -> Iterator[pa.Table]:
@@ -90,7 +100,9 @@ def _parquet_tables(fs: Any, path: str, schema: pa.Schema) -> Iterator[pa.Table]
             try:
                 table = conform(pa.Table.from_batches([batch]), schema)
             except pa.ArrowException as error:
-                raise DataError(f"{posixpath.basename(path)}: a column is not of its type in records.PREDICTION ({error})") from None
+                raise DataError(
+                    f"{posixpath.basename(path)}: a column is not of its type in records.PREDICTION ({error})"
+                ) from None
             yield table
 
 
@@ -99,7 +111,9 @@ def _tables(rows: Iterable[dict[str, Any]], schema: pa.Schema, path: str) -> Ite
         try:
             table = pa.Table.from_pylist(part, schema=schema)
         except (pa.ArrowException, OverflowError, UnicodeError) as error:
-            raise DataError(f"{posixpath.basename(path)}: a value is outside its type in records.PREDICTION ({error})") from None
+            raise DataError(
+                f"{posixpath.basename(path)}: a value is outside its type in records.PREDICTION ({error})"
+            ) from None
         yield table
 
 
@@ -116,12 +130,17 @@ def _jsonl_rows(fs: Any, path: str, columns: list[str]) -> Iterator[dict[str, An
         if not isinstance(record, dict):
             raise DataError(f"{where}: holds a {type(record).__name__}, not an object")
         if first and "doc_id" in record and "sample_id" not in record:
-            yield from ({column: row[column] for column in columns} for row in read_lmms_eval(fs.unstrip_protocol(path)))
+            yield from (
+                {column: row[column] for column in columns}
+                for row in read_lmms_eval(fs.unstrip_protocol(path))
+            )
             return
         if first and "sample_id" not in record:
             raise DataError(
-                f"{where}: has neither 'sample_id' (our own predictions) nor 'doc_id' (lmms-eval); it has {', '.join(sorted(record)) or 'no field'}. "
-                f"Write a record of sample_id, image_id, question, reference, answer and answer_type for each question"
+                f"{where}: has neither 'sample_id' (our own predictions) nor 'doc_id' (lmms-eval); it has "
+                f"{', '.join(sorted(record)) or 'no field'}. "
+                "Write a record of sample_id, image_id, question, reference, answer and answer_type for "
+                "each question"
             )
         first = False
         for column in columns:
@@ -140,19 +159,29 @@ def _numbered_lines(fs: Any, inner: str, path: str) -> Iterator[tuple[int, str]]
                 if line.strip():
                     yield number, line
         except UnicodeDecodeError as error:
-            raise DataError(f"{posixpath.basename(path)}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+            raise DataError(
+                f"{posixpath.basename(path)}: not UTF-8 ({error.reason} at byte {error.start}); save it as "
+                "UTF-8"
+            ) from None
 
 
 def _name_unread(path: str, names: Iterable[str], what: str) -> None:
     if names := sorted(names):
-        logger.warning("%s: %s that are not read: %s", posixpath.basename(path), what, ", ".join(names[:40]) + (", ..." if len(names) > 40 else ""))
+        logger.warning(
+            "%s: %s that are not read: %s",
+            posixpath.basename(path),
+            what,
+            ", ".join(names[:40]) + (", ..." if len(names) > 40 else ""),
+        )
 
 
 def _fits(value: Any, kind: pa.DataType) -> bool:
     if value is None:
         return True
     if pa.types.is_list(kind):
-        return isinstance(value, list) and all(item is not None and _fits(item, kind.value_type) for item in value)
+        return isinstance(value, list) and all(
+            item is not None and _fits(item, kind.value_type) for item in value
+        )
     if pa.types.is_string(kind):
         return isinstance(value, str)
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -160,11 +189,15 @@ def _fits(value: Any, kind: pa.DataType) -> bool:
 
 
 def _once(rows: Iterable[dict[str, Any]], uri: str) -> Iterator[dict[str, Any]]:
-    """The rows. Raises DataError for an id that comes twice: the later answer would take the place of the first."""
+    """The rows. Raises DataError for an id that comes twice: the later answer would take the place of the
+    first.
+    """
     seen: set[str] = set()
     for row in rows:
         if row["sample_id"] in seen:
-            raise DataError(f"{uri}: sample_id {row['sample_id']!r} comes twice; leave one of its answers out")
+            raise DataError(
+                f"{uri}: sample_id {row['sample_id']!r} comes twice; leave one of its answers out"
+            )
         seen.add(row["sample_id"])
         yield row
 
@@ -172,13 +205,23 @@ def _once(rows: Iterable[dict[str, Any]], uri: str) -> Iterator[dict[str, Any]]:
 def by_id(uri: str, columns: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Columns of the predictions that hold an answer, by sample_id."""
     rows = read_predictions(uri, list(dict.fromkeys(["sample_id", "answer", "error", *columns])))
-    return {row["sample_id"]: {name: row[name] for name in columns} for row in _once(rows, uri) if row["error"] is None and row["answer"] is not None}
+    return {
+        row["sample_id"]: {name: row[name] for name in columns}
+        for row in _once(rows, uri)
+        if row["error"] is None and row["answer"] is not None
+    }
 
 
 def answers(uri: str, answer_type: str | None = None) -> dict[str, str]:
-    """sample_id -> answer of a set of predictions, without the thinking before it, to questions of one type or of all."""
+    """sample_id -> answer of a set of predictions, without the thinking before it, to questions of one
+    type or of all.
+    """
     rows = read_predictions(uri, ["sample_id", "answer", "error", "answer_type"])
-    return {row["sample_id"]: said(row["answer"]).answer for row in _once(rows, uri) if row["error"] is None and row["answer"] is not None and answer_type in (None, row["answer_type"])}
+    return {
+        row["sample_id"]: said(row["answer"]).answer
+        for row in _once(rows, uri)
+        if row["error"] is None and row["answer"] is not None and answer_type in (None, row["answer_type"])
+    }
 
 
 def write_predictions(rows: Iterable[dict[str, Any]], folder: str) -> int:
@@ -209,7 +252,8 @@ def _parts(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str,
         yield part
 
 
-# ---- lmms-eval -----------------------------------------------------------------------------------------------------
+# ---- lmms-eval
+# -----------------------------------------------------------------------------------------------------
 
 
 def write_lmms_eval(rows: Iterable[dict[str, Any]], folder: str, task: str, date: str) -> str:
@@ -228,24 +272,43 @@ def write_lmms_eval(rows: Iterable[dict[str, Any]], folder: str, task: str, date
             doc = {name: row.get(name) for name in PREDICTION.names if name != "answer"}
             answer = row.get("answer") or ""
             sample = {
-                "doc_id": number, "doc": doc, "target": row.get("reference") or "", "input": row.get("question") or "", "resps": [[answer]],
-                "filtered_resps": [answer], "token_counts": [{"output_tokens": row.get("tokens")}],
-                "doc_hash": hashlib.sha256(json.dumps(doc, indent=2, ensure_ascii=False).encode()).hexdigest(),
+                "doc_id": number,
+                "doc": doc,
+                "target": row.get("reference") or "",
+                "input": row.get("question") or "",
+                "resps": [[answer]],
+                "filtered_resps": [answer],
+                "token_counts": [{"output_tokens": row.get("tokens")}],
+                "doc_hash": hashlib.sha256(
+                    json.dumps(doc, indent=2, ensure_ascii=False).encode()
+                ).hexdigest(),
             }
             handle.write(json.dumps(sample, ensure_ascii=False) + "\n")
     return uri
 
 
-_LMMS_FIELDS = {"doc_id", "doc", "target", "input", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "prompt_hash", "target_hash"}
+_LMMS_FIELDS = {
+    "doc_id",
+    "doc",
+    "target",
+    "input",
+    "arguments",
+    "resps",
+    "filtered_resps",
+    "token_counts",
+    "doc_hash",
+    "prompt_hash",
+    "target_hash",
+}
 
 
 def read_lmms_eval(path: str, model: str | None = None) -> Iterator[dict[str, Any]]:
     """Predictions of a sample log (`*_samples_<task>.jsonl`) of lmms-eval or lm-evaluation-harness.
 
-    The answer is the first of `filtered_resps` (else of `resps`: lmms-eval leaves out the one that equals the other). Logs
-    written by lmms-eval itself hold no `doc`: the kind of question is then told from `target` and from lettered options in
-    `input`, and each question counts as an image of its own. A line that cannot be used becomes a row with `error`; fields that
-    are not read are logged once.
+    The answer is the first of `filtered_resps` (else of `resps`: lmms-eval leaves out the one that equals the
+    other). Logs written by lmms-eval itself hold no `doc`: the kind of question is then told from `target`
+    and from lettered options in `input`, and each question counts as an image of its own. A line that cannot
+    be used becomes a row with `error`; fields that are not read are logged once.
 
     Args:
         model: written to the column `model`; default the name of the folder, as lmms-eval lays files out.
@@ -266,7 +329,14 @@ def _task(name: str) -> str:
 
 def _lmms_row(line: str, place: str, task: str, model: str | None, unread: set[str]) -> dict[str, Any]:
     def bad(reason: str) -> dict[str, Any]:
-        return {**_EMPTY, "sample_id": place, "image_id": place, "model": model, "benchmark": task, "error": reason}
+        return {
+            **_EMPTY,
+            "sample_id": place,
+            "image_id": place,
+            "model": model,
+            "benchmark": task,
+            "error": reason,
+        }
 
     try:
         sample = json.loads(line)
@@ -280,29 +350,61 @@ def _lmms_row(line: str, place: str, task: str, model: str | None, unread: set[s
     if answer is None:
         return bad("neither 'filtered_resps' nor 'resps' holds one text")
     doc = sample.get("doc") if isinstance(sample.get("doc"), dict) else {}
-    if doc.get("sample_id") and all(_fits(doc.get(name), PREDICTION.field(name).type) for name in PREDICTION.names):
-        return {**{name: doc.get(name) for name in PREDICTION.names}, "answer": None if doc.get("error") else answer}
+    if doc.get("sample_id") and all(
+        _fits(doc.get(name), PREDICTION.field(name).type) for name in PREDICTION.names
+    ):
+        return {
+            **{name: doc.get(name) for name in PREDICTION.names},
+            "answer": None if doc.get("error") else answer,
+        }
     counts = sample.get("token_counts")
-    tokens = counts[0].get("output_tokens") if isinstance(counts, list) and counts and isinstance(counts[0], dict) else None
+    tokens = (
+        counts[0].get("output_tokens")
+        if isinstance(counts, list) and counts and isinstance(counts[0], dict)
+        else None
+    )
     question = _lmms_question(sample, doc)
-    image = next((str(doc[key]) for key in ("image_id", "img_id", "img_name", "image_name") if doc.get(key) is not None), None)
+    image = next(
+        (
+            str(doc[key])
+            for key in ("image_id", "img_id", "img_name", "image_name")
+            if doc.get(key) is not None
+        ),
+        None,
+    )
     identity = f"{task}:{sample['doc_id']}"
     try:
-        kind = question_of(question, sample.get("target"), lettered(question)[1] or documented_options(doc), said(answer).answer)
+        kind = question_of(
+            question,
+            sample.get("target"),
+            lettered(question)[1] or documented_options(doc),
+            said(answer).answer,
+        )
     except TargetError as error:
         return {**bad(str(error)), "sample_id": identity, "image_id": image or identity, "question": question}
     return {
-        **_EMPTY, "sample_id": identity, "image_id": image or identity, "question": question, "answer": answer, "model": model, "benchmark": task,
-        "tokens": tokens if isinstance(tokens, int) else None, **kind,
+        **_EMPTY,
+        "sample_id": identity,
+        "image_id": image or identity,
+        "question": question,
+        "answer": answer,
+        "model": model,
+        "benchmark": task,
+        "tokens": tokens if isinstance(tokens, int) else None,
+        **kind,
     }
 
 
 def _lmms_question(sample: Mapping[str, Any], doc: Mapping[str, Any]) -> str:
-    """What was asked: lmms-eval's `input`, lm-evaluation-harness's first argument, or the data set's own question."""
+    """What was asked: lmms-eval's `input`, lm-evaluation-harness's first argument, or the data set's own
+    question.
+    """
     first = sample.get("arguments")
     while isinstance(first, dict | list) and first:
         first = next(iter(first.values())) if isinstance(first, dict) else first[0]
-    return next((text for text in (sample.get("input"), first, doc.get("question")) if isinstance(text, str)), "")
+    return next(
+        (text for text in (sample.get("input"), first, doc.get("question")) if isinstance(text, str)), ""
+    )
 
 
 def _first(responses: Any) -> str | None:
@@ -312,7 +414,8 @@ def _first(responses: Any) -> str | None:
     return responses if isinstance(responses, str) else None
 
 
-# ---- VLMEvalKit ----------------------------------------------------------------------------------------------------
+# ---- VLMEvalKit
+# ----------------------------------------------------------------------------------------------------
 
 _FAILED = "Failed to obtain answer"  # VLMEvalKit's prediction where the model gave none
 _OWN = [name for name in PREDICTION.names if name not in ("question", "reference", "answer", "choices")]
@@ -321,16 +424,20 @@ _OWN = [name for name in PREDICTION.names if name not in ("question", "reference
 def write_vlmevalkit(rows: Iterable[dict[str, Any]], path: str) -> int:
     """Predictions as VLMEvalKit's table, .tsv or .xlsx by the file's name. Returns the number of rows.
 
-    Its columns are index (a number), question (without its options), A, B, ..., answer and prediction; then come our own
-    and `prompt`, the question as it was asked, so that reading the file again loses nothing. .xlsx cells cannot hold
-    control characters, which are left out.
+    Its columns are index (a number), question (without its options), A, B, ..., answer and prediction; then
+    come our own and `prompt`, the question as it was asked, so that reading the file again loses nothing.
+    .xlsx cells cannot hold control characters, which are left out.
     """
     rows = list(rows)
     widest = max((len(row.get("choices") or ()) for row in rows), default=0)
     if widest > len(LETTERS):
         raise DataError(f"a question has {widest} options; a table has columns for {len(LETTERS)}")
     head = ["index", "question", *LETTERS[:widest], "answer", "prediction", "category", "prompt", *_OWN]
-    _write_table(path, head, ([_cell(value) for value in _table_row(number, row, widest)] for number, row in enumerate(rows)))
+    _write_table(
+        path,
+        head,
+        ([_cell(value) for value in _table_row(number, row, widest)] for number, row in enumerate(rows)),
+    )
     return len(rows)
 
 
@@ -341,8 +448,15 @@ def _table_row(number: int, row: dict[str, Any], widest: int) -> list[Any]:
     failed = row.get("error") is not None
     prediction = f"{_FAILED}: {row['error']}" if failed else row.get("answer")
     return [
-        number, stem if options and options == choices else question, *choices, *[""] * (widest - len(choices)), row.get("reference"), prediction,
-        row.get("attribute"), question, *(row.get(name) for name in _OWN),
+        number,
+        stem if options and options == choices else question,
+        *choices,
+        *[""] * (widest - len(choices)),
+        row.get("reference"),
+        prediction,
+        row.get("attribute"),
+        question,
+        *(row.get(name) for name in _OWN),
     ]
 
 
@@ -353,37 +467,59 @@ def _cell(value: Any) -> str:
 
 
 def read_vlmevalkit(path: str, model: str | None = None) -> Iterator[dict[str, Any]]:
-    """Predictions of a VLMEvalKit table (.tsv, .csv or .xlsx): columns index, question, answer, prediction and, for multiple choice, A, B, ...
+    """Predictions of a VLMEvalKit table (.tsv, .csv or .xlsx): columns index, question, answer, prediction
+    and, for multiple choice, A, B, ...
 
-    An option's letter is that of its column; the text of an option whose cell is empty is lost (pandas writes "None" and "NA" so), and
-    stays empty. The image is `image_path` where there is one, else each question counts as an image of its own. A row that cannot be
-    used, or whose prediction says that it failed, becomes a row with `error`; columns that are not read are logged once.
+    An option's letter is that of its column; the text of an option whose cell is empty is lost (pandas writes
+    "None" and "NA" so), and stays empty. The image is `image_path` where there is one, else each question
+    counts as an image of its own. A row that cannot be used, or whose prediction says that it failed, becomes
+    a row with `error`; columns that are not read are logged once.
 
     Args:
         model: written to the column `model` unless the table is our own; default the file's name.
 
-    Raises DataError for a table without the columns index, question, answer and prediction, with one of them twice, or an .xlsx
-    without openpyxl.
+    Raises DataError for a table without the columns index, question, answer and prediction, with one of them
+    twice, or an .xlsx without openpyxl.
     """
     name = posixpath.splitext(posixpath.basename(path))[0]
     table = _read_table(path)
     head = [_column(value) for value in next(table, [])]
     missing = [column for column in ("index", "question", "answer", "prediction") if column not in head]
     if missing:
-        raise DataError(f"{path}: a VLMEvalKit table needs the column {missing[0]!r}; it has {', '.join(head)}")
+        raise DataError(
+            f"{path}: a VLMEvalKit table needs the column {missing[0]!r}; it has {', '.join(head)}"
+        )
     if twice := [column for column, times in Counter(head).items() if times > 1 and column in _READ_COLUMNS]:
         raise DataError(f"{path}: the column {twice[0]!r} is there twice; remove one")
     _name_unread(path, {column for column in head if column and column not in _READ_COLUMNS}, "columns")
     for number, cells in enumerate(table, 2):
         if any(cells):
             place = f"{name}@row {number}"
-            if len(cells) < len(head) or any(cells[len(head):]):
-                yield {**_EMPTY, "sample_id": place, "image_id": place, "model": model or name, "benchmark": name, "error": f"the row has {len(cells)} cells, the table {len(head)} columns"}
+            if len(cells) < len(head) or any(cells[len(head) :]):
+                yield {
+                    **_EMPTY,
+                    "sample_id": place,
+                    "image_id": place,
+                    "model": model or name,
+                    "benchmark": name,
+                    "error": f"the row has {len(cells)} cells, the table {len(head)} columns",
+                }
             else:
                 yield _vlmevalkit_row(dict(zip(head, cells, strict=False)), place, name, model or name)
 
 
-_READ_COLUMNS = {"index", "question", *LETTERS, "answer", "prediction", "category", "prompt", "image_path", "image", *_OWN}
+_READ_COLUMNS = {
+    "index",
+    "question",
+    *LETTERS,
+    "answer",
+    "prediction",
+    "category",
+    "prompt",
+    "image_path",
+    "image",
+    *_OWN,
+}
 
 
 def _column(name: str) -> str:
@@ -398,11 +534,15 @@ def _options(cells: dict[str, str]) -> list[str] | None:
         return None
     answer = cells["answer"].strip().upper()
     last = max(letter for letter in letters if cells[letter].strip() or letter == answer)
-    return [cells.get(letter, "") for letter in LETTERS[:LETTERS.index(last) + 1]]
+    return [cells.get(letter, "") for letter in LETTERS[: LETTERS.index(last) + 1]]
 
 
 def _vlmevalkit_row(cells: dict[str, str], place: str, name: str, model: str) -> dict[str, Any]:
-    own = {column: value for column in _OWN if (value := _typed(cells.get(column, ""), PREDICTION.field(column).type)) is not None}
+    own = {
+        column: value
+        for column in _OWN
+        if (value := _typed(cells.get(column, ""), PREDICTION.field(column).type)) is not None
+    }
     if own.get("thinking") not in (None, UNFINISHED):
         own["thinking"] = FINISHED  # VLMEvalKit has the words themselves in a column of this name
     identity = own.get("sample_id") or (f"{name}:{cells['index']}" if cells["index"] else place)
@@ -411,18 +551,29 @@ def _vlmevalkit_row(cells: dict[str, str], place: str, name: str, model: str) ->
         error = cells["prediction"]
     if error is None and not cells["answer"]:
         error = "column 'answer' is empty"
-    known: dict[str, Any] = {"model": None if "answer_type" in own else model, "benchmark": None if "answer_type" in own else name}
+    known: dict[str, Any] = {
+        "model": None if "answer_type" in own else model,
+        "benchmark": None if "answer_type" in own else name,
+    }
     if "answer_type" in own:  # a table of our own
         known |= {"reference": cells["answer"], "choices": _options(cells)}
     elif cells["answer"]:
         try:
-            known |= question_of(cells["question"], cells["answer"], _options(cells), said(cells["prediction"]).answer)
+            known |= question_of(
+                cells["question"], cells["answer"], _options(cells), said(cells["prediction"]).answer
+            )
         except TargetError as problem:
             error = error or f"column 'answer': {problem}"
     return {
-        **_EMPTY, "attribute": cells.get("category") or None, **known, **own, "sample_id": identity,
-        "image_id": own.get("image_id") or cells.get("image_path") or identity, "question": cells.get("prompt") or cells["question"],
-        "answer": cells["prediction"] if error is None else None, "error": error,
+        **_EMPTY,
+        "attribute": cells.get("category") or None,
+        **known,
+        **own,
+        "sample_id": identity,
+        "image_id": own.get("image_id") or cells.get("image_path") or identity,
+        "question": cells.get("prompt") or cells["question"],
+        "answer": cells["prediction"] if error is None else None,
+        "error": error,
     }
 
 
@@ -475,7 +626,9 @@ def _read_table(path: str) -> Iterator[list[str]]:
             except csv.Error as error:
                 raise DataError(f"{path}: not a table of {kind}-separated values ({error})") from None
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+                raise DataError(
+                    f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+                ) from None
         return
     openpyxl = _openpyxl(path)
     if not fs.exists(inner):
@@ -496,7 +649,10 @@ def _openpyxl(path: str) -> Any:
         import openpyxl
         import openpyxl.cell.cell
     except ImportError:
-        raise DataError(f"{path}: .xlsx needs openpyxl (pip install openpyxl); or use .tsv, which VLMEvalKit writes with PRED_FORMAT=tsv") from None
+        raise DataError(
+            f"{path}: .xlsx needs openpyxl (pip install openpyxl); or use .tsv, which VLMEvalKit writes with "
+            "PRED_FORMAT=tsv"
+        ) from None
     return openpyxl
 
 

@@ -1,6 +1,7 @@
 """Predictions as arrays of numbers: what scoring works on.
 
-A row's texts become a few numbers and are dropped. Letters of shapes: N rows (questions), n those of one part, K distinct answers.
+A row's texts become a few numbers and are dropped. Letters of shapes: N rows (questions), n those of one
+part, K distinct answers.
 """
 
 from __future__ import annotations
@@ -23,24 +24,59 @@ from medray.evaluation.targets import LETTERS
 from medray.inference.thinking import UNFINISHED, said
 from medray.records import ANSWER_TYPES, PREDICTION
 
-GROUPS = {"by_attribute": "attribute", "by_modality": "modality", "by_language": "language", "by_benchmark": "benchmark"}
+GROUPS = {
+    "by_attribute": "attribute",
+    "by_modality": "modality",
+    "by_language": "language",
+    "by_benchmark": "benchmark",
+}
 
 _OPEN = (
-    "accuracy", "legacy_recall", "legacy_precision", "legacy_f1", "legacy_exact_match", "strict_recall", "strict_precision", "strict_f1",
-    "set_recall", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l",
+    "accuracy",
+    "legacy_recall",
+    "legacy_precision",
+    "legacy_f1",
+    "legacy_exact_match",
+    "strict_recall",
+    "strict_precision",
+    "strict_f1",
+    "set_recall",
+    "bleu_1",
+    "bleu_2",
+    "bleu_3",
+    "bleu_4",
+    "rouge_l",
 )
 _LIKELIHOOD = ("likelihood", "likelihood_normalised")
 METRICS: dict[str, tuple[str, ...]] = {
-    "open": _OPEN, "closed": ("accuracy", "legacy", "legacy_published", *_LIKELIHOOD), "mcq": ("accuracy", *_LIKELIHOOD),
+    "open": _OPEN,
+    "closed": ("accuracy", "legacy", "legacy_published", *_LIKELIHOOD),
+    "mcq": ("accuracy", *_LIKELIHOOD),
 }
-TEXT_ONLY_OF = {"text_only": "accuracy", "text_only_recall": "strict_recall"}  # what of the answer to a blank image is kept
+# what of the answer to a blank image is kept
+TEXT_ONLY_OF = {"text_only": "accuracy", "text_only_recall": "strict_recall"}
 TEXT_ONLY = ("text_only", "text_only_gain", "text_only_recall", "text_only_recall_gain")
-_MEASURED = (*dict.fromkeys(name for names in METRICS.values() for name in names if name not in _LIKELIHOOD), "unparsable", "chance", "answer_words")
+_MEASURED = (
+    *dict.fromkeys(name for names in METRICS.values() for name in names if name not in _LIKELIHOOD),
+    "unparsable",
+    "chance",
+    "answer_words",
+)
 _VALUES = (*_MEASURED, *_LIKELIHOOD, "answer_tokens", "truncated", "thinking", "unfinished_thinking")
 _LABELS = ("image_id", "answer_type", *GROUPS.values(), "right_text", "right_letter")
 _COLUMNS = [name for name in PREDICTION.names if name != "question"]
 _READ = (
-    "sample_id", "image_id", "answer", "reference", "answer_type", "choices", "option_logps", "option_tokens", "text_only_answer", "thinking", "error",
+    "sample_id",
+    "image_id",
+    "answer",
+    "reference",
+    "answer_type",
+    "choices",
+    "option_logps",
+    "option_tokens",
+    "text_only_answer",
+    "thinking",
+    "error",
 )
 
 
@@ -52,7 +88,8 @@ class Table:
     model: str | None
     ids: np.ndarray  # [N] of str
     failed_N: np.ndarray  # without an answer
-    labels: dict[str, tuple[list[str], np.ndarray]]  # names in sorted order, and per row the name's number, -1 for null
+    # names in sorted order, and per row the name's number, -1 for null
+    labels: dict[str, tuple[list[str], np.ndarray]]
     values: dict[str, np.ndarray]  # metric -> [N] float64; NaN: the row has no part in it
     reasons: dict[str, int]  # why rows have no answer -> their number
 
@@ -65,20 +102,26 @@ class Table:
 def load(uri: str) -> Table:
     """The numbers of a set of predictions.
 
-    Raises StageError where an id occurs twice or predictions of several models are mixed, DataError for a row that lacks what
-    scoring needs.
+    Raises StageError where an id occurs twice or predictions of several models are mixed, DataError for a row
+    that lacks what scoring needs.
     """
-    parts = [_Part(uri, table) for table in prediction_tables(uri, _COLUMNS)] or [_Part(uri, PREDICTION.empty_table())]
+    parts = [_Part(uri, table) for table in prediction_tables(uri, _COLUMNS)] or [
+        _Part(uri, PREDICTION.empty_table())
+    ]
     models = {name for part in parts for name in part.models}
     if len(models) > 1:
-        raise StageError(f"{uri}: holds predictions of {', '.join(sorted(models))}; score one folder per model")
+        raise StageError(
+            f"{uri}: holds predictions of {', '.join(sorted(models))}; score one folder per model"
+        )
     ids = pa.chunked_array([part.ids for part in parts])
     order = pc.sort_indices(ids).to_numpy()
     names = ids.take(order).to_numpy()
     twice = np.flatnonzero(names[1:] == names[:-1])
     if len(twice):
         raise StageError(f"{uri}: sample_id {names[twice[0]]!r} occurs twice")
-    columns = {name: np.concatenate([part.values[name] for part in parts])[order] for name in (*_VALUES, *TEXT_ONLY)}
+    columns = {
+        name: np.concatenate([part.values[name] for part in parts])[order] for name in (*_VALUES, *TEXT_ONLY)
+    }
     if np.isnan(columns["text_only"]).all():
         columns = {name: column for name, column in columns.items() if name not in TEXT_ONLY}
     labels = {name: _coded([part.labels[name] for part in parts], order) for name in _LABELS}
@@ -105,25 +148,41 @@ class _Part:
         self.ids = _one(table["sample_id"])
         self.models = table["model"].unique().drop_null().to_pylist()
         self.failed = pc.or_(table["error"].is_valid(), table["answer"].is_null()).to_numpy().astype(bool)
-        self.reasons = Counter(kind_of_error(column["error"][row] or "no answer") for row in np.flatnonzero(self.failed))
+        self.reasons = Counter(
+            kind_of_error(column["error"][row] or "no answer") for row in np.flatnonzero(self.failed)
+        )
         answered = np.flatnonzero(~self.failed).tolist()
         _check_answered(uri, column, answered)
         thinking = _without_thinking(column, answered)
         self.values = self._measured(column, answered) | self._likelihoods(column, answered)
         known = ~self.failed
         self.values["thinking"] = np.where(known, [kind is not None for kind in thinking], math.nan)
-        self.values["unfinished_thinking"] = np.where(known, [kind == UNFINISHED for kind in thinking], math.nan)
-        self.values["answer_tokens"] = np.where(known, table["tokens"].cast(pa.float64()).fill_null(math.nan).to_numpy(), math.nan)
-        self.values["truncated"] = np.where(known, pc.equal(table["finish_reason"], "length").cast(pa.float64()).fill_null(math.nan).to_numpy(), math.nan)
-        self.labels = {name: _one(table[name]).dictionary_encode() for name in _LABELS if name in table.column_names}
+        self.values["unfinished_thinking"] = np.where(
+            known, [kind == UNFINISHED for kind in thinking], math.nan
+        )
+        self.values["answer_tokens"] = np.where(
+            known, table["tokens"].cast(pa.float64()).fill_null(math.nan).to_numpy(), math.nan
+        )
+        self.values["truncated"] = np.where(
+            known,
+            pc.equal(table["finish_reason"], "length").cast(pa.float64()).fill_null(math.nan).to_numpy(),
+            math.nan,
+        )
+        self.labels = {
+            name: _one(table[name]).dictionary_encode() for name in _LABELS if name in table.column_names
+        }
         right: list[dict[str, str]] = [{}] * len(self.failed)
         for row in answered:
             right[row] = _right(column["reference"][row], column["answer_type"][row], column["choices"][row])
         for name in ("right_text", "right_letter"):
-            self.labels[name] = pa.array([texts.get(name) for texts in right], pa.string()).dictionary_encode()
+            self.labels[name] = pa.array(
+                [texts.get(name) for texts in right], pa.string()
+            ).dictionary_encode()
 
     def _measured(self, column: dict[str, list], answered: list[int]) -> dict[str, np.ndarray]:
-        """What is made of the answer's text and of that to a blank image; each distinct one is measured once."""
+        """What is made of the answer's text and of that to a blank image; each distinct one is measured
+        once.
+        """
         places: dict[tuple, int] = {}
         own_N, blank_N = np.full((2, len(self.failed)), -1)
         for row in answered:
@@ -132,7 +191,11 @@ class _Part:
             if (blank := column["text_only_answer"][row]) is not None:
                 blank_N[row] = places.setdefault((blank, *asked), len(places))
         numbers = [answer_numbers(*key) for key in places]
-        of_key = {name: np.array([*(found.get(name, math.nan) for found in numbers), math.nan]) for name in _MEASURED}  # the last: no answer
+        # the last: no answer
+        of_key = {
+            name: np.array([*(found.get(name, math.nan) for found in numbers), math.nan])
+            for name in _MEASURED
+        }
         values = {name: numbers_K[own_N] for name, numbers_K in of_key.items()}
         for name, metric in TEXT_ONLY_OF.items():
             values[name] = of_key[metric][blank_N]
@@ -146,7 +209,9 @@ class _Part:
             if not logps:
                 continue
             try:
-                right = _right_option(column["reference"][row], column["answer_type"][row], column["choices"][row])
+                right = _right_option(
+                    column["reference"][row], column["answer_type"][row], column["choices"][row]
+                )
                 likely_N[row] = metrics.likeliest(logps, right)
                 if lengths:
                     per_token_N[row] = metrics.likeliest(logps, right, lengths)
@@ -178,7 +243,9 @@ def _check_ids(uri: str, column: dict[str, list]) -> None:
 
 
 def _without_thinking(column: dict[str, list], answered: list[int]) -> list[str | None]:
-    """Leave of each answer what stands after its thinking; returns per row whether there was any, and whether it was finished."""
+    """Leave of each answer what stands after its thinking; returns per row whether there was any, and
+    whether it was finished.
+    """
     found: list[str | None] = [None] * len(column["answer"])
     for row in answered:
         answer, thinking = said(column["answer"][row])
@@ -192,31 +259,49 @@ def _without_thinking(column: dict[str, list], answered: list[int]) -> list[str 
 def _check_answered(uri: str, column: dict[str, list], answered: list[int]) -> None:
     for row in answered:
         if column["answer_type"][row] not in ANSWER_TYPES:
-            raise StageError(f"{uri}: {column['sample_id'][row]}: answer_type {column['answer_type'][row]!r} is not open, closed or mcq")
+            raise StageError(
+                f"{uri}: {column['sample_id'][row]}: answer_type {column['answer_type'][row]!r} is not open, "
+                "closed or mcq"
+            )
         if column["reference"][row] is None:
             raise DataError(f"{uri}: {column['sample_id'][row]}: reference is missing")
         if column["answer_type"][row] == "mcq":
             reference, choices = column["reference"][row], column["choices"][row]
             letter = metrics.option_letter(reference, choices)
             if letter is None:
-                raise DataError(f"{uri}: {column['sample_id'][row]}: reference {reference[:80]!r} is not the letter or the text of one of the {len(choices)} choices")
+                raise DataError(
+                    f"{uri}: {column['sample_id'][row]}: reference {reference[:80]!r} is not the letter or "
+                    f"the text of one of the {len(choices)} choices"
+                )
             column["reference"][row] = letter
 
 
 # Short answers repeat: benchmarks of 100k questions hold a few thousand distinct ones.
 @lru_cache(maxsize=16_384)
-def answer_numbers(answer: str, reference: str, answer_type: str, choices: tuple[str, ...] = ()) -> dict[str, float]:
+def answer_numbers(
+    answer: str, reference: str, answer_type: str, choices: tuple[str, ...] = ()
+) -> dict[str, float]:
     """Metrics of one answer by the names of METRICS, with "unparsable", "chance" and "answer_words"."""
-    common = {"chance": metrics.chance(answer_type, reference, choices), "answer_words": metrics.word_count(answer)}
+    common = {
+        "chance": metrics.chance(answer_type, reference, choices),
+        "answer_words": metrics.word_count(answer),
+    }
     if answer_type == "closed":
         hit, parsed = metrics.closed_strict(answer, reference, choices)
-        legacy = {"legacy": metrics.closed_legacy(answer, reference), "legacy_published": metrics.closed_published(answer, reference)}
+        legacy = {
+            "legacy": metrics.closed_legacy(answer, reference),
+            "legacy_published": metrics.closed_published(answer, reference),
+        }
         return {**common, **legacy, "accuracy": hit, "unparsable": float(not parsed)}
     if answer_type == "mcq":
         right = metrics.mcq_letter(reference, len(LETTERS)) or "D"
         hit, parsed = metrics.mcq(answer, reference, len(choices) or max(4, LETTERS.index(right) + 1))
         return {**common, "accuracy": hit, "unparsable": float(not parsed)}
-    values = {"accuracy": metrics.exact_match(answer, reference), "set_recall": metrics.set_recall(answer, reference), "rouge_l": metrics.rouge_l(answer, reference)}
+    values = {
+        "accuracy": metrics.exact_match(answer, reference),
+        "set_recall": metrics.set_recall(answer, reference),
+        "rouge_l": metrics.rouge_l(answer, reference),
+    }
     values |= {f"legacy_{name}": value for name, value in metrics.open_legacy(answer, reference).items()}
     values |= {f"strict_{name}": value for name, value in metrics.open_strict(answer, reference).items()}
     values |= {f"bleu_{order}": value for order, value in enumerate(metrics.bleu(answer, reference), 1)}
@@ -234,7 +319,11 @@ def _right_option(reference: str, answer_type: str, choices: Sequence[str]) -> i
 @lru_cache(maxsize=16_384)
 def _right(reference: str, answer_type: str, choices: tuple[str, ...]) -> dict[str, str]:
     """The reference as a constant answer would have to give it: for mcq by its text or by its letter."""
-    letter = metrics.normalise(reference) if answer_type != "mcq" else metrics.option_letter(reference, choices) or reference
+    letter = (
+        metrics.normalise(reference)
+        if answer_type != "mcq"
+        else metrics.option_letter(reference, choices) or reference
+    )
     index = _right_option(reference, answer_type, choices)
     text = metrics.normalise(choices[index]) if answer_type == "mcq" and 0 <= index < len(choices) else letter
     return {"right_text": text, "right_letter": letter}

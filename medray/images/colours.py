@@ -1,4 +1,5 @@
-"""Decoded images of every mode to 8-bit RGB: deep grey, floating point, white-is-zero, alpha, CIE L*a*b* (pure, no Ray).
+"""Decoded images of every mode to 8-bit RGB: deep grey, floating point, white-is-zero, alpha, CIE L*a*b*
+(pure, no Ray).
 
 Standard: TIFF 6.0 for PhotometricInterpretation and SampleFormat.
 """
@@ -16,9 +17,9 @@ _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 def to_rgb(image: Image.Image) -> Image.Image:
     """The decoded image as RGB.
 
-    Grey of more than 8 bits, signed and floating-point grey is spread from its smallest to its largest value (a picture of
-    one value is black); values that are not finite are black, infinity is white. Alpha and transparent colours are laid
-    over white.
+    Grey of more than 8 bits, signed and floating-point grey is spread from its smallest to its largest value
+    (a picture of one value is black); values that are not finite are black, infinity is white. Alpha and
+    transparent colours are laid over white.
 
     Raises ValueError where Pillow cannot convert the mode, or no value is finite.
     """

@@ -12,7 +12,10 @@ from pydicom import Dataset
 
 from medray.images.decoding import ImageError
 
-OTHER_COLOUR_SPACE = "its PhotometricInterpretation is not one of MONOCHROME1, MONOCHROME2, RGB, YBR_FULL, YBR_FULL_422, PALETTE COLOR"
+OTHER_COLOUR_SPACE = (
+    "its PhotometricInterpretation is not one of MONOCHROME1, MONOCHROME2, RGB, YBR_FULL, "
+    "YBR_FULL_422, PALETTE COLOR"
+)
 
 
 def render(stored: np.ndarray, photometric: str, header: Dataset, frame: int) -> np.ndarray:
@@ -23,7 +26,9 @@ def render(stored: np.ndarray, photometric: str, header: Dataset, frame: int) ->
     words = "<u2" if header.original_encoding[1] else ">u2"
     if photometric in ("MONOCHROME1", "MONOCHROME2"):
         picture = _grey(stored, header, frame, words)
-        picture = np.where(_padding(stored, header), 0, 1 - picture if photometric == "MONOCHROME1" else picture)
+        picture = np.where(
+            _padding(stored, header), 0, 1 - picture if photometric == "MONOCHROME1" else picture
+        )
     elif photometric == "PALETTE COLOR":
         picture = _palette(stored, header, words)
     elif photometric == "RGB":
@@ -34,13 +39,17 @@ def render(stored: np.ndarray, photometric: str, header: Dataset, frame: int) ->
 
 
 def _padding(stored: np.ndarray, header: Dataset) -> np.ndarray:
-    """Mask of the pixels outside the picture (PixelPaddingValue, or the range up to PixelPaddingRangeLimit)."""
+    """Mask of the pixels outside the picture (PixelPaddingValue, or the range up to
+    PixelPaddingRangeLimit).
+    """
     value = header.get("PixelPaddingValue")
     if value is None:
         return np.zeros(stored.shape, bool)
     wrap = 2 ** int(header.BitsAllocated)
     # Signed data often have their padding written as unsigned, and the other way round.
-    low, high = sorted(_wrapped(int(v), stored.dtype, wrap) for v in (value, header.get("PixelPaddingRangeLimit", value)))
+    low, high = sorted(
+        _wrapped(int(v), stored.dtype, wrap) for v in (value, header.get("PixelPaddingRangeLimit", value))
+    )
     return (stored >= low) & (stored <= high)
 
 
@@ -50,8 +59,13 @@ def _wrapped(value: int, dtype: np.dtype, wrap: int) -> int:
 
 
 def _module(header: Dataset, frame: int, sequence: str) -> Dataset:
-    """Where a frame's values stand: its own functional group, the shared one, or the data set itself (PS3.3 C.7.6.16)."""
-    for groups, index in ((header.get("PerFrameFunctionalGroupsSequence"), frame), (header.get("SharedFunctionalGroupsSequence"), 0)):
+    """Where a frame's values stand: its own functional group, the shared one, or the data set itself
+    (PS3.3 C.7.6.16).
+    """
+    for groups, index in (
+        (header.get("PerFrameFunctionalGroupsSequence"), frame),
+        (header.get("SharedFunctionalGroupsSequence"), 0),
+    ):
         if groups and index < len(groups) and groups[index].get(sequence):
             return groups[index].get(sequence)[0]
     return header
@@ -66,7 +80,9 @@ def _number(dataset: Dataset, tag: str) -> float | None:
 
 
 def _grey(stored: np.ndarray, header: Dataset, frame: int, words: str) -> np.ndarray:
-    """Stored values as grey between 0 and 1 (float32, clipping left to the caller); `words` is the byte order of 16-bit tables."""
+    """Stored values as grey between 0 and 1 (float32, clipping left to the caller); `words` is the byte
+    order of 16-bit tables.
+    """
     bits, signed = int(header.BitsStored), int(header.PixelRepresentation)
     ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1], np.float64)
     module = _module(header, frame, "PixelValueTransformationSequence")
@@ -96,7 +112,9 @@ def _grey(stored: np.ndarray, header: Dataset, frame: int, words: str) -> np.nda
 
 
 def _window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
-    """PS3.3 C.11.2.1.2 (LINEAR) and C.11.2.1.3 (SIGMOID, LINEAR_EXACT), with outputs from 0 to 1 where those are inside the window."""
+    """PS3.3 C.11.2.1.2 (LINEAR) and C.11.2.1.3 (SIGMOID, LINEAR_EXACT), with outputs from 0 to 1 where
+    those are inside the window.
+    """
     if function == "SIGMOID":
         return 1 / (1 + np.exp((-4 / width) * (values - np.float32(centre))))
     if function == "LINEAR_EXACT":
@@ -106,9 +124,12 @@ def _window(values: np.ndarray, centre: float, width: float, function: str) -> n
     return (values - np.float32(centre - 0.5)) / np.float32(width - 1) + np.float32(0.5)
 
 
-def _lookup(values: np.ndarray, descriptor: Any, table: Any, words: str, signed: bool) -> tuple[np.ndarray, int]:
-    """(table entries of the values as float32, the greatest an entry can be), by PS3.3 C.11.1.1: values below the first mapped one
-    take the first entry, values beyond the table the last."""
+def _lookup(
+    values: np.ndarray, descriptor: Any, table: Any, words: str, signed: bool
+) -> tuple[np.ndarray, int]:
+    """(table entries of the values as float32, the greatest an entry can be), by PS3.3 C.11.1.1: values
+    below the first mapped one take the first entry, values beyond the table the last.
+    """
     first = int(descriptor[1])
     if signed and first > 2**15 - 1:
         first -= 2**16
@@ -118,8 +139,9 @@ def _lookup(values: np.ndarray, descriptor: Any, table: Any, words: str, signed:
 
 
 def _entries(descriptor: Any, table: Any, words: str) -> np.ndarray:
-    """The entries of a table (float32). Their size follows from the table's length, whatever the descriptor says
-    (PS3.3 C.7.6.3.1.5, second note)."""
+    """The entries of a table (float32). Their size follows from the table's length, whatever the
+    descriptor says (PS3.3 C.7.6.3.1.5, second note).
+    """
     entries = int(descriptor[0]) & 0xFFFF or 2**16
     if isinstance(table, bytes):
         table = np.frombuffer(table, words if len(table) >= 2 * entries else np.uint8)
@@ -130,8 +152,9 @@ def _entries(descriptor: Any, table: Any, words: str) -> np.ndarray:
 
 
 def _greatest(descriptor: Any, largest: float) -> int:
-    """The greatest value that entries can have, if `largest` is the largest there is: by the descriptor's bits, which some files
-    give as 8 for words of 16 bits, and as 16 for bytes."""
+    """The greatest value that entries can have, if `largest` is the largest there is: by the descriptor's
+    bits, which some files give as 8 for words of 16 bits, and as 16 for bytes.
+    """
     bits = int(descriptor[2])
     if not 1 <= bits <= 16 or largest > 2**bits - 1:
         return 255 if largest <= 255 else 2**16 - 1
@@ -139,15 +162,22 @@ def _greatest(descriptor: Any, largest: float) -> int:
 
 
 def _palette(stored: np.ndarray, header: Dataset, words: str) -> np.ndarray:
-    """[rows, columns, 3] between 0 and 1. Raises ImageError for segmented palettes: a few bytes of those unfold without bound."""
+    """[rows, columns, 3] between 0 and 1. Raises ImageError for segmented palettes: a few bytes of those
+    unfold without bound.
+    """
     if "RedPaletteColorLookupTableData" not in header:
         raise ImageError("its palette is segmented or missing; convert the file to RGB")
     tables = [
-        (header[f"{colour}PaletteColorLookupTableDescriptor"].value, header[f"{colour}PaletteColorLookupTableData"].value)
+        (
+            header[f"{colour}PaletteColorLookupTableDescriptor"].value,
+            header[f"{colour}PaletteColorLookupTableData"].value,
+        )
         for colour in ("Red", "Green", "Blue")
     ]
     # One scale for the three colours: a palette of blues has a red table of small numbers.
     largest = max(float(_entries(descriptor, table, words).max()) for descriptor, table in tables)
     top = np.float32(255 if largest <= 255 else _greatest(tables[0][0], largest))
     signed = bool(int(header.PixelRepresentation))
-    return np.stack([_lookup(stored, descriptor, table, words, signed)[0] / top for descriptor, table in tables], axis=-1)
+    return np.stack(
+        [_lookup(stored, descriptor, table, words, signed)[0] / top for descriptor, table in tables], axis=-1
+    )

@@ -161,7 +161,8 @@ class Endpoint:
                 self._down = self._why(problem)
             if self._down is not None:
                 raise EndpointDown(self._down)
-            if self._answered is not None:  # a trial alone does not clear an endpoint that has answered no row
+            # a trial alone does not clear an endpoint that has answered no row
+            if self._answered is not None:
                 self._failed = 0
 
     async def _answers(self) -> bool:

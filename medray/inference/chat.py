@@ -1,4 +1,6 @@
-"""Turns to prompt token ids for generation: the same rendering and the same edges as training's (medray.data.chat_spans)."""
+"""Turns to prompt token ids for generation: the same rendering and the same edges as training's
+(medray.data.chat_spans).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _MARK = "QXQ"
 
 def special_texts(processor: Any) -> tuple[str, ...]:
     """The spellings of a model's special tokens, its image token among them."""
-    return tuple(token for token in {*special_tokens(processor.tokenizer), image_token_of(processor)} if token)
+    return tuple(
+        token for token in {*special_tokens(processor.tokenizer), image_token_of(processor)} if token
+    )
 
 
 def spells_special(text: str, specials: tuple[str, ...]) -> bool:
@@ -48,7 +52,9 @@ class Chat:
         """Raises EncodeError for a turn whose text spells a special token."""
         for index, turn in enumerate(turns):
             if self.has_special_text(turn["text"]):
-                raise EncodeError(f"turn {index}: the text contains a special token of the model; remove or rewrite it")
+                raise EncodeError(
+                    f"turn {index}: the text contains a special token of the model; remove or rewrite it"
+                )
         turns = self._with_system(turns)
         if role == "assistant":
             opened = self.dialogues.render(turns, opening=True)

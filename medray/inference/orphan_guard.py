@@ -1,8 +1,8 @@
 """Runs inside vLLM's own processes: ends them when the process that owns the engine is gone.
 
-A killed Ray actor (kill -9, out of memory, a lost node's worker) cannot shut its engine down, and vLLM's engine
-process then lives on, holding memory and GPUs. This module is named as `worker_extension_cls`, so vLLM imports it
-in the engine's processes; the import starts a thread that waits for the owner's end.
+A killed Ray actor (kill -9, out of memory, a lost node's worker) cannot shut its engine down, and vLLM's
+engine process then lives on, holding memory and GPUs. This module is named as `worker_extension_cls`, so vLLM
+imports it in the engine's processes; the import starts a thread that waits for the owner's end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class EngineGuard:
 def _follow(owner: int, targets: tuple[int, ...]) -> None:
     with contextlib.suppress(ProcessLookupError):
         handle = os.pidfd_open(owner)
-        # Readable when the process has ended; costs nothing until then, and a reused pid cannot be mistaken for it.
+        # Readable when the process has ended; costs nothing until then, and a reused pid cannot be mistaken
+        # for it.
         select.select([handle], [], [])
     for target in targets:
         with contextlib.suppress(ProcessLookupError):

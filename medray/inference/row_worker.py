@@ -1,8 +1,8 @@
 """Callables for Ray Data's `map_batches` that work on rows as coroutines.
 
-One output row per input row. A row that fails carries its reason in `error` and never stops the batch; a dead engine
-ends the actor's process, so that Ray starts a new one and gives it the unfinished rows again. An endpoint that answers nothing
-fails the stage, and the rows it failed are not kept.
+One output row per input row. A row that fails carries its reason in `error` and never stops the batch; a dead
+engine ends the actor's process, so that Ray starts a new one and gives it the unfinished rows again. An
+endpoint that answers nothing fails the stage, and the rows it failed are not kept.
 
 Example::
 
@@ -40,7 +40,8 @@ _LAST_IDS = 16  # of a prompt, that an opening tag would be in
 class RowWorker:
     """Base of the callables: a table in, a table of `schema` with as many rows out.
 
-    Subclasses give `schema`, `row` and the name of their `stage`. Calls may overlap; `rows_in_flight` bounds them together.
+    Subclasses give `schema`, `row` and the name of their `stage`. Calls may overlap; `rows_in_flight` bounds
+    them together.
     """
 
     schema: ClassVar[pa.Schema]
@@ -58,7 +59,9 @@ class RowWorker:
         raise NotImplementedError
 
     def failed(self, row: dict[str, Any], reason: str) -> dict[str, Any]:
-        """The output row of an input row that could not be worked on: what both schemas share, without the image."""
+        """The output row of an input row that could not be worked on: what both schemas share, without
+        the image.
+        """
         kept = {name: row.get(name) for name in self.schema.names if name != "image"}
         return {**kept, "error": reason}
 
@@ -87,7 +90,9 @@ class RowWorker:
         return [task.result() for task in tasks]
 
     async def settled(self) -> None:
-        """Called when a table's rows are done and before they are handed on, and so kept; what it raises fails the stage."""
+        """Called when a table's rows are done and before they are handed on, and so kept; what it raises
+        fails the stage.
+        """
 
     async def _guarded(self, row: dict[str, Any]) -> dict[str, Any] | EngineLost | EndpointDown:
         async with self._slots:
@@ -95,7 +100,8 @@ class RowWorker:
                 return await self.row(row)
             except _NO_ROWS_FAULT as lost:
                 return lost
-            except Exception as error:  # the row boundary: whatever is wrong with one row is named and set aside
+            except Exception as error:
+                # the row boundary: whatever is wrong with one row is named and set aside
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning("%s: row %s set aside: %s", self.stage, row.get("sample_id"), reason)
                 return self.failed(row, reason)
@@ -109,7 +115,13 @@ class EngineWorker(RowWorker):
         model_config, data_config, engine_config: the sections, or their dumps.
     """
 
-    def __init__(self, model: str, model_config: ModelConfig | dict, data_config: DataConfig | dict, engine_config: EngineConfig | dict):
+    def __init__(
+        self,
+        model: str,
+        model_config: ModelConfig | dict,
+        data_config: DataConfig | dict,
+        engine_config: EngineConfig | dict,
+    ):
         self.model_config = ModelConfig.model_validate(model_config)
         self.data_config = DataConfig.model_validate(data_config)
         engine_config = EngineConfig.model_validate(engine_config)
@@ -126,7 +138,9 @@ class EngineWorker(RowWorker):
             raise ValueError("no image")
         return await asyncio.to_thread(self._decode, data), image_key(data, self.model_config.pad_to_square)
 
-    async def sampled(self, prompt: list[int], image: Any, key: str, sampling: SamplingConfig, seed: int, usage: Usage) -> Output:
+    async def sampled(
+        self, prompt: list[int], image: Any, key: str, sampling: SamplingConfig, seed: int, usage: Usage
+    ) -> Output:
         """One output about an image (with its cache key); what it took is added to `usage`."""
         output = (await self.engine.generate(prompt, image, sampling, seed, image_id=key))[0]
         usage.requests += 1
@@ -136,12 +150,16 @@ class EngineWorker(RowWorker):
         return output
 
     def spoken(self, prompt: list[int], output: Output) -> str:
-        """An output's text with its thinking in tags, where it has any: some models' tags are special tokens, which the output's own
-        text lacks, and some templates write the opening one into the prompt."""
+        """An output's text with its thinking in tags, where it has any: some models' tags are special
+        tokens, which the output's own text lacks, and some templates write the opening one into the
+        prompt.
+        """
         tokenizer = self.engine.chat.tokenizer
         text = output.text
         if output.special:
-            whole = tokenizer.decode(output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids)
+            whole = tokenizer.decode(
+                output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids
+            )
             text = whole if said(whole).thinking is not None else text
         return f"<think>{text}" if opens(tokenizer.decode(prompt[-_LAST_IDS:])) else text
 
@@ -170,10 +188,14 @@ async def _closed(engine: VLMEngine) -> None:
 
 
 def _end_actor() -> None:
-    """End this process if it is a Ray actor: Ray restarts it elsewhere and redoes the rows (an exception would not)."""
+    """End this process if it is a Ray actor: Ray restarts it elsewhere and redoes the rows (an exception
+    would not).
+    """
     import ray
 
     if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
-        logger.error("the vLLM engine died; this actor ends, Ray starts a new one and gives it the unfinished rows")
+        logger.error(
+            "the vLLM engine died; this actor ends, Ray starts a new one and gives it the unfinished rows"
+        )
         logging.shutdown()
         os._exit(1)

@@ -38,8 +38,11 @@ _WRAPPED = re.compile(
 )
 
 
-# What ends a turn, where special tokens are written out; harmony without them; a tag that opens and closes at once.
-_END = re.compile(r"(?:\s*(?:<\|(?:im_end|eot_id|end|return|endoftext|end_of_text)\|>|</s>|<eos>|<end_of_turn>))+\s*$")
+# What ends a turn, where special tokens are written out; harmony without them; a tag that opens and closes at
+# once.
+_END = re.compile(
+    r"(?:\s*(?:<\|(?:im_end|eot_id|end|return|endoftext|end_of_text)\|>|</s>|<eos>|<end_of_turn>))+\s*$"
+)
 _BARE_HARMONY = re.compile(r"\s*analysis.*assistantfinal(?P<answer>.*)", re.DOTALL)
 _EMPTY_TAG = re.compile(rf"<\s*{_NAME}\s*/\s*>", re.IGNORECASE)
 
@@ -64,7 +67,8 @@ def said(text: str) -> Said:
     if tags[-1]["opening"]:
         return Said("", UNFINISHED)
     after = text[tags[-1].end() :]
-    if not after.strip() and len(tags) > 1 and tags[-2]["closing"]:  # a closing tag too many: <think>x</think>B</think>
+    # a closing tag too many: <think>x</think>B</think>
+    if not after.strip() and len(tags) > 1 and tags[-2]["closing"]:
         after = text[tags[-2].end() : tags[-1].start()]
     return Said(_unwrapped(after).strip(), FINISHED)
 

@@ -1,8 +1,9 @@
-"""One vLLM engine for everything medray generates: descriptions, questions, answers, verdicts, benchmark answers.
+"""One vLLM engine for everything medray generates: descriptions, questions, answers, verdicts, benchmark
+answers.
 
-`VLMEngine` owns one AsyncLLM (V1). Requests are small coroutines, so continuous batching mixes whatever rows are in
-flight. Sampling is seeded per request: with fp32 weights on one kind of machine a repeated request gives the same
-tokens; in bf16 on GPUs rounding may depend on what shares the batch.
+`VLMEngine` owns one AsyncLLM (V1). Requests are small coroutines, so continuous batching mixes whatever rows
+are in flight. Sampling is seeded per request: with fp32 weights on one kind of machine a repeated request
+gives the same tokens; in bf16 on GPUs rounding may depend on what shares the batch.
 
 Nothing here can fetch media: a request carries a decoded PIL image or none.
 """
@@ -55,8 +56,10 @@ class Output:
 
 
 class Likelihood(NamedTuple):
-    """How likely a model finds an answer: nats summed over the answer's tokens (end of turn included), their number,
-    and the tokens of prompt and answer together as the engine saw them (image tokens included)."""
+    """How likely a model finds an answer: nats summed over the answer's tokens (end of turn included),
+    their number, and the tokens of prompt and answer together as the engine saw them (image tokens
+    included).
+    """
 
     nats: float
     tokens: int
@@ -70,13 +73,16 @@ class VLMEngine:
         model_dir: local folder in Hugging Face format, or a hub id.
         model_config: precision, template and length; its `path` is not read.
         engine_config: memory, parallelism and batch limits.
-        max_lora_rank: allows `lora_path` in requests, for adapters of the language model up to this rank; merged
-            weights (0) are the normal path.
+        max_lora_rank: allows `lora_path` in requests, for adapters of the language model up to this rank;
+            merged weights (0) are the normal path.
 
-    Raises StageError where the engine does not start. Must be used from one event loop; `close` ends its processes.
+    Raises StageError where the engine does not start. Must be used from one event loop; `close` ends its
+    processes.
     """
 
-    def __init__(self, model_dir: str, model_config: ModelConfig, engine_config: EngineConfig, max_lora_rank: int = 0):
+    def __init__(
+        self, model_dir: str, model_config: ModelConfig, engine_config: EngineConfig, max_lora_rank: int = 0
+    ):
         started = time.monotonic()
         self.chat = Chat(model_dir, model_config)
         self._engine = _start(model_dir, model_config, engine_config, max_lora_rank)
@@ -86,8 +92,17 @@ class VLMEngine:
         self.start_seconds = time.monotonic() - started
 
     async def generate(
-        self, prompt: Sequence[int] | str, image: Any, sampling: SamplingConfig, seed: int | None = None, n: int = 1, *,
-        image_id: str | None = None, logprobs: bool = False, lora_path: str | None = None, pattern: str | None = None,
+        self,
+        prompt: Sequence[int] | str,
+        image: Any,
+        sampling: SamplingConfig,
+        seed: int | None = None,
+        n: int = 1,
+        *,
+        image_id: str | None = None,
+        logprobs: bool = False,
+        lora_path: str | None = None,
+        pattern: str | None = None,
     ) -> list[Output]:
         """Sample `n` texts.
 
@@ -96,7 +111,8 @@ class VLMEngine:
             image: decoded PIL image (already padded if the model wants it), or None.
             sampling: temperature 0 is greedy; then the seed has no effect.
             seed: sample i uses seed + i.
-            image_id: stands for the image in vLLM's caches; must differ for images that differ. Default: vLLM hashes it.
+            image_id: stands for the image in vLLM's caches; must differ for images that differ. Default: vLLM
+                hashes it.
             pattern: regular expression the text must match (structured output).
 
         Raises EngineLost when the engine died; ValueError for a prompt that does not fit.
@@ -105,15 +121,29 @@ class VLMEngine:
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         params = SamplingParams(
-            n=n, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, max_tokens=sampling.max_tokens,
-            seed=seed, logprobs=0 if logprobs else None, output_kind=RequestOutputKind.FINAL_ONLY,
+            n=n,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            logprobs=0 if logprobs else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             structured_outputs=StructuredOutputsParams(regex=pattern) if pattern else None,
         )
         result = await self._run(self._request(prompt, image, image_id), params, self._lora(lora_path))
-        return [self._output(one, None if seed is None else seed + one.index, len(result.prompt_token_ids)) for one in result.outputs]
+        return [
+            self._output(one, None if seed is None else seed + one.index, len(result.prompt_token_ids))
+            for one in result.outputs
+        ]
 
     async def loglikelihood(
-        self, turns: list[Turn], image: Any, answer: str, *, image_id: str | None = None,
+        self,
+        turns: list[Turn],
+        image: Any,
+        answer: str,
+        *,
+        image_id: str | None = None,
     ) -> Likelihood:
         """How likely the model itself would answer so.
 
@@ -124,11 +154,15 @@ class VLMEngine:
 
         prompt_ids, answer_ids = self.chat.answer_ids(turns, answer)
         params = SamplingParams(
-            temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            temperature=0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         # The engine needs room for one sampled token after the answer, which is thrown away.
         result = await self._run(self._request([*prompt_ids, *answer_ids], image, image_id), params, None)
-        scored = result.prompt_logprobs[-len(answer_ids):]
+        scored = result.prompt_logprobs[-len(answer_ids) :]
         total = sum(position[token].logprob for position, token in zip(scored, answer_ids, strict=True))
         return Likelihood(total, len(answer_ids), len(result.prompt_token_ids))
 
@@ -137,7 +171,11 @@ class VLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        result = await self._run(self._request(prompt, image, None), SamplingParams(temperature=0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY), None)
+        result = await self._run(
+            self._request(prompt, image, None),
+            SamplingParams(temperature=0, max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY),
+            None,
+        )
         return list(result.prompt_token_ids)
 
     def close(self) -> None:
@@ -158,7 +196,12 @@ class VLMEngine:
 
         try:
             # FINAL_ONLY: one result, when the whole request is done.
-            results = [result async for result in self._engine.generate(request, params, f"r{next(self._ids)}", lora_request=lora)]
+            results = [
+                result
+                async for result in self._engine.generate(
+                    request, params, f"r{next(self._ids)}", lora_request=lora
+                )
+            ]
         except EngineDeadError as error:
             raise EngineLost("the vLLM engine process died; its log is above") from error
         return results[-1]
@@ -177,7 +220,15 @@ class VLMEngine:
         logprobs = None
         if one.logprobs is not None:
             logprobs = [position[token].logprob for position, token in zip(one.logprobs, ids, strict=True)]
-        return Output(one.text, ids, one.finish_reason, seed, logprobs, any(token in self._special for token in body), prompt_tokens)
+        return Output(
+            one.text,
+            ids,
+            one.finish_reason,
+            seed,
+            logprobs,
+            any(token in self._special for token in body),
+            prompt_tokens,
+        )
 
 
 def _start(model_dir: str, model: ModelConfig, config: EngineConfig, max_lora_rank: int) -> Any:
@@ -200,7 +251,8 @@ def _start(model_dir: str, model: ModelConfig, config: EngineConfig, max_lora_ra
         disable_log_stats=True,
     )
     try:
-        # The batch limits of the offline class: here, too, throughput counts and nobody waits for a first token.
+        # The batch limits of the offline class: here, too, throughput counts and nobody waits for a first
+        # token.
         return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
     except (RuntimeError, ValueError, OSError) as error:
         raise StageError(
@@ -220,16 +272,19 @@ def vllm_environment(config: EngineConfig) -> dict[str, str]:
     }
     if on_cpu:
         variables["OMP_NUM_THREADS"] = str(max(1, int(config.cpus_per_actor)))
-        # vLLM's CPU build puts its worker into a third process to bind threads; without it the engine starts in two
-        # thirds of the time, and OMP_NUM_THREADS above already keeps it to its share of the cores.
+        # vLLM's CPU build puts its worker into a third process to bind threads; without it the engine starts
+        # in two thirds of the time, and OMP_NUM_THREADS above already keeps it to its share of the cores.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if config.enforce_eager:
-            # vLLM compiles some small functions (of prompt log-probabilities) even then, which asks for a C++ compiler.
+            # vLLM compiles some small functions (of prompt log-probabilities) even then, which asks for a C++
+            # compiler.
             variables["TORCHDYNAMO_DISABLE"] = "1"
     return variables
 
 
-def vllm_arguments(model_dir: str, precision: str, trust_remote_code: bool, config: EngineConfig, images: int = 1) -> dict[str, Any]:
+def vllm_arguments(
+    model_dir: str, precision: str, trust_remote_code: bool, config: EngineConfig, images: int = 1
+) -> dict[str, Any]:
     """Engine arguments that every engine of ours has, in jobs and behind the endpoint.
 
     Args:
@@ -238,10 +293,14 @@ def vllm_arguments(model_dir: str, precision: str, trust_remote_code: bool, conf
     on_cpu = config.gpus_per_actor == 0
     limits: dict[str, Any] = {}
     if on_cpu:
-        # Where a prompt is prefilled in parts, vLLM 0.29 rewinds the request's seeded generator, which CPU generators
-        # cannot ("CPU Generator does not use offset"), and the engine dies: prefill whole prompts.
+        # Where a prompt is prefilled in parts, vLLM 0.29 rewinds the request's seeded generator, which CPU
+        # generators cannot ("CPU Generator does not use offset"), and the engine dies: prefill whole prompts.
         longest = config.max_model_len or _own_length(model_dir, trust_remote_code)
-        limits = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, longest), "kv_cache_memory_bytes": config.kv_cache_gib * _GIB}
+        limits = {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, longest),
+            "kv_cache_memory_bytes": config.kv_cache_gib * _GIB,
+        }
     return {
         "dtype": "float32" if precision == "fp32" else "bfloat16",
         "trust_remote_code": trust_remote_code,
@@ -263,7 +322,11 @@ def vllm_arguments(model_dir: str, precision: str, trust_remote_code: bool, conf
 def _own_length(model_dir: str, trust_remote_code: bool) -> int:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code).get_text_config().max_position_embeddings
+    return (
+        AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+        .get_text_config()
+        .max_position_embeddings
+    )
 
 
 def image_key(data: bytes, padded: bool) -> str:

@@ -45,17 +45,25 @@ class ToSamples:
         # An object store takes tens of milliseconds to answer, and many questions at once.
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             coming = [pool.submit(load) for load in loads]
-            return pa.Table.from_pylist([self.sample(group, image.result) for group, image in zip(groups, coming)], schema=SAMPLE)
+            return pa.Table.from_pylist(
+                [self.sample(group, image.result) for group, image in zip(groups, coming)], schema=SAMPLE
+            )
 
     def sample(self, group: dict[str, Any], load: Callable[[], tuple[bytes, list[str]]]) -> dict[str, Any]:
-        """One SAMPLE row; an image that cannot be used gives its reason in `error` and sets all its records aside.
+        """One SAMPLE row; an image that cannot be used gives its reason in `error` and sets all its records
+        aside.
 
         Args:
             load: groups.image_of for this row.
         """
         members = json.loads(group["members"])
         row = {name: group[name] for name in ("sample_id", "image_id", "split", "group_id", "modality")}
-        row |= {"source": self.source, "set_aside": [json.loads(bad) for bad in group["bad"]], "warnings": [], "error": None}
+        row |= {
+            "source": self.source,
+            "set_aside": [json.loads(bad) for bad in group["bad"]],
+            "warnings": [],
+            "error": None,
+        }
         if not members:
             return {**row, "error": "every record of this image was set aside"}
         try:
@@ -64,17 +72,35 @@ class ToSamples:
         except ImageError as error:
             reason = str(error)
             row["set_aside"] += [
-                {"sample_id": identity, "file": place_of(group, identity), "reason": reason} for identity, _ in members
+                {"sample_id": identity, "file": place_of(group, identity), "reason": reason}
+                for identity, _ in members
             ]
             return {**row, "error": str(error)}
         row["image_hash"], row["phash"] = fingerprint(pixels)
-        return {**row, "image": image, "image_format": image_format(image), "width": pixels.width, "height": pixels.height, **_texts(members)}
+        return {
+            **row,
+            "image": image,
+            "image_format": image_format(image),
+            "width": pixels.width,
+            "height": pixels.height,
+            **_texts(members),
+        }
 
 
 def _texts(members: list[list[Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {"attributes": [], "captions": [], "dialogues": [], "questions": [], "preferences": []}
+    out: dict[str, Any] = {
+        "attributes": [],
+        "captions": [],
+        "dialogues": [],
+        "questions": [],
+        "preferences": [],
+    }
     for identity, payload in members:
-        values = {name: payload["record"][name] for name in ATTRIBUTES} if "record" in payload else payload.get("attributes")
+        values = (
+            {name: payload["record"][name] for name in ATTRIBUTES}
+            if "record" in payload
+            else payload.get("attributes")
+        )
         if values:
             out["attributes"].append({"sample_id": identity, "values": values})
         flat = payload.get("qa") or payload.get("preference") or payload

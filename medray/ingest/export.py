@@ -1,8 +1,9 @@
 """Canonical rows out to formats that other tools read: WebDataset tars, LLaVA JSON, TRL preference rows.
 
-Rows are dicts with sample_id and image (encoded bytes), and what they say of the image in the names of medray.records:
-turns, question and reference, prompt with chosen and rejected, caption and context, attributes; split, group_id,
-modality and image_id where they are known. They are streamed: no writer holds more than one.
+Rows are dicts with sample_id and image (encoded bytes), and what they say of the image in the names of
+medray.records: turns, question and reference, prompt with chosen and rejected, caption and context,
+attributes; split, group_id, modality and image_id where they are known. They are streamed: no writer holds
+more than one.
 """
 
 from __future__ import annotations
@@ -21,19 +22,46 @@ from medray.images.decoding import image_format
 from medray.ingest.readers.common import IMAGE_TOKEN
 from medray.stable_draws import image_digest
 
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp", "JPEG2000": "jp2", "PPM": "ppm", "AVIF": "avif"}
+_SUFFIXES = {
+    "JPEG": "jpg",
+    "PNG": "png",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "WEBP": "webp",
+    "JPEG2000": "jp2",
+    "PPM": "ppm",
+    "AVIF": "avif",
+}
 _LLAVA_ROLES = {"user": "human", "assistant": "gpt", "questioner": "vuser", "system": "system"}
 _TEXTS = (
-    "sample_id", "image_id", "split", "group_id", "modality", "turns", "question", "reference", "answer_type", "attribute", "choices", "language",
-    "prompt", "chosen", "rejected", "caption", "context", "attributes",
+    "sample_id",
+    "image_id",
+    "split",
+    "group_id",
+    "modality",
+    "turns",
+    "question",
+    "reference",
+    "answer_type",
+    "attribute",
+    "choices",
+    "language",
+    "prompt",
+    "chosen",
+    "rejected",
+    "caption",
+    "context",
+    "attributes",
 )
 
 
 def write_webdataset(rows: Iterable[Mapping[str, Any]], folder: str, rows_per_tar: int = 1000) -> int:
-    """Write <folder>/data-000000.tar, ... with key.jpg (or .png, ...) and key.json for each row; returns the rows written.
+    """Write <folder>/data-000000.tar, ... with key.jpg (or .png, ...) and key.json for each row; returns the
+    rows written.
 
-    The JSON holds everything but the image, under the row's own names, so that `data.format: webdataset` gives the rows
-    back. The same rows give the same bytes.
+    The JSON holds everything but the image, under the row's own names, so that `data.format: webdataset`
+    gives the rows back. The same rows give the same bytes.
     """
     fs, root = url_to_fs(folder)
     fs.makedirs(root, exist_ok=True)
@@ -41,7 +69,10 @@ def write_webdataset(rows: Iterable[Mapping[str, Any]], folder: str, rows_per_ta
     rows = iter(rows)
     row = next(rows, None)
     while row is not None:
-        with fs.open(f"{root}/data-{written // rows_per_tar:06d}.tar", "wb") as handle, tarfile.open(fileobj=handle, mode="w|") as tar:
+        with (
+            fs.open(f"{root}/data-{written // rows_per_tar:06d}.tar", "wb") as handle,
+            tarfile.open(fileobj=handle, mode="w|") as tar,
+        ):
             while row is not None:
                 key = f"{written:09d}"
                 _add(tar, f"{key}.{_suffix(row)}", row["image"])
@@ -69,15 +100,17 @@ def _texts(row: Mapping[str, Any]) -> dict[str, Any]:
 def _suffix(row: Mapping[str, Any]) -> str:
     kind = row.get("image_format") or image_format(row["image"] or b"")
     if kind not in _SUFFIXES:
-        raise DataError(f"{row['sample_id']}: image format {kind!r} has no file suffix; allowed: {', '.join(_SUFFIXES)}")
+        raise DataError(
+            f"{row['sample_id']}: image format {kind!r} has no file suffix; allowed: {', '.join(_SUFFIXES)}"
+        )
     return _SUFFIXES[kind]
 
 
 def write_llava(rows: Iterable[Mapping[str, Any]], folder: str) -> int:
     """Write <folder>/data.json (LLaVA's conversations) and <folder>/images; returns the rows written.
 
-    A question becomes one exchange, a caption the answer to a request for a description. Raises DataError for a row with
-    neither, nor turns.
+    A question becomes one exchange, a caption the answer to a request for a description. Raises DataError for
+    a row with neither, nor turns.
     """
     fs, root = url_to_fs(folder)
     fs.makedirs(root, exist_ok=True)
@@ -85,7 +118,11 @@ def write_llava(rows: Iterable[Mapping[str, Any]], folder: str) -> int:
     with fs.open(f"{root}/data.json", "w", encoding="utf-8") as out:
         out.write("[")
         for row in rows:
-            record = {"id": row["sample_id"], "image": _write_image(fs, root, row), "conversations": _conversations(row)}
+            record = {
+                "id": row["sample_id"],
+                "image": _write_image(fs, root, row),
+                "conversations": _conversations(row),
+            }
             if row.get("split"):
                 record["split"] = row["split"]
             out.write(f"{',' if written else ''}\n{json.dumps(record, ensure_ascii=False)}")
@@ -102,17 +139,23 @@ def _conversations(row: Mapping[str, Any]) -> list[dict[str, str]]:
     elif row.get("caption"):
         turns = turns_of([{"question": DESCRIBE_PHRASINGS[0], "reference": row["caption"]}])
     else:
-        raise DataError(f"{row['sample_id']}: LLaVA JSON holds dialogues; the row has no turns, question or caption")
+        raise DataError(
+            f"{row['sample_id']}: LLaVA JSON holds dialogues; the row has no turns, question or caption"
+        )
     first = next(number for number, turn in enumerate(turns) if turn["role"] != "system")
     return [
-        {"from": _LLAVA_ROLES[turn["role"]], "value": f"{IMAGE_TOKEN}\n{turn['text']}" if number == first else turn["text"]}
+        {
+            "from": _LLAVA_ROLES[turn["role"]],
+            "value": f"{IMAGE_TOKEN}\n{turn['text']}" if number == first else turn["text"],
+        }
         for number, turn in enumerate(turns)
     ]
 
 
 def write_preferences(rows: Iterable[Mapping[str, Any]], folder: str) -> int:
     """Write <folder>/preferences.jsonl (TRL's conversational preference rows, `images` naming the file) and
-    <folder>/images; returns the rows written. Raises DataError for a row without prompt, chosen and rejected."""
+    <folder>/images; returns the rows written. Raises DataError for a row without prompt, chosen and
+    rejected."""
     fs, root = url_to_fs(folder)
     fs.makedirs(root, exist_ok=True)
     written = 0

@@ -1,18 +1,18 @@
 """Formats people have, as one stream of index rows: small, without pixels, in any order.
 
-An index row says what one record of the source holds and where its image lies; what comes after orders the rows, loads
-the images and writes shards. A record that cannot be used becomes a row with `error`, never an exception. The formats
-themselves are read in `medray.ingest.readers`, one small module per family.
+An index row says what one record of the source holds and where its image lies; what comes after orders the
+rows, loads the images and writes shards. A record that cannot be used becomes a row with `error`, never an
+exception. The formats themselves are read in `medray.ingest.readers`, one small module per family.
 
-Columns (INDEX): sample_id; image_id; image_file (a path, "path.tar#offset=<byte>&size=<bytes>" or "path.dcm#frame=<n>") or
-image (bytes, where the source holds them inline); split (train, val, test; null: the source knows none); group_id (what
-must not be spread over splits, such as the patient, hashed; null: the image); modality (lower case); where (file and
-place, for the quarantine); error; image_name (the image's path as errors show it, see medray.pseudonyms; null for
-inline images and DICOM); payload, JSON of exactly one of
+Columns (INDEX): sample_id; image_id; image_file (a path, "path.tar#offset=<byte>&size=<bytes>" or
+"path.dcm#frame=<n>") or image (bytes, where the source holds them inline); split (train, val, test; null: the
+source knows none); group_id (what must not be spread over splits, such as the patient, hashed; null: the
+image); modality (lower case); where (file and place, for the quarantine); error; image_name (the image's path
+as errors show it, see medray.pseudonyms; null for inline images and DICOM); payload, JSON of exactly one of
 
 - {"record": {...}}: WBCAtt attributes (the schema of medray.data.attribute_questions)
-- {"qa": {question, reference, answer_type (open, closed, mcq), attribute, choices, language, context}}: one question; `context`,
-  what a judge of the answers may know of the image, is there where there is one
+- {"qa": {question, reference, answer_type (open, closed, mcq), attribute, choices, language, context}}: one
+  question; `context`, what a judge of the answers may know of the image, is there where there is one
 - {"turns": [{role, text}, ...]}: a dialogue
 - {"caption": text, "context": text or null}: a description of the image, and what a text says about it
 - {"attributes": {name: value}}: other attributes
@@ -64,23 +64,47 @@ from medray.stable_draws import digest
 
 logger = logging.getLogger("medray")
 
-INDEX = pa.schema([
-    ("sample_id", pa.string()), ("image_id", pa.string()), ("image_file", pa.string()), ("image", pa.binary()), ("split", pa.string()),
-    ("group_id", pa.string()), ("modality", pa.string()), ("payload", pa.string()), ("where", pa.string()), ("error", pa.string()),
-    ("image_name", pa.string()),
-])
+INDEX = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("image_id", pa.string()),
+        ("image_file", pa.string()),
+        ("image", pa.binary()),
+        ("split", pa.string()),
+        ("group_id", pa.string()),
+        ("modality", pa.string()),
+        ("payload", pa.string()),
+        ("where", pa.string()),
+        ("error", pa.string()),
+        ("image_name", pa.string()),
+    ]
+)
 
 READERS = {
-    "wbcatt": concepts.wbcatt, "skincon": concepts.skincon, "cbis-ddsm": mammography.cbis_ddsm, "vqa-rad": vqa.vqa_rad, "slake": vqa.slake,
-    "pmc-vqa": vqa.pmc_vqa, "omnimedvqa": vqa.omnimedvqa, "llava": conversations.llava, "preference": conversations.preference,
-    "llava-med-captions": captions.llava_med_captions, "llava-med-qa": captions.llava_med_qa, "captions": captions.captions, "questions": questions.questions,
+    "wbcatt": concepts.wbcatt,
+    "skincon": concepts.skincon,
+    "cbis-ddsm": mammography.cbis_ddsm,
+    "vqa-rad": vqa.vqa_rad,
+    "slake": vqa.slake,
+    "pmc-vqa": vqa.pmc_vqa,
+    "omnimedvqa": vqa.omnimedvqa,
+    "llava": conversations.llava,
+    "preference": conversations.preference,
+    "llava-med-captions": captions.llava_med_captions,
+    "llava-med-qa": captions.llava_med_qa,
+    "captions": captions.captions,
+    "questions": questions.questions,
 }
 
 RANGE_BYTES = 4 * 2**20
 INLINE_BYTES = 16 * 2**20  # of inline images, in a batch of rows
 # Folders that images are in where data.images names none; else they lie where the source is.
 _IMAGE_FOLDERS = {
-    "slake": ("imgs",), "pmc-vqa": ("images", "figures"), "skincon": ("images",), "llava-med-captions": ("images",), "llava-med-qa": ("images",),
+    "slake": ("imgs",),
+    "pmc-vqa": ("images", "figures"),
+    "skincon": ("images",),
+    "llava-med-captions": ("images",),
+    "llava-med-qa": ("images",),
     "cbis-ddsm": ("CBIS-DDSM",),
 }
 _FRAME = "#frame="  # of a DICOM file, in image_file
@@ -98,8 +122,9 @@ def detect(config: DataConfig) -> tuple[str, list[str]]:
 
 
 def read_index(config: DataConfig, num_cpus: float = 1.0, notes: str | None = None) -> Any:
-    """The source as a lazy ray.data.Dataset of INDEX rows. JSON Lines are read in byte ranges by many tasks, Parquet by row
-    groups, folders of files by a task for each subfolder, every other file by one task from begin to end.
+    """The source as a lazy ray.data.Dataset of INDEX rows. JSON Lines are read in byte ranges by many tasks,
+    Parquet by row groups, folders of files by a task for each subfolder, every other file by one task from
+    begin to end.
 
     Args:
         notes: folder for what the tasks see and do not use (medray.ingest.files.notes); None to forget it.
@@ -117,13 +142,19 @@ def read_index(config: DataConfig, num_cpus: float = 1.0, notes: str | None = No
         raise DataError(f"data.source: {config.source} is empty")
     # Of a great many pieces a task reads several.
     blocks = min(len(pieces), 10_000)
-    settings = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": num_cpus, "fn_kwargs": {"patient_key": patient_key(), "notes_uri": notes}}
+    settings = {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "num_cpus": num_cpus,
+        "fn_kwargs": {"patient_key": patient_key(), "notes_uri": notes},
+    }
     return ray.data.from_items(pieces, override_num_blocks=blocks).map_batches(_read_piece, **settings)
 
 
 def read_source(source: str, **fields: Any) -> Any:
-    """The records of a dataset in any known format, as a lazy ray.data.Dataset of rows: sample_id, image_id, image_file or image, split, group_id,
-    modality, payload (JSON: what the record says of its image), where, error (None, or why the record cannot be used).
+    """The records of a dataset in any known format, as a lazy ray.data.Dataset of rows: sample_id, image_id,
+    image_file or image, split, group_id, modality, payload (JSON: what the record says of its image), where,
+    error (None, or why the record cannot be used).
 
     Args:
         source: folder, file, s3:// or gs:// prefix.
@@ -156,7 +187,10 @@ def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[st
     shards = [path for path in files if suffix_of(path) == ".parquet"]
     for path, ranges in zip(shards, in_threads(partial(parquet.row_group_ranges, fs), shards), strict=True):
         images = named if config.images else _beside_shard(fs, path, top)
-        yield from ({**common, "path": _uri(fs, path), "images": images, "start": start, "end": end} for start, end in ranges)
+        yield from (
+            {**common, "path": _uri(fs, path), "images": images, "start": start, "end": end}
+            for start, end in ranges
+        )
     several = len({posixpath.dirname(path) for path in files}) > 1
     for path in files:
         size = fs.size(path)
@@ -165,17 +199,25 @@ def _pieces(kind: str, config: DataConfig, files: list[str]) -> Iterator[dict[st
         if suffix_of(path) == ".tar":
             step, images = max(size, 1), named
         else:
-            step = RANGE_BYTES if compression_of(path) is None and _in_ranges(_uri(fs, path)) else max(size, 1)
+            step = (
+                RANGE_BYTES if compression_of(path) is None and _in_ranges(_uri(fs, path)) else max(size, 1)
+            )
             images = _uri(*_images_at(kind, config, fs, path, root))
         # Folders with a table each may call different images alike.
         own = _uri(fs, posixpath.dirname(path))
-        prefix = _relative(own, common["root"]) if several and f"{images}/".startswith(f"{own}/") and own != common["root"] else ""
+        prefix = (
+            _relative(own, common["root"])
+            if several and f"{images}/".startswith(f"{own}/") and own != common["root"]
+            else ""
+        )
         place = {**common, "path": _uri(fs, path), "images": images, "prefix": prefix}
         yield from ({**place, "start": at, "end": min(at + step, size)} for at in range(0, size, step))
 
 
 def _beside_shard(fs: Any, path: str, top: str) -> str:
-    """The folder that the image files of a Parquet file lie in: its own, if the first that it names is there, else the source's."""
+    """The folder that the image files of a Parquet file lie in: its own, if the first that it names is
+    there, else the source's.
+    """
     own = posixpath.dirname(path)
     try:
         first = next(parquet.rows_of_groups(_uri(fs, path), 0, 1), None) if own != top else None
@@ -194,8 +236,10 @@ def _in_ranges(path: str) -> bool:
 
 
 def _images_at(kind: str, config: DataConfig, fs: Any, path: str, root: str) -> tuple[Any, str]:
-    """(filesystem, folder) of the images that a table names: the first of the usual folders that holds one of those that its
-    first records name, else data.images or the folder that the set is published with."""
+    """(filesystem, folder) of the images that a table names: the first of the usual folders that holds
+    one of those that its first records name, else data.images or the folder that the set is published
+    with.
+    """
     own, top = posixpath.dirname(path), root if fs.isdir(root) else posixpath.dirname(root)
     if config.images:
         fs_images, default = url_to_fs(config.images)
@@ -237,7 +281,12 @@ def _first_images(kind: str, fs: Any, path: str, most: int = 3) -> list[str]:
             raise
         except Exception:  # its own row says what is wrong with it
             continue
-        if made is not None and made["image_file"] and len(made["image_file"]) < 1000 and not made["image_file"].startswith(PREFIX):
+        if (
+            made is not None
+            and made["image_file"]
+            and len(made["image_file"]) < 1000
+            and not made["image_file"].startswith(PREFIX)
+        ):
             names.append(made["image_file"])
     return names
 
@@ -277,11 +326,19 @@ def _relative(path: str, root: str | None) -> str:
 
 
 def index_rows(
-    path: str, start: int, end: int, kind: str, images: str, patient_key: bytes | None = None, root: str | None = None, splits: Sequence[str] = (),
-    notes: Notes | None = None, prefix: str = "",
+    path: str,
+    start: int,
+    end: int,
+    kind: str,
+    images: str,
+    patient_key: bytes | None = None,
+    root: str | None = None,
+    splits: Sequence[str] = (),
+    notes: Notes | None = None,
+    prefix: str = "",
 ) -> Iterator[Row]:
-    """INDEX rows of the records of one file; of JSON Lines those that begin in the byte range [start, end), of Parquet those
-    of the row groups [start, end).
+    """INDEX rows of the records of one file; of JSON Lines those that begin in the byte range [start, end),
+    of Parquet those of the row groups [start, end).
 
     Args:
         path: the file; for "images" and "dicom" the folder, of which `end` levels are read (0: all).
@@ -290,7 +347,8 @@ def index_rows(
         root: the source's folder; folders below it may be named after splits.
         splits: names of splits beside train, val and test.
         notes: takes what is seen and not used.
-        prefix: of the ids of images: the file's folder below the source, if the images lie there and other folders hold others.
+        prefix: of the ids of images: the file's folder below the source, if the images lie there and other
+            folders hold others.
     """
     notes = Notes() if notes is None else notes
     use = FieldUse()
@@ -301,13 +359,19 @@ def index_rows(
     elif kind == "dicom":
         yield from folders.dicom_rows(path, images, end or None, patient_key)
     elif kind in PARQUET_KINDS and suffix_of(path) == ".parquet":
-        yield from _parquet_rows(kind, path, start, end, images, split_of(path, root), splits, use, patient_key)
+        yield from _parquet_rows(
+            kind, path, start, end, images, split_of(path, root), splits, use, patient_key
+        )
     else:
         fs, _ = url_to_fs(images)
         place = Place(images, path, lru_cache(256)(partial(_names, fs)), partial(_head, fs), root, prefix)
         for where, record, error in readable(records(path, start, end, kind)):
             if isinstance(record, Member):
-                notes.add(UNUSED, _relative(path, root), f"member {shown_path(as_unicode(record.name), key=patient_key)}")
+                notes.add(
+                    UNUSED,
+                    _relative(path, root),
+                    f"member {shown_path(as_unicode(record.name), key=patient_key)}",
+                )
             else:
                 if isinstance(error, Rest):
                     notes.add(UNUSED, _relative(path, root), f"what stands {as_unicode(where)}")
@@ -317,7 +381,9 @@ def index_rows(
 
 @lru_cache(1024)
 def _table_name(relative: str, key: bytes | None) -> str:
-    """A table's path for messages, without patients' numbers; the numbers of shards (train-00000-of-00007) stay."""
+    """A table's path for messages, without patients' numbers; the numbers of shards
+    (train-00000-of-00007) stay.
+    """
     shard = _SHARD.search(relative)
     if shard is None:
         return shown_path(relative, key=key)
@@ -327,7 +393,9 @@ def _table_name(relative: str, key: bytes | None) -> str:
 def _names(fs: Any, folder: str) -> list[str]:
     """Names of what lies in a folder, in their order; [] where it is none."""
     try:
-        return sorted(posixpath.basename(entry["name"]) for entry in entries_of(fs, fs._strip_protocol(folder)))
+        return sorted(
+            posixpath.basename(entry["name"]) for entry in entries_of(fs, fs._strip_protocol(folder))
+        )
     except (OSError, ValueError):  # there is none, or its name is none that a folder can have
         return []
 
@@ -337,7 +405,14 @@ def _head(fs: Any, path: str) -> bytes:
 
 
 def _record_rows(
-    kind: str, place: Place, where: str, record: Any, error: str | None, splits: Collection[str], use: FieldUse, key: bytes | None = None,
+    kind: str,
+    place: Place,
+    where: str,
+    record: Any,
+    error: str | None,
+    splits: Collection[str],
+    use: FieldUse,
+    key: bytes | None = None,
 ) -> Iterator[Row]:
     where = f"{_table_name(_relative(place.path, place.root), key)} {where}"
     if error is None and not isinstance(record, dict):
@@ -365,18 +440,36 @@ def _record_rows(
                 yield {**named, "split": split, "where": where, "error": None}
             return
     known = record if isinstance(record, dict) else {}
-    own = next((known[name] for name in ("qid", "img_name", "sample_id", "id", "question_id", "pair_id") if known.get(name) is not None), None)
+    own = next(
+        (
+            known[name]
+            for name in ("qid", "img_name", "sample_id", "id", "question_id", "pair_id")
+            if known.get(name) is not None
+        ),
+        None,
+    )
     yield error_row(where if own is None else shortened(str(own)), where, error)
 
 
 def _grouped(row: Row, patients: list[str]) -> Row:
-    """The row with a hash of its patient as its group, where the reader knows no other: images of a patient share a split."""
-    return {**row, "group_id": digest(patients[0])} if patients and row.get("error") is None and row["group_id"] is None else row
+    """The row with a hash of its patient as its group, where the reader knows no other: images of a
+    patient share a split.
+    """
+    return (
+        {**row, "group_id": digest(patients[0])}
+        if patients and row.get("error") is None and row["group_id"] is None
+        else row
+    )
 
 
 def _is_columns(record: dict[str, Any]) -> bool:
-    """Whether an object holds columns, {"image": {"0": ...}, "answer": {"0": ...}}, as pandas writes a table."""
-    return len(record) > 1 and all(isinstance(value, dict) and value.keys() == next(iter(record.values())).keys() for value in record.values())
+    """Whether an object holds columns, {"image": {"0": ...}, "answer": {"0": ...}}, as pandas writes a
+    table.
+    """
+    return len(record) > 1 and all(
+        isinstance(value, dict) and value.keys() == next(iter(record.values())).keys()
+        for value in record.values()
+    )
 
 
 def _split_of_image(row: Row, place: Place) -> str | None:
@@ -385,9 +478,12 @@ def _split_of_image(row: Row, place: Place) -> str | None:
     return split_of_folders(file.removeprefix(place.images).lstrip("/")) if file is not None else None
 
 
-def _with_image(row: Row, place: Place, inline: dict[str, bytes], patients: list[str], key: bytes | None) -> Row:
-    """The row with its inline image, or with the name that its image file has in errors (none for DICOM frames: their
-    paths begin with the patient)."""
+def _with_image(
+    row: Row, place: Place, inline: dict[str, bytes], patients: list[str], key: bytes | None
+) -> Row:
+    """The row with its inline image, or with the name that its image file has in errors (none for DICOM
+    frames: their paths begin with the patient).
+    """
     file = row["image_file"]
     if file is None:
         return row
@@ -400,7 +496,14 @@ def _with_image(row: Row, place: Place, inline: dict[str, bytes], patients: list
 
 
 def _parquet_rows(
-    kind: str, path: str, start: int, end: int, images: str, split: str | None, splits: Collection[str], use: FieldUse,
+    kind: str,
+    path: str,
+    start: int,
+    end: int,
+    images: str,
+    split: str | None,
+    splits: Collection[str],
+    use: FieldUse,
     key: bytes | None = None,
 ) -> Iterator[Row]:
     try:
@@ -426,8 +529,8 @@ def read_image_bytes(image_file: str, max_bytes: int, name: str | None = None) -
     Args:
         name: what to call the file in errors (default: its name, see medray.pseudonyms.shown_path).
 
-    Raises ImageError where it cannot be read, is larger than `max_bytes` (data.max_image_bytes) or cut short. A DICOM
-    frame ("#frame=") or a page of TIFF ("#page=") is medray.ingest.group_by_image.image_of's.
+    Raises ImageError where it cannot be read, is larger than `max_bytes` (data.max_image_bytes) or cut short.
+    A DICOM frame ("#frame=") or a page of TIFF ("#page=") is medray.ingest.group_by_image.image_of's.
     """
     part = _RANGE.match(image_file)
     path, offset, size = (part[1], int(part[2]), int(part[3])) if part else (image_file, 0, None)
@@ -461,4 +564,14 @@ def _check_bytes(length: int | None, most: int) -> None:
         raise ImageError(f"image file is over data.max_image_bytes {most}")
 
 
-__all__ = ["IMAGE_TOKEN", "INDEX", "BadRecord", "detect", "index_rows", "inside", "manifest_of", "read_image_bytes", "read_index"]
+__all__ = [
+    "IMAGE_TOKEN",
+    "INDEX",
+    "BadRecord",
+    "detect",
+    "index_rows",
+    "inside",
+    "manifest_of",
+    "read_image_bytes",
+    "read_index",
+]

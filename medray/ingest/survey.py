@@ -382,7 +382,9 @@ def _folder_format(source: str) -> str | None:
 def _check_texts(source: str, stems: set[str], texts: dict[str, str]) -> None:
     # 1.txt beside 1.png, or in a folder of its own (reports/1.txt).
     by_name = {posixpath.basename(stem): stem for stem in sorted(texts)}
-    both = sorted(stems & texts.keys()) or [by_name[name] for name in sorted(by_name.keys() & {posixpath.basename(stem) for stem in stems})]
+    both = sorted(stems & texts.keys()) or [
+        by_name[name] for name in sorted(by_name.keys() & {posixpath.basename(stem) for stem in stems})
+    ]
     if both:
         raise DataError(
             f"data.source: {source} has texts beside its images, such as "
@@ -400,7 +402,8 @@ def _check_texts(source: str, stems: set[str], texts: dict[str, str]) -> None:
         words = set(re.split(r"[\s,;|/\\]+|\.(?=[a-z]{2,5}\b)", text))
         if names & words:
             raise DataError(
-                f"data.source: {shown_path(posixpath.basename(path))} names images of {source}, and is not read; save "
+                f"data.source: {shown_path(posixpath.basename(path))} names images of {source}, and is not "
+                "read; save "
                 "it as CSV with a header (file_name and text), or read "
                 f"the images alone with data.format images"
             )

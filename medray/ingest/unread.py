@@ -1,4 +1,6 @@
-"""Count the files of a source that nothing was read from, by suffix, so that no file is passed over without a word."""
+"""Count the files of a source that nothing was read from, by suffix, so that no file is passed over
+without a word.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,23 @@ from medray.ingest.files.walk import subfolders, suffix_of, walk_files
 READ_AT_ONCE = 2**24  # hashes of files that were read, in memory (128 MiB); more are counted in several walks
 WALKERS = 16  # folders that are listed at once: listing waits for a disk or an object store
 # Files that stand beside data and hold none.
-COMPANIONS = frozenset((".md", ".rst", ".html", ".pdf", ".sh", ".py", ".ipynb", ".log", ".lock", ".crc", ".md5", ".sha256"))
+COMPANIONS = frozenset(
+    (".md", ".rst", ".html", ".pdf", ".sh", ".py", ".ipynb", ".log", ".lock", ".crc", ".md5", ".sha256")
+)
 
 _PLACE = re.compile(r"#(?:(?:frame|page)=\d+|offset=\d+&size=\d+)$")
 
 
-def unread_files(source: str, tables: Iterable[str], images: Callable[[], Iterator[Iterable[str | None]]], rows: int) -> dict[str, int]:
-    """Number of files below the folder `source` that nothing was read from, by suffix; {} if it is a single file.
+def unread_files(
+    source: str, tables: Iterable[str], images: Callable[[], Iterator[Iterable[str | None]]], rows: int
+) -> dict[str, int]:
+    """Number of files below the folder `source` that nothing was read from, by suffix; {} if it is a single
+    file.
 
     Args:
         tables: paths of the files that records were read from.
-        images: batches of the image_file of every row, in any order and as often as there are rows of an image.
+        images: batches of the image_file of every row, in any order and as often as there are rows of an
+            image.
         rows: number of rows, at least.
 
     Memory does not grow with the number of files; time does.
@@ -51,13 +59,17 @@ def unread_files(source: str, tables: Iterable[str], images: Callable[[], Iterat
     for walk in range(walks):
         read = _hashes(images, walks, walk)
         with ThreadPoolExecutor(WALKERS) as pool:
-            for found in pool.map(partial(_count, source=source, read=read, own=own, walks=walks, walk=walk), pieces):
+            for found in pool.map(
+                partial(_count, source=source, read=read, own=own, walks=walks, walk=walk), pieces
+            ):
                 counts.update(found)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _file_hash(path: str) -> int:
-    """Hash of a file's path, however its file system writes it: an image's place inside the file does not count."""
+    """Hash of a file's path, however its file system writes it: an image's place inside the file does not
+    count.
+    """
     if "://" in path:
         path = path.split("://", 1)[1].lstrip("/")
     return xxhash.xxh64_intdigest(posixpath.normpath(_PLACE.sub("", path)).encode("utf-8", "surrogatepass"))
@@ -74,7 +86,9 @@ def _hashes(images: Callable[[], Iterator[Iterable[str | None]]], walks: int, wa
     return np.unique(np.concatenate(parts))
 
 
-def _count(piece: tuple[str, int | None], source: str, read: np.ndarray, own: set[int], walks: int, walk: int) -> Counter[str]:
+def _count(
+    piece: tuple[str, int | None], source: str, read: np.ndarray, own: set[int], walks: int, walk: int
+) -> Counter[str]:
     counts: Counter[str] = Counter()
     files = walk_files(*piece, in_order=False, part_of=source)
     while part := list(islice(files, 2**14)):
@@ -86,10 +100,14 @@ def _count(piece: tuple[str, int | None], source: str, read: np.ndarray, own: se
 
 
 def account_of(
-    config: DataConfig, notes_uri: str, images: Callable[[], Iterator[Iterable[str | None]]], rows: int,
+    config: DataConfig,
+    notes_uri: str,
+    images: Callable[[], Iterator[Iterable[str | None]]],
+    rows: int,
 ) -> dict[str, Any]:
-    """What a source holds beside what was read, for manifests, reports and summaries: {"unread": number of files by
-    suffix, members of archives too; "unused": number of records with a field that no reader understands, by file}.
+    """What a source holds beside what was read, for manifests, reports and summaries: {"unread": number of
+    files by suffix, members of archives too; "unused": number of records with a field that no reader
+    understands, by file}.
 
     Args:
         notes_uri: where the reading tasks left their notes.
@@ -106,10 +124,13 @@ def account_of(
 
 
 def unread_line(unread: dict[str, int], most: int = 12) -> str:
-    """"files not read: 12 .heic, 3 .txt" for logs and summaries; "" for none."""
+    """ "files not read: 12 .heic, 3 .txt" for logs and summaries; "" for none."""
     if not unread:
         return ""
     shown = sorted(unread.items(), key=lambda item: (item[0] in COMPANIONS, -item[1], item[0]))
-    parts = [f"{number:,} {suffix if suffix.startswith('.') else 'without a suffix'}" for suffix, number in shown[:most]]
+    parts = [
+        f"{number:,} {suffix if suffix.startswith('.') else 'without a suffix'}"
+        for suffix, number in shown[:most]
+    ]
     rest = sum(number for _, number in shown[most:])
     return f"files not read: {', '.join(parts)}{f' and {rest:,} of other kinds' if rest else ''}"

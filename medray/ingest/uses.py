@@ -1,7 +1,7 @@
 """What the images of a source serve for in a job, by split, and what the job's method needs of them.
 
-Counted from the index, before any image is read, so that a missing split, or captions where dialogues are needed, end the
-job before it has cost anything.
+Counted from the index, before any image is read, so that a missing split, or captions where dialogues are
+needed, end the job before it has cost anything.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def uses_of(table: pa.Table) -> pa.Table:
 
 @dataclass
 class Uses:
-    """Numbers of images: by split; by split and use (labelled, unlabelled, eval, unused); by split, use and form."""
+    """Numbers of images: by split; by split and use (labelled, unlabelled, eval, unused); by split, use
+    and form.
+    """
 
     splits: Counter[str] = field(default_factory=Counter)
     parts: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -134,10 +136,13 @@ class Uses:
         return ", ".join(f"{name} ({number:,})" for name, number in names) or "none"
 
     def check(self, config: DataConfig, needs: Needs) -> None:
-        """Raise DataError if the source lacks what the method needs, naming what there is and the field to set."""
+        """Raise DataError if the source lacks what the method needs, naming what there is and the field
+        to set.
+        """
         if not self.splits:
             raise DataError(
-                f"{needs.source_field}: no record of {config.source} can be used; the stage's quarantine says why"
+                f"{needs.source_field}: no record of {config.source} can be used; the stage's quarantine "
+                "says why"
             )
         wanted = [(config.train_split, needs.train, needs.train_field, needs.labels)]
         wanted += [(config.eval_split, needs.held_out, needs.eval_field, needs.eval_labels)]
@@ -168,7 +173,8 @@ class Uses:
                 )
         if needs.train and needs.labelled and not self.parts[config.train_split, "labelled"]:
             raise DataError(
-                f"data.label_fraction: {config.label_fraction:g} leaves none of the {self.splits[config.train_split]:,} "
+                f"data.label_fraction: {config.label_fraction:g} leaves none of the "
+                f"{self.splits[config.train_split]:,} "
                 f"images of split {config.train_split!r} labelled; "
                 "take a larger share: --set data.label_fraction=1"
             )
@@ -185,7 +191,10 @@ class Uses:
             )
         )
         if not others:
-            return "; give a source with another split, or one without splits, of which data.testbed_val_fraction are held out"
+            return (
+                "; give a source with another split, or one without splits, of which "
+                "data.testbed_val_fraction are held out"
+            )
         return f": --set {name}={others[0]}"
 
     def table(

@@ -1,4 +1,6 @@
-"""CLIP-family encoders of images and texts, frozen: transformers' models (CLIP, SigLIP, ...) and open_clip's."""
+"""CLIP-family encoders of images and texts, frozen: transformers' models (CLIP, SigLIP, ...) and
+open_clip's.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,13 @@ class Encoder:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model = load_whole(AutoModel, path, "demonstrations.encoder", dtype=dtype).to(device).eval()
         kind = self.model.config.model_type
-        if not callable(getattr(self.model, "get_image_features", None)) or not callable(getattr(self.model, "get_text_features", None)):
-            raise ConfigError(f"demonstrations.encoder: {path} is a {kind} model without text and image features; give a CLIP or SigLIP class model")
+        if not callable(getattr(self.model, "get_image_features", None)) or not callable(
+            getattr(self.model, "get_text_features", None)
+        ):
+            raise ConfigError(
+                f"demonstrations.encoder: {path} is a {kind} model without text and image features; give a "
+                "CLIP or SigLIP class model"
+            )
         self.processor: Any = load_processor(path, field="demonstrations.encoder")
         # SigLIP was trained on texts padded to the full length, and reads others differently.
         self.padding = "max_length" if kind.startswith("siglip") else "longest"
@@ -45,8 +52,14 @@ class Encoder:
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> torch.Tensor:
         """Features (N, D) in 32 bits; longer texts are cut at the end."""
-        tokens = self.processor.tokenizer(texts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt")
-        return self._pooled(self.model.get_text_features(**{name: values.to(self.model.device) for name, values in tokens.items()}))
+        tokens = self.processor.tokenizer(
+            texts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return self._pooled(
+            self.model.get_text_features(
+                **{name: values.to(self.model.device) for name, values in tokens.items()}
+            )
+        )
 
     @staticmethod
     def _pooled(features: Any) -> torch.Tensor:
@@ -54,7 +67,8 @@ class Encoder:
 
 
 class OpenClipEncoder:
-    """A model of open_clip: "NAME@TAG" (an architecture and the weights for it), "hf-hub:org/name" or "local-dir:FOLDER"; see Encoder.
+    """A model of open_clip: "NAME@TAG" (an architecture and the weights for it), "hf-hub:org/name" or
+    "local-dir:FOLDER"; see Encoder.
 
     Raises ConfigError where open_clip is not installed, or knows no such model.
     """
@@ -63,12 +77,21 @@ class OpenClipEncoder:
         try:
             import open_clip
         except ImportError as error:
-            raise ConfigError(f"demonstrations.encoder: {OPEN_CLIP}{name} needs the package open_clip_torch on every node: pip install 'medray[open-clip]'") from error
+            raise ConfigError(
+                f"demonstrations.encoder: {OPEN_CLIP}{name} needs the package open_clip_torch on every node: "
+                "pip install 'medray[open-clip]'"
+            ) from error
         name, _, tag = (name, "", "") if ":" in name else name.partition("@")
         try:
-            model, self.preprocess = open_clip.create_model_from_pretrained(name, pretrained=tag or None, precision=precision, device=device)
-        except (RuntimeError, OSError, ValueError) as error:  # what open_clip and the hub raise for a name, a tag or weights that are not there
-            raise ConfigError(f"demonstrations.encoder: {OPEN_CLIP}{name} cannot be loaded: {error}. Give NAME@TAG as in open_clip.list_pretrained(), hf-hub:org/name or local-dir:FOLDER") from error
+            model, self.preprocess = open_clip.create_model_from_pretrained(
+                name, pretrained=tag or None, precision=precision, device=device
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            # what open_clip and the hub raise for a name, a tag or weights that are not there
+            raise ConfigError(
+                f"demonstrations.encoder: {OPEN_CLIP}{name} cannot be loaded: {error}. Give NAME@TAG as in "
+                "open_clip.list_pretrained(), hf-hub:org/name or local-dir:FOLDER"
+            ) from error
         self.model, self.device = model.eval(), device
         self.dtype = open_clip.get_input_dtype(precision)
         self.tokenizer = open_clip.get_tokenizer(name)

@@ -14,13 +14,17 @@ from typing import Any
 
 from medray.errors import StageError
 
-# A CLIP tower built from its config under transformers 5 is saved as `vision_tower.embeddings...`; hub checkpoints,
-# and vLLM, say `vision_tower.vision_model.embeddings...`. transformers reads both, of CLIP's and SigLIP's towers, and of no others.
-_CLIP_TOWER = re.compile(r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)")
+# A CLIP tower built from its config under transformers 5 is saved as `vision_tower.embeddings...`; hub
+# checkpoints, and vLLM, say `vision_tower.vision_model.embeddings...`. transformers reads both, of CLIP's and
+# SigLIP's towers, and of no others.
+_CLIP_TOWER = re.compile(
+    r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
+)
 
 
 def save_vlm(model: Any, processor: Any, directory: str | os.PathLike, dtype: Any = None) -> None:
-    """Write weights (safetensors), config, processor, tokenizer and chat template so that transformers and vLLM load them.
+    """Write weights (safetensors), config, processor, tokenizer and chat template so that transformers and
+    vLLM load them.
 
     Args:
         model: a plain transformers model (merge adapters first), any family.
@@ -28,7 +32,8 @@ def save_vlm(model: Any, processor: Any, directory: str | os.PathLike, dtype: An
         directory: written as a whole or not at all (a temporary sibling is renamed into place).
         dtype: torch dtype to save in; default the model's own. The model itself is not changed.
 
-    Raises StageError where the model holds numbers that are none, or what was written is not read back as it was.
+    Raises StageError where the model holds numbers that are none, or what was written is not read back as it
+    was.
     """
     with whole_folder(directory) as scratch:
         _write(model, scratch, dtype)
@@ -38,7 +43,9 @@ def save_vlm(model: Any, processor: Any, directory: str | os.PathLike, dtype: An
 
 @contextlib.contextmanager
 def whole_folder(directory: str | os.PathLike) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `directory` when the block ends; where it fails, nothing changes."""
+    """An empty folder to write into, which takes the place of `directory` when the block ends; where it
+    fails, nothing changes.
+    """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -75,7 +82,8 @@ def _write_processor(processor: Any, directory: Path) -> None:
 
 
 def check_export(model: Any, directory: str | os.PathLike, dtype: Any = None) -> None:
-    """Read back what was written of a model, as anybody will: every tensor there, none that the model does not know, all values as in memory.
+    """Read back what was written of a model, as anybody will: every tensor there, none that the model does
+    not know, all values as in memory.
 
     Raises StageError naming tensors that are missing, not used, or of other values.
     """
@@ -84,21 +92,39 @@ def check_export(model: Any, directory: str | os.PathLike, dtype: Any = None) ->
     where = f"export of a {model.config.model_type} model"
     broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
-        raise StageError(f"{where}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}: the training diverged; lower its learning rates")
+        raise StageError(
+            f"{where}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}: the training diverged; "
+            "lower its learning rates"
+        )
     try:
-        again, info = type(model).from_pretrained(directory, use_safetensors=True, output_loading_info=True, dtype=dtype or model.dtype)
+        again, info = type(model).from_pretrained(
+            directory, use_safetensors=True, output_loading_info=True, dtype=dtype or model.dtype
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise StageError(f"{where}: transformers cannot read what was written: {error}") from error
-    for kind, what in (("missing_keys", "are missing"), ("mismatched_keys", "are of another shape"), ("unexpected_keys", "are not read back"), ("error_msgs", "fail")):
+    for kind, what in (
+        ("missing_keys", "are missing"),
+        ("mismatched_keys", "are of another shape"),
+        ("unexpected_keys", "are not read back"),
+        ("error_msgs", "fail"),
+    ):
         if info.get(kind):
             names = sorted(map(str, info[kind]))
-            raise StageError(f"{where}: {len(names)} tensors {what}: {', '.join(names[:3])}; medray cannot export this family yet")
+            raise StageError(
+                f"{where}: {len(names)} tensors {what}: {', '.join(names[:3])}; medray cannot export this "
+                "family yet"
+            )
     read = again.state_dict()
     for name, tensor in model.state_dict().items():
         if name not in read:
-            raise StageError(f"{where}: {name} is missing in the model that is read back; medray cannot export this family yet")
+            raise StageError(
+                f"{where}: {name} is missing in the model that is read back; medray cannot export this "
+                "family yet"
+            )
         if not torch.equal(_cast(tensor.cpu(), dtype).to(read[name].dtype), read[name]):
-            raise StageError(f"{where}: {name} is read back with other values; medray cannot export this family yet")
+            raise StageError(
+                f"{where}: {name} is read back with other values; medray cannot export this family yet"
+            )
 
 
 def _cast(tensor: Any, dtype: Any) -> Any:
@@ -106,11 +132,17 @@ def _cast(tensor: Any, dtype: Any) -> Any:
 
 
 def _tower_needs_prefix(model: Any) -> bool:
-    """Whether transformers strips `vision_model.` from the names of this model's tower when it loads them, as its own table says."""
+    """Whether transformers strips `vision_model.` from the names of this model's tower when it loads
+    them, as its own table says.
+    """
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import extract_weight_conversions_for_model
 
-    towers = (module for name, module in model.named_modules() if name.endswith("vision_tower") and isinstance(module, PreTrainedModel))
+    towers = (
+        module
+        for name, module in model.named_modules()
+        if name.endswith("vision_tower") and isinstance(module, PreTrainedModel)
+    )
     changes = [change for tower in towers for change in extract_weight_conversions_for_model(tower) or []]
     return any(getattr(change, "prefix_to_remove", None) == "vision_model" for change in changes)
 
@@ -141,5 +173,7 @@ def _rename_clip_tower(directory: Path) -> None:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         content = json.loads(index.read_text())
-        content["weight_map"] = {_CLIP_TOWER.sub(r"\1vision_model.", name): shard for name, shard in content["weight_map"].items()}
+        content["weight_map"] = {
+            _CLIP_TOWER.sub(r"\1vision_model.", name): shard for name, shard in content["weight_map"].items()
+        }
         index.write_text(json.dumps(content, indent=1))

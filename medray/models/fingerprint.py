@@ -1,7 +1,8 @@
 """Hashes of model folders: of everything that decides what a model answers, and of nothing else.
 
-That is weights, index, config, generation config, tokenizer, chat templates, processor and preprocessor configs, and the code of models
-that bring some, in nested folders too. A README, a licence or a picture is not part of it.
+That is weights, index, config, generation config, tokenizer, chat templates, processor and preprocessor
+configs, and the code of models that bring some, in nested folders too. A README, a licence or a picture is
+not part of it.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ def pickles_problem(folder: str | os.PathLike) -> str | None:
 
 
 def model_hash(path: str | os.PathLike) -> str:
-    """Stable hash of a model: of the content of its files where it is a local folder, of their names, sizes and change marks (ETags) where it is
-    a remote one (which is not copied for it: 7B are 14 GB, and a job's own node may be small), of its name where it is a hub id."""
+    """Stable hash of a model: of the content of its files where it is a local folder, of their names,
+    sizes and change marks (ETags) where it is a remote one (which is not copied for it: 7B are 14 GB, and
+    a job's own node may be small), of its name where it is a hub id.
+    """
     remote = _remote_hash(path)
     if remote is not None:
         return remote
@@ -76,9 +79,11 @@ def model_hash(path: str | os.PathLike) -> str:
 
 
 def check_model(path: str | os.PathLike, expected_hash: str) -> None:
-    """Hold a model against the hash that a run recorded of it; call it once per stage, before its weights are loaded.
+    """Hold a model against the hash that a run recorded of it; call it once per stage, before its weights are
+    loaded.
 
-    Reads every byte of a local folder (7B: some seconds to a minute); a remote one is copied to this node's cache first, as loading would.
+    Reads every byte of a local folder (7B: some seconds to a minute); a remote one is copied to this node's
+    cache first, as loading would.
 
     Raises StageError naming the damaged file where that can be told, else the folder.
     """

@@ -6,5 +6,6 @@ MODELS = "models.json"
 
 
 NOT_A_DEVICE = (
-    "Not a medical device: for research. Its answers can be wrong and sound sure; nobody should be diagnosed or treated by them, and no clinician replaced."
+    "Not a medical device: for research. Its answers can be wrong and sound sure; nobody should "
+    "be diagnosed or treated by them, and no clinician replaced."
 )

@@ -1,4 +1,6 @@
-"""Whether medray can tune a model, told from its small files: config, tokenizer, template and processor, without its weights."""
+"""Whether medray can tune a model, told from its small files: config, tokenizer, template and processor,
+without its weights.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,19 @@ def _check_modules(config: Any, path: str, trust_remote_code: bool) -> None:
     ships_code = trust_remote_code and hasattr(config, "auto_map")
     if not ships_code and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ConfigError(
-            f"model.path: {path} is a {config.model_type} model, which takes no images and texts to text; give a LLaVA or Qwen-VL class model"
+            f"model.path: {path} is a {config.model_type} model, which takes no images and texts to text; "
+            "give a LLaVA or Qwen-VL class model"
         )
     if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
-        raise ConfigError(f"model.path: {path} ({config.model_type}) is quantised ({method or 'quantization_config'}); give the model in bf16 or fp32 that it was made of")
+        method = (
+            quantised.get("quant_method")
+            if isinstance(quantised, dict)
+            else getattr(quantised, "quant_method", None)
+        )
+        raise ConfigError(
+            f"model.path: {path} ({config.model_type}) is quantised ({method or 'quantization_config'}); "
+            "give the model in bf16 or fp32 that it was made of"
+        )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     check_parts(model)

@@ -9,8 +9,10 @@ from medray.errors import ConfigError
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, by its maker's data sheet: memory, dense bf16 operations per second, memory bandwidth, and bandwidth to its
-    neighbours in the node, one way (bytes per second). usd_per_hour: what one costs on demand."""
+    """One accelerator, by its maker's data sheet: memory, dense bf16 operations per second, memory
+    bandwidth, and bandwidth to its neighbours in the node, one way (bytes per second). usd_per_hour: what
+    one costs on demand.
+    """
 
     memory_gib: float
     peak: float
@@ -19,7 +21,8 @@ class Device:
     usd_per_hour: float
 
 
-# Prices are round figures of what large clouds listed on demand in 2025, per GPU of a whole machine. They change: give --usd-per-gpu-hour.
+# Prices are round figures of what large clouds listed on demand in 2025, per GPU of a whole machine. They
+# change: give --usd-per-gpu-hour.
 DEVICES = {
     "l4-24gb": Device(22, 121e12, 300e9, 16e9, 0.8),
     "a10g-24gb": Device(22, 70e12, 600e9, 16e9, 1.0),
@@ -33,12 +36,15 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Gains:
-    """Shares of the data sheet that a run gets, and speeds of what is no accelerator. Assumptions, each to be replaced by a measurement.
+    """Shares of the data sheet that a run gets, and speeds of what is no accelerator. Assumptions, each to be
+    replaced by a measurement.
 
-    training, prefill: of peak operations. decoding, link: of the bandwidths. encode: rows one CPU decodes and tokenises per second.
-    prepare: images one CPU reads, checks, hashes and writes per second (benchmarks/prepare_data.py measured 474). start: seconds
-    until a stage's nodes and models are up. endpoint: seconds one judge's reply takes. pairs: judged images one CPU turns into
-    pairs per second. bucket: bytes per second that all nodes together read from storage.
+    training, prefill: of peak operations. decoding, link: of the bandwidths. encode: rows one CPU decodes and
+        tokenises per second.
+    prepare: images one CPU reads, checks, hashes and writes per second (benchmarks/prepare_data.py measured
+        474). start: seconds
+    until a stage's nodes and models are up. endpoint: seconds one judge's reply takes. pairs: judged images
+    one CPU turns into pairs per second. bucket: bytes per second that all nodes together read from storage.
     """
 
     training: float = 0.4

@@ -1,7 +1,8 @@
 """Self-training's stages in seconds, device-hours and money, each with what bounds it.
 
-A stage takes as long as its slowest resource where resources work side by side (reading beside training, sending beside
-answering), and their sum where they wait for each other (computing and ZeRO-3's gathering: medray does not overlap them).
+A stage takes as long as its slowest resource where resources work side by side (reading beside training,
+sending beside answering), and their sum where they wait for each other (computing and ZeRO-3's gathering:
+medray does not overlap them).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from medray.plan.shapes import Shape, shape_of
 class Plan:
     """What the run is to be done with, and on how much.
 
-    labelled: dialogues SQ-SFT trains on; unlabelled: images questioned per round; kept: share of questions that become a pair.
-    cpus: of the data nodes. image_bytes: of a stored image, mean. judge: shape of a local judge, where its kind is vllm. judge_prompt, judge_answer: tokens of text of
+    labelled: dialogues SQ-SFT trains on; unlabelled: images questioned per round; kept: share of questions
+        that become a pair.
+    cpus: of the data nodes. image_bytes: of a stored image, mean. judge: shape of a local judge, where its
+        kind is vllm. judge_prompt, judge_answer: tokens of text of
     one request; an endpoint counts judge_image tokens for an image.
     """
 
@@ -42,7 +45,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `seconds` with its start, the seconds each resource would take alone, devices and CPUs held, money to others."""
+    """One stage: `seconds` with its start, the seconds each resource would take alone, devices and CPUs
+    held, money to others.
+    """
 
     name: str
     seconds: float
@@ -63,16 +68,26 @@ class Stage:
 def self_training(config: SelfTrainingConfig, plan: Plan) -> list[Stage]:
     """The stages of `jobs/self_train.py` in their order.
 
-    Raises ConfigError where the model's shape is not known. Evaluation is left out: a few thousand short answers.
+    Raises ConfigError where the model's shape is not known. Evaluation is left out: a few thousand short
+    answers.
     """
     shape = shape_of(config.model.path)
     images, pairs = plan.unlabelled, plan.unlabelled * config.self_play.questions * plan.kept
     stages = [preparing(plan), tuning("sq_sft", shape, config.sft, plan, plan.labelled, False)]
     for number in range(1, config.rounds + 1):
         stages += [
-            generating(f"self_play {number}", shape, config, work.questioned_image(shape, config.self_play, plan.lengths), images, plan),
+            generating(
+                f"self_play {number}",
+                shape,
+                config,
+                work.questioned_image(shape, config.self_play, plan.lengths),
+                images,
+                plan,
+            ),
             judging(f"judge {number}", config, images, plan),
-            _stage(f"pairs {number}", plan, {"CPUs that make pairs": images / (plan.cpus * plan.gains.pairs)}, 0),
+            _stage(
+                f"pairs {number}", plan, {"CPUs that make pairs": images / (plan.cpus * plan.gains.pairs)}, 0
+            ),
             referring(f"reference {number}", shape, config.dpo, pairs, plan),
             tuning(f"dpo {number}", shape, config.dpo, plan, pairs, True),
         ]
@@ -82,7 +97,15 @@ def self_training(config: SelfTrainingConfig, plan: Plan) -> list[Stage]:
 def preparing(plan: Plan) -> Stage:
     """Reading, checking and writing every image once, on CPUs."""
     images = plan.labelled + plan.unlabelled
-    return _stage("data", plan, {"CPUs that prepare images": images / (plan.cpus * plan.gains.prepare), "the bucket": images * plan.image_bytes / plan.gains.bucket}, 0)
+    return _stage(
+        "data",
+        plan,
+        {
+            "CPUs that prepare images": images / (plan.cpus * plan.gains.prepare),
+            "the bucket": images * plan.image_bytes / plan.gains.bucket,
+        },
+        0,
+    )
 
 
 def tuning(name: str, shape: Shape, config: TrainConfig, plan: Plan, rows: float, paired: bool) -> Stage:
@@ -98,17 +121,31 @@ def tuning(name: str, shape: Shape, config: TrainConfig, plan: Plan, rows: float
     computing = samples * each / (workers * plan.device.peak * gains.training)
     gathering = 0.0
     if config.zero_stage == 3 and workers > 1:
-        # Weights are gathered for the forward and the backward pass, gradients of trained parts scattered: 4 bytes and a little each.
+        # Weights are gathered for the forward and the backward pass, gradients of trained parts scattered: 4
+        # bytes and a little each.
         passes = samples / (workers * config.micro_batch)
         moved = 2 * 2 * shape.parameters + 2 * memory.trained_parameters(shape, config)
         gathering = passes * moved * (1 - 1 / workers) / (plan.device.link * gains.link)
     encoding = samples / (plan.cpus * gains.encode)
     slower = "accelerators that train" if computing >= gathering else "links that gather ZeRO-3's weights"
-    return _stage(name, plan, {slower: computing + gathering, "CPUs that encode": encoding, "the bucket": samples * plan.image_bytes / gains.bucket}, workers)
+    return _stage(
+        name,
+        plan,
+        {
+            slower: computing + gathering,
+            "CPUs that encode": encoding,
+            "the bucket": samples * plan.image_bytes / gains.bucket,
+        },
+        workers,
+    )
 
 
-def generating(name: str, shape: Shape, config: SelfTrainingConfig, each: work.Generation, images: float, plan: Plan) -> Stage:
-    """An engine stage: the time of prompts, and of decoding, where each step reads all weights and every sequence's cache."""
+def generating(
+    name: str, shape: Shape, config: SelfTrainingConfig, each: work.Generation, images: float, plan: Plan
+) -> Stage:
+    """An engine stage: the time of prompts, and of decoding, where each step reads all weights and every
+    sequence's cache.
+    """
     engine, device, gains = config.engine, plan.device, plan.gains
     engines = max(1, min(plan.gpus // engine.tensor_parallel_size, engine.actors[1]))
     cache = memory.engine_memory(shape, config.model, engine, device.memory_gib)["cache"]
@@ -116,33 +153,53 @@ def generating(name: str, shape: Shape, config: SelfTrainingConfig, each: work.G
     batch = memory.concurrent_sequences(shape, engine, cache, each.context, element)
     prompts = images * each.prefill / (engines * engine.tensor_parallel_size * device.peak * gains.prefill)
     if batch < 1:
-        return _stage(name, plan, {"accelerator memory: the engine does not fit": math.inf}, engines * engine.tensor_parallel_size)
+        return _stage(
+            name,
+            plan,
+            {"accelerator memory: the engine does not fit": math.inf},
+            engines * engine.tensor_parallel_size,
+        )
     steps = images * each.sampled / (engines * batch)
     one = replace(each, sampled=1.0)
-    computing = batch * work.decoding(shape, one) / (engine.tensor_parallel_size * device.peak * gains.prefill)
+    computing = (
+        batch * work.decoding(shape, one) / (engine.tensor_parallel_size * device.peak * gains.prefill)
+    )
     read = shape.language.parameters * element + batch * each.context * shape.language.cache_bytes(element)
     reading = read / (engine.tensor_parallel_size * device.bandwidth * gains.decoding)
-    parts = {"accelerators that read prompts": prompts, "memory bandwidth of decoding" if reading >= computing else "accelerators that decode": steps * max(reading, computing)}
+    parts = {
+        "accelerators that read prompts": prompts,
+        "memory bandwidth of decoding" if reading >= computing else "accelerators that decode": steps
+        * max(reading, computing),
+    }
     # Both are the same devices' time, one after the other.
     bound = max(parts, key=parts.__getitem__)
     return _stage(name, plan, {bound: sum(parts.values())}, engines * engine.tensor_parallel_size)
 
 
 def judging(name: str, config: SelfTrainingConfig, images: float, plan: Plan) -> Stage:
-    """Rating every question's answers: at an endpoint, whose price the configuration has, or by a local engine. Coin flips cost
-    nothing, a rating model's small forward passes are left out."""
+    """Rating every question's answers: at an endpoint, whose price the configuration has, or by a local
+    engine. Coin flips cost nothing, a rating model's small forward passes are left out.
+    """
     judge = config.judge
     requests = images * config.self_play.questions * (2 if judge.both_orders else 1)
     if judge.kind in ("random", "rater"):
         return _stage(name, plan, {}, 0)
     if judge.kind == "vllm":
         shape = plan.judge or shape_of(judge.model)
-        each = work.asked_image(shape, round(requests / images), plan.judge_prompt + 2 * plan.lengths.answer, plan.judge_answer)
-        own = config.model_copy(update={"engine": judge.engine.beside(config.engine), "model": judge.own_model()})
+        each = work.asked_image(
+            shape, round(requests / images), plan.judge_prompt + 2 * plan.lengths.answer, plan.judge_answer
+        )
+        own = config.model_copy(
+            update={"engine": judge.engine.beside(config.engine), "model": judge.own_model()}
+        )
         return generating(name, shape, own, each, images, plan)
     read = requests * (plan.judge_image + plan.judge_prompt + 2 * plan.lengths.answer)
-    usd = (read * judge.usd_per_million_input + requests * plan.judge_answer * judge.usd_per_million_output) / 1e6
-    stage = _stage(name, plan, {"the judge's endpoint": requests * plan.gains.endpoint / judge.concurrency}, 0)
+    usd = (
+        read * judge.usd_per_million_input + requests * plan.judge_answer * judge.usd_per_million_output
+    ) / 1e6
+    stage = _stage(
+        name, plan, {"the judge's endpoint": requests * plan.gains.endpoint / judge.concurrency}, 0
+    )
     return replace(stage, usd=stage.usd + usd)
 
 
@@ -151,12 +208,21 @@ def referring(name: str, shape: Shape, config: DpoConfig, pairs: float, plan: Pl
     actors = max(1, min(plan.gpus, config.reference_workers[1]))
     each = work.reference_pair(shape, plan.lengths.prompt + plan.lengths.question, plan.lengths.answer)
     computing = pairs * each / (actors * plan.device.peak * plan.gains.prefill)
-    return _stage(name, plan, {"accelerators that compute references": computing, "CPUs that encode": pairs / (actors * plan.gains.encode)}, actors)
+    return _stage(
+        name,
+        plan,
+        {
+            "accelerators that compute references": computing,
+            "CPUs that encode": pairs / (actors * plan.gains.encode),
+        },
+        actors,
+    )
 
 
 def listed_ids_gib(plan: Plan) -> float:
-    """Host memory (GiB) of one training worker for the ids of the samples that are done, after a restart at an epoch's end: 16 bytes each
-    (medray.train.epoch_progress). The largest epoch is SQ-SFT's."""
+    """Host memory (GiB) of one training worker for the ids of the samples that are done, after a restart
+    at an epoch's end: 16 bytes each (medray.train.epoch_progress). The largest epoch is SQ-SFT's.
+    """
     return plan.labelled * 16 / 2**30
 
 

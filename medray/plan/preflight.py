@@ -37,7 +37,8 @@ from medray.models.fingerprint import pickles_problem
 from medray.paths import address_problems, model_folder_problems, output_problems
 from medray.plan.demand import FILTER_CPUS, LISTING_CPUS, demands
 
-POOLS = {"actors": "actors", "reference_workers": "workers"}  # by the last name of their field: fed by Ray Data, and continued
+# by the last name of their field: fed by Ray Data, and continued
+POOLS = {"actors": "actors", "reference_workers": "workers"}
 BUNDLED = ", ".join(f"testbed:{name}" for name in MODELS)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 RATER_FACTS = "rater.json"  # in the folder of every rating model (medray.rating_model.model)
@@ -64,7 +65,9 @@ def check_self_training(config: SelfTrainingConfig) -> None:
 
 def check_instruction_free(config: InstructionFreeConfig) -> None:
     """Raise ConfigError with every problem found, one a line."""
-    stages = {"tune": config.tune} if config.tune.instruction else {"warm_up": config.warm_up, "tune": config.tune}
+    stages = (
+        {"tune": config.tune} if config.tune.instruction else {"warm_up": config.warm_up, "tune": config.tune}
+    )
     problems = [
         *model_problems("model.path", config.model.path),
         *template_problems(config.model),
@@ -77,12 +80,25 @@ def check_instruction_free(config: InstructionFreeConfig) -> None:
     if config.data.label_fraction == 0:
         problems.append("data.label_fraction: 0 leaves no image to tune on; 1.0 takes all")
     if not config.tune.trains_model:
-        problems.append("tune.lr_vision: with every learning rate of tune null the model itself would stay as it is; give at least one of lr_vision, lr_projector, lr_llm")
+        problems.append(
+            "tune.lr_vision: with every learning rate of tune null the model itself would stay as it is; "
+            "give at least one of lr_vision, lr_projector, lr_llm"
+        )
     if any((config.warm_up.lr_llm, config.warm_up.lr_projector, config.warm_up.lr_vision)):
-        problems.append("warm_up.lr_vision: the warm-up leaves the model as it is, and only its proxy is kept; its learning rates of the model must be null or 0")
+        problems.append(
+            "warm_up.lr_vision: the warm-up leaves the model as it is, and only its proxy is kept; its "
+            "learning rates of the model must be null or 0"
+        )
     general = config.evaluate.general
-    if general is not None and general != TESTBED_SCENES and not _REMOTE.match(general) and not Path(general).expanduser().exists():
-        problems.append(f"evaluate.general: {general} does not exist; give a source of questions, testbed:scenes or null")
+    if (
+        general is not None
+        and general != TESTBED_SCENES
+        and not _REMOTE.match(general)
+        and not Path(general).expanduser().exists()
+    ):
+        problems.append(
+            f"evaluate.general: {general} does not exist; give a source of questions, testbed:scenes or null"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -95,7 +111,11 @@ def check_clinician_preference(config: ClinicianPreferenceConfig) -> None:
         *support_problems(config.model, questioner=True),
         *source_problems(config.data),
         *prepared_problems(config.data, bool(config.evaluate.arms)),
-        *([] if config.demonstrations.encoder.startswith("open_clip:") else encoder_problems("demonstrations.encoder", config.demonstrations.encoder)),
+        *(
+            []
+            if config.demonstrations.encoder.startswith("open_clip:")
+            else encoder_problems("demonstrations.encoder", config.demonstrations.encoder)
+        ),
         *encoder_problems("rater.encoder", config.rater.encoder),
         *strong_model_problems("generate", config.generate),
         *strong_model_problems("rate", config.rate),
@@ -107,9 +127,14 @@ def check_clinician_preference(config: ClinicianPreferenceConfig) -> None:
     if config.data.label_fraction == 0:
         problems.append("data.label_fraction: 0 leaves no image to write dialogues about; 1.0 takes all")
     if config.weights and config.rater.train_on != "mixture":
-        problems.append(f"weights: with rater.train_on {config.rater.train_on} there is nothing to weigh; leave it empty or train on the mixture")
+        problems.append(
+            f"weights: with rater.train_on {config.rater.train_on} there is nothing to weigh; leave it empty "
+            "or train on the mixture"
+        )
     if config.judge is not None and config.judge.kind not in ("vllm", "api"):
-        problems.append(f"judge.kind: {config.judge.kind} says nothing of two models' answers here; take vllm or api")
+        problems.append(
+            f"judge.kind: {config.judge.kind} says nothing of two models' answers here; take vllm or api"
+        )
     if len(set(config.weights)) < len(config.weights):
         problems.append(f"weights: {list(config.weights)} names a weight twice")
     if problems:
@@ -152,11 +177,15 @@ def model_problems(field: str, path: str) -> list[str]:
         return [*([f"{field}: {path} {problem}"] if problem else []), *model_folder_problems(field, path)]
     if _HUB_ID.fullmatch(path) and not path.startswith((".", "/", "~")):
         return []
-    return [f"{field}: {path} does not exist; give a folder in Hugging Face format, a hub id (org/name), or one of {BUNDLED}"]
+    return [
+        f"{field}: {path} does not exist; give a folder in Hugging Face format, a hub id (org/name), or one "
+        f"of {BUNDLED}"
+    ]
 
 
 def support_problems(model: ModelConfig, questioner: bool, kind: str = "sft") -> list[str]:
-    """Why a local model cannot be tuned, by its family, template and processor; others are looked at where they are first used.
+    """Why a local model cannot be tuned, by its family, template and processor; others are looked at where
+    they are first used.
 
     Args:
         questioner, kind: see medray.data.model_check.check_support.
@@ -177,7 +206,11 @@ def encoder_problems(field: str, path: str) -> list[str]:
     """Problems of a CLIP-family encoder's reference: as of a model's, but of the bundled encoders."""
     if path.startswith("testbed:"):
         known = [f"testbed:{name}" for name in ENCODERS]
-        return [] if path in known else [f"{field}: unknown bundled encoder {path!r}; there is {', '.join(known)}"]
+        return (
+            []
+            if path in known
+            else [f"{field}: unknown bundled encoder {path!r}; there is {', '.join(known)}"]
+        )
     if path.startswith("open_clip:"):
         return [f"{field}: {path} must be in Hugging Face format; convert it first"]
     return model_problems(field, path)
@@ -187,21 +220,34 @@ def rater_problems(field: str, path: str) -> list[str]:
     """Problems of a rating model's reference: a folder or remote address."""
     if _REMOTE.match(path) or (Path(path).expanduser() / RATER_FACTS).is_file():
         return []
-    return [f"{field}: {path} holds no rating model; give the folder stages/08-rater/model of a run of jobs/clinician_preference.py"]
+    return [
+        f"{field}: {path} holds no rating model; give the folder stages/08-rater/model of a run of "
+        "jobs/clinician_preference.py"
+    ]
 
 
 def strong_model_problems(section: str, config: GenerateConfig | RateConfig | JudgeConfig) -> list[str]:
     """Problems of a model that a section asks: a local one by its reference, or an endpoint's."""
     if config.kind != "vllm":
         return endpoint_problems(section, config)
-    return [*model_problems(f"{section}.model", config.model), *template_problems(config.model_settings, f"{section}.model_settings")]
+    return [
+        *model_problems(f"{section}.model", config.model),
+        *template_problems(config.model_settings, f"{section}.model_settings"),
+    ]
 
 
 def clinician_problems(config: CliniciansConfig) -> list[str]:
-    if config.kind == "export" and not _REMOTE.match(config.source) and not Path(config.source).expanduser().is_dir():
+    if (
+        config.kind == "export"
+        and not _REMOTE.match(config.source)
+        and not Path(config.source).expanduser().is_dir()
+    ):
         return [f"clinicians.source: {config.source} is no folder; give that of the exported judgements"]
     if config.kind == "database" and not re.match(r"[a-z0-9+]+://", config.source):
-        return [f"clinicians.source: {config.source} is no SQLAlchemy URL such as sqlite:///judgements.db or postgresql+psycopg://user@host/name"]
+        return [
+            f"clinicians.source: {config.source} is no SQLAlchemy URL such as sqlite:///judgements.db or "
+            "postgresql+psycopg://user@host/name"
+        ]
     return []
 
 
@@ -223,14 +269,21 @@ def source_problems(data: DataConfig) -> list[str]:
     if data.images is not None:
         problems += address_problems("data.images", data.images)
         if not _REMOTE.match(data.images) and not Path(data.images).expanduser().is_dir():
-            problems.append(f"data.images: {data.images} is no folder; name the folder that the records' image paths are relative to")
+            problems.append(
+                f"data.images: {data.images} is no folder; name the folder that the records' image paths are "
+                "relative to"
+            )
     if data.train_split == data.eval_split:
-        problems.append(f"data.eval_split: must differ from data.train_split ({data.train_split!r}), or the evaluation would see training images")
+        problems.append(
+            f"data.eval_split: must differ from data.train_split ({data.train_split!r}), or the evaluation "
+            "would see training images"
+        )
     return problems
 
 
 def prepared_problems(data: DataConfig, held_out: bool = True) -> list[str]:
-    """Problems of the splits of a directory of jobs/prepare_data.py, whose manifest names them; none if it is another source.
+    """Problems of the splits of a directory of jobs/prepare_data.py, whose manifest names them; none if it is
+    another source.
 
     Args:
         held_out: whether data.eval_split is needed.
@@ -242,16 +295,31 @@ def prepared_problems(data: DataConfig, held_out: bool = True) -> list[str]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []  # reading the source says what is wrong with it
-    if not isinstance(manifest, dict) or manifest.get("kind") != "medray-dataset" or "unknown" in manifest.get("splits", {"unknown": 0}):
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("kind") != "medray-dataset"
+        or "unknown" in manifest.get("splits", {"unknown": 0})
+    ):
         return []
     splits = manifest["splits"]
     there = ", ".join(f"{name} ({number:,})" for name, number in splits.items())
-    fields = {"data.train_split": data.train_split} | ({"data.eval_split": data.eval_split} if held_out else {})
-    return [f"{field}: no image of split {split!r} in {data.source}; there are {there}" for field, split in fields.items() if split not in splits]
+    fields = {"data.train_split": data.train_split} | (
+        {"data.eval_split": data.eval_split} if held_out else {}
+    )
+    return [
+        f"{field}: no image of split {split!r} in {data.source}; there are {there}"
+        for field, split in fields.items()
+        if split not in splits
+    ]
 
 
-def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig, training: Mapping[str, LoopConfig]) -> list[str]:
-    """A stage that reserves every CPU leaves Ray Data none to read the data, or to leave out what is done, and would hang."""
+def cpu_problems(
+    config: SelfTrainingConfig | InstructionFreeConfig | ClinicianPreferenceConfig,
+    training: Mapping[str, LoopConfig],
+) -> list[str]:
+    """A stage that reserves every CPU leaves Ray Data none to read the data, or to leave out what is
+    done, and would hang.
+    """
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return []  # the cluster may grow: Ray itself waits for nodes
     cpus = config.cluster.num_cpus or os.cpu_count() or 1
@@ -259,22 +327,28 @@ def cpu_problems(config: SelfTrainingConfig | InstructionFreeConfig | ClinicianP
     for name, stage in training.items():
         if stage.max_workers * stage.cpus_per_worker + config.data.read_cpus + LISTING_CPUS > cpus:
             problems.append(
-                f"{name}.num_workers: {stage.max_workers} workers x {stage.cpus_per_worker:g} CPUs, {config.data.read_cpus:g} to encode (data.read_cpus) and a CPU to "
-                f"read data need more than the {cpus} CPUs here; use fewer workers, a smaller {name}.cpus_per_worker or data.read_cpus, more logical "
+                f"{name}.num_workers: {stage.max_workers} workers x {stage.cpus_per_worker:g} CPUs, "
+                f"{config.data.read_cpus:g} to encode (data.read_cpus) and a CPU to "
+                f"read data need more than the {cpus} CPUs here; use fewer workers, a smaller "
+                f"{name}.cpus_per_worker or data.read_cpus, more logical "
                 f"CPUs (cluster.num_cpus), or a cluster (cluster.address)"
             )
     for pool, *_ in demands(config).values():
         what = POOLS.get(pool.field.rpartition(".")[2])
         if what and pool.least * pool.cpus + FILTER_CPUS + LISTING_CPUS > cpus:
             problems.append(
-                f"{pool.field}: {pool.least} {what} x {pool.cpus:g} CPUs, and a CPU each to read data and to leave out what is done, need more than the {cpus} CPUs here; use "
-                f"fewer or smaller {what}, more logical CPUs (cluster.num_cpus), or a cluster (cluster.address)"
+                f"{pool.field}: {pool.least} {what} x {pool.cpus:g} CPUs, and a CPU each to read data and to "
+                f"leave out what is done, need more than the {cpus} CPUs here; use "
+                f"fewer or smaller {what}, more logical CPUs (cluster.num_cpus), or a cluster "
+                "(cluster.address)"
             )
     return problems
 
 
 def gpu_problems(config: Section) -> list[str]:
-    """A stage that asks for GPUs where there are too few waits forever; [min, max] workers and actors begin with the smaller number."""
+    """A stage that asks for GPUs where there are too few waits forever; [min, max] workers and actors
+    begin with the smaller number.
+    """
     if config.cluster.address or os.environ.get("RAY_ADDRESS") or _ray_runs():
         return []
     here = local_gpus()
@@ -284,8 +358,11 @@ def gpu_problems(config: Section) -> list[str]:
             section, _, field = pool.field.rpartition(".")
             per = "gpus_per_worker" if field in ("num_workers", "reference_workers") else "gpus_per_actor"
             problems[f"{section}.{per}"] = (
-                f"{section}.{per}: {pool.least} x {pool.gpus:g} GPUs ({pool.field}) are {wanted:g}, and there are {here} here; "
-                f"set {section}.{per}=0 to work on CPUs, fewer in {pool.field}, or a cluster (cluster.address)")
+                f"{section}.{per}: {pool.least} x {pool.gpus:g} GPUs ({pool.field}) are {wanted:g}, and "
+                f"there are {here} here; "
+                f"set {section}.{per}=0 to work on CPUs, fewer in {pool.field}, or a cluster "
+                "(cluster.address)"
+            )
     return list(problems.values())
 
 
@@ -296,19 +373,32 @@ def _ray_runs() -> bool:
 
 
 def local_gpus() -> int | None:
-    """GPUs that a local Ray would find here, without importing it; None if there may be some of a kind that only Ray can count.
+    """GPUs that a local Ray would find here, without importing it; None if there may be some of a kind that
+    only Ray can count.
 
     CUDA_VISIBLE_DEVICES, and its like of AMD, leave out the others, as they do for Ray.
     """
     if importlib.util.find_spec("dpctl") is not None:
         return None  # Intel's
-    nvidia = max(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))), len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]))
+    nvidia = max(
+        len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
+        len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]),
+    )
     nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
     amd = sum(_read(path).strip() not in ("", "0") for path in nodes)
     for found, variable in ((nvidia, "CUDA_VISIBLE_DEVICES"), (amd, "HIP_VISIBLE_DEVICES")):
         if found:
             visible = os.environ.get(variable)
-            return found if visible is None else min(found, len([name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]))
+            return (
+                found
+                if visible is None
+                else min(
+                    found,
+                    len(
+                        [name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+                    ),
+                )
+            )
     return 0
 
 
@@ -332,9 +422,18 @@ def endpoint_problems(section: str, config: EndpointConfig) -> list[str]:
     """Problems of an endpoint that is asked over the network."""
     problems = []
     if not re.match(r"https?://[^/]", config.base_url):
-        return [f"{section}.base_url: {config.base_url!r} is not an http(s) address; write it as https://host/v1"]
+        return [
+            f"{section}.base_url: {config.base_url!r} is not an http(s) address; write it as https://host/v1"
+        ]
     if config.base_url.rstrip("/").endswith("/completions"):
-        problems.append(f"{section}.base_url: {config.base_url} must end before /chat/completions, which is added to it")
-    if urlsplit(config.base_url).hostname not in ("localhost", "127.0.0.1", "::1") and not os.environ.get(config.key_env):
-        problems.append(f"{section}.key_env: the environment variable {config.key_env} is not set; it must hold the key for {config.base_url}")
+        problems.append(
+            f"{section}.base_url: {config.base_url} must end before /chat/completions, which is added to it"
+        )
+    if urlsplit(config.base_url).hostname not in ("localhost", "127.0.0.1", "::1") and not os.environ.get(
+        config.key_env
+    ):
+        problems.append(
+            f"{section}.key_env: the environment variable {config.key_env} is not set; it must hold the key "
+            f"for {config.base_url}"
+        )
     return problems

@@ -1,8 +1,10 @@
-"""What the rating model reads: one text template, and images as its encoder's processor cuts them. No Ray in here.
+"""What the rating model reads: one text template, and images as its encoder's processor cuts them. No Ray in
+here.
 
-The template is the same for training, clinicians' pairs and scoring. The released code (BioMed-VITAL, filter/) puts caption
-and in-text mention first and cuts at 256 tokens, so that long contexts push out the answer, and leaves the context out of
-clinicians' pairs alone; here question and answer come first and the context is what gets cut.
+The template is the same for training, clinicians' pairs and scoring. The released code (BioMed-VITAL,
+filter/) puts caption and in-text mention first and cuts at 256 tokens, so that long contexts push out the
+answer, and leaves the context out of clinicians' pairs alone; here question and answer come first and the
+context is what gets cut.
 
 Shapes: B pairs or exchanges, U images, T tokens.
 """
@@ -28,17 +30,22 @@ class InputError(DataError):
 
 @dataclass(frozen=True)
 class RatingText:
-    """Token ids of an exchange, with the tokenizer's special ones, and which of "question", "answer", "context" were cut."""
+    """Token ids of an exchange, with the tokenizer's special ones, and which of "question", "answer",
+    "context" were cut.
+    """
 
     ids: list[int]
     cut: tuple[str, ...]
 
 
-def rating_text(question: str, answer: str, context: str | None, tokenizer: Any, max_length: int) -> RatingText:
-    """The exchange as the rating model reads it: question, answer, then as much of the context as there is room for.
+def rating_text(
+    question: str, answer: str, context: str | None, tokenizer: Any, max_length: int
+) -> RatingText:
+    """The exchange as the rating model reads it: question, answer, then as much of the context as there is
+    room for.
 
-    Where question and answer alone are too long, the longer of them is cut, to no less than half of the room. No text becomes a special
-    token, whatever it spells.
+    Where question and answer alone are too long, the longer of them is cut, to no less than half of the room.
+    No text becomes a special token, whatever it spells.
 
     Raises InputError for an empty question or answer.
     """
@@ -50,7 +57,13 @@ def rating_text(question: str, answer: str, context: str | None, tokenizer: Any,
         if not words and name != "context":
             raise InputError(f"empty {name}")
         prefix = "" if name == "question" else "\n"
-        parts[name] = tokenizer(f"{prefix}{name.capitalize()}: {words}", add_special_tokens=False, verbose=False).input_ids if words else []
+        parts[name] = (
+            tokenizer(
+                f"{prefix}{name.capitalize()}: {words}", add_special_tokens=False, verbose=False
+            ).input_ids
+            if words
+            else []
+        )
     answer_room = max(room - len(parts["question"]), room // 2)
     kept = {"answer": parts["answer"][:answer_room]}
     kept["question"] = parts["question"][: room - len(kept["answer"])]
@@ -66,16 +79,24 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     whole = tokenizer("a").input_ids
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
-            return whole[:start], whole[start + len(plain):]
-    raise DataError(f"the encoder's tokenizer reads 'a' as {plain} alone and as {whole} in a text; its special tokens cannot be told")
+            return whole[:start], whole[start + len(plain) :]
+    raise DataError(
+        f"the encoder's tokenizer reads 'a' as {plain} alone and as {whole} in a text; its special tokens "
+        "cannot be told"
+    )
 
 
 def _spelled_out(text: str, tokenizer: Any) -> str:
-    """The text with a blank after the first character of whatever spells a special token: read as that token, an end token would hide
-    all that follows it. (split_special_tokens=True does not help where the vocabulary itself has the token, as SentencePiece's do.)"""
+    """The text with a blank after the first character of whatever spells a special token: read as that
+    token, an end token would hide all that follows it. (split_special_tokens=True does not help where the
+    vocabulary itself has the token, as SentencePiece's do.)
+    """
     for token in tokenizer.all_special_tokens:
         if len(token) > 1:
-            text = re.sub(rf"({re.escape(token[0])})({re.escape(token[1:])})", r"\1 \2", text, flags=re.IGNORECASE)  # tokenizers may read lower case
+            # tokenizers may read lower case
+            text = re.sub(
+                rf"({re.escape(token[0])})({re.escape(token[1:])})", r"\1 \2", text, flags=re.IGNORECASE
+            )
     return text
 
 
@@ -90,7 +111,15 @@ class RaterInputs:
         pad_to: tokens every text is padded to; None: to the longest of a batch.
     """
 
-    def __init__(self, tokenizer: Any, image_processor: Any, max_length: int, square: bool, limits: DataConfig, pad_to: int | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        max_length: int,
+        square: bool,
+        limits: DataConfig,
+        pad_to: int | None = None,
+    ):
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.max_length, self.square, self.limits, self.pad_to = max_length, square, limits, pad_to
 
@@ -102,7 +131,9 @@ class RaterInputs:
         picture = decode(image, self.limits)
         if self.square:
             picture = pad_to_square(picture)
-        values = self.image_processor(images=[picture], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        values = self.image_processor(
+            images=[picture], do_rescale=False, do_normalize=False, return_tensors="np"
+        )["pixel_values"]
         return np.clip(np.rint(np.asarray(values)[0]), 0, 255).astype(np.uint8)
 
     def padded(self, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -117,15 +148,24 @@ class RaterInputs:
             mask_BT[row, : len(ids)] = 1
         return {"input_ids": torch.from_numpy(ids_BT), "attention_mask": torch.from_numpy(mask_BT)}
 
-    def batch(self, texts: Sequence[Sequence[int]], images: Sequence[np.ndarray], image_of: Sequence[int]) -> dict[str, Any]:
-        """Inputs of RatingModel.forward: texts [B], images uint8 [U] and, for each text, the place of its image."""
+    def batch(
+        self, texts: Sequence[Sequence[int]], images: Sequence[np.ndarray], image_of: Sequence[int]
+    ) -> dict[str, Any]:
+        """Inputs of RatingModel.forward: texts [B], images uint8 [U] and, for each text, the place of its
+        image.
+        """
         import torch
 
-        return {**self.padded(texts), "pixel_values": torch.from_numpy(np.stack(images)), "image_of": torch.tensor(image_of)}
+        return {
+            **self.padded(texts),
+            "pixel_values": torch.from_numpy(np.stack(images)),
+            "image_of": torch.tensor(image_of),
+        }
 
     def collate_pairs(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Encoded pairs to RatingModel.forward's inputs of 2B exchanges (B chosen, then B rejected) over their images, each once;
-        with `weights` float32 [B] and `clinician` bool [B]."""
+        """Encoded pairs to RatingModel.forward's inputs of 2B exchanges (B chosen, then B rejected) over
+        their images, each once; with `weights` float32 [B] and `clinician` bool [B].
+        """
         import torch
 
         images: list[np.ndarray] = []
@@ -133,7 +173,9 @@ class RaterInputs:
         for row in rows:
             for side, of_side in places.items():
                 if row[f"{side}_pixels"] is not None:
-                    images.append(np.frombuffer(row[f"{side}_pixels"], np.uint8).reshape(row["pixel_shape"]).copy())
+                    images.append(
+                        np.frombuffer(row[f"{side}_pixels"], np.uint8).reshape(row["pixel_shape"]).copy()
+                    )
                 of_side.append(len(images) - 1)
         texts = [row[f"{side}_ids"] for side in places for row in rows]
         return {

@@ -1,7 +1,8 @@
-"""The rating model's scores of exchanges, in bulk: rows of records.EXCHANGE in, records.SCORED out, by Ray Data actors.
+"""The rating model's scores of exchanges, in bulk: rows of records.EXCHANGE in, records.SCORED out, by Ray
+Data actors.
 
-Every exchange of a dialogue is scored, not only its first (as the released filter does). An exchange that cannot be scored
-has no score, and its reason beside it.
+Every exchange of a dialogue is scored, not only its first (as the released filter does). An exchange that
+cannot be scored has no score, and its reason beside it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from medray.rating_model.inputs import InputError
 from medray.records import SCORED, conform
 from medray.storage.begun import Begun
 
-# What is stored: SCORED, why there is no score (null where there is one), and which parts of the text were cut.
+# What is stored: SCORED, why there is no score (null where there is one), and which parts of the text were
+# cut.
 SCORED_ROW = pa.schema([*SCORED, ("error", pa.string()), ("cut", pa.list_(pa.string()))])
 
 
 class Score:
-    """Callable for map_batches: EXCHANGE rows to SCORED_ROW, one for one. Within a batch each image is decoded and encoded once.
+    """Callable for map_batches: EXCHANGE rows to SCORED_ROW, one for one. Within a batch each image is
+    decoded and encoded once.
 
     Args:
         rater: path of the rating model (RatingModel.save_pretrained).
@@ -73,7 +76,9 @@ class Score:
         order = sorted(texts, key=lambda place: len(texts[place]))  # of like length: less padding
         for start in range(0, len(order), self.config.batch):
             part = order[start : start + self.config.batch]
-            scores = self._rate([texts[place] for place in part], [images[rows[place]["image_id"]] for place in part])
+            scores = self._rate(
+                [texts[place] for place in part], [images[rows[place]["image_id"]] for place in part]
+            )
             for place, score in zip(part, scores, strict=True):
                 found[place]["score"] = score
         return found
@@ -94,7 +99,11 @@ class Score:
         for start in range(0, len(ready), self.config.batch):
             ids, arrays = zip(*ready[start : start + self.config.batch], strict=True)
             with torch.inference_mode():
-                pixels = normalise_pixels(torch.from_numpy(np.stack(arrays)).to(self.device), self.inputs.image_processor, self.dtype)
+                pixels = normalise_pixels(
+                    torch.from_numpy(np.stack(arrays)).to(self.device),
+                    self.inputs.image_processor,
+                    self.dtype,
+                )
                 embeddings |= dict(zip(ids, self.model.embed_images(pixels), strict=True))
         return embeddings, failed
 
@@ -124,7 +133,14 @@ def score_options(config: ScoreConfig, rater: str, data_config: DataConfig) -> d
     return {"fn_constructor_kwargs": arguments, **map_options(config)}
 
 
-def score_exchanges(source: str | list[str], target: str, committed: str, rater: str, config: ScoreConfig, data_config: DataConfig) -> dict[str, int]:
+def score_exchanges(
+    source: str | list[str],
+    target: str,
+    committed: str,
+    rater: str,
+    config: ScoreConfig,
+    data_config: DataConfig,
+) -> dict[str, int]:
     """Score the EXCHANGE shards of `source` into `target` (SCORED_ROW); the same call after a kill finishes.
 
     Args:
@@ -138,7 +154,13 @@ def score_exchanges(source: str | list[str], target: str, committed: str, rater:
     from medray.storage.shards import tables
 
     rows, again = write_resumable(
-        source, target, committed, lambda rows: rows.map_batches(Score, **score_options(config, rater, data_config)), config.rows_per_task, data_config.read_cpus)
+        source,
+        target,
+        committed,
+        lambda rows: rows.map_batches(Score, **score_options(config, rater, data_config)),
+        config.rows_per_task,
+        data_config.read_cpus,
+    )
     counts: Counter[str] = Counter({"exchanges": rows, "without score": 0, **again})
     for table in tables(target, ["score", "error", "cut"]):
         counts["without score"] += table["score"].null_count

@@ -29,16 +29,21 @@ td.n{text-align:right}.plots{display:grid;grid-template-columns:repeat(auto-fit,
 
 def page(title: str, sections: Iterable[tuple[str, str]], subtitle: str = "") -> str:
     """Whole HTML document out of (heading, inner HTML) sections."""
-    body = "".join(f"<section><h2>{html.escape(head)}</h2>{inner}</section>" for head, inner in sections if inner)
+    body = "".join(
+        f"<section><h2>{html.escape(head)}</h2>{inner}</section>" for head, inner in sections if inner
+    )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
         f'<p class="soft">{html.escape(subtitle)}</p>{body}</html>'
     )
 
 
 def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    """HTML table; numbers are set right, scores ({"value", "low", "high"}) with their interval, everything is escaped."""
+    """HTML table; numbers are set right, scores ({"value", "low", "high"}) with their interval,
+    everything is escaped.
+    """
     cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     lines = []
     for row in rows:
@@ -69,7 +74,7 @@ def as_svg(figure: Any) -> str:
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)
     text = buffer.getvalue()
-    return text[text.index("<svg"):]
+    return text[text.index("<svg") :]
 
 
 def new_figure(width: float = 5.2, height: float = 3.0) -> tuple[Any, Any]:
@@ -118,12 +123,22 @@ def curve(points: dict[str, list[tuple[float, float]]], title: str, xlabel: str 
     return as_svg(figure)
 
 
-def training_curves(metrics: Mapping[str, list[dict[str, Any]]], plots: Mapping[str, Mapping[str, str]]) -> str:
+def training_curves(
+    metrics: Mapping[str, list[dict[str, Any]]], plots: Mapping[str, Mapping[str, str]]
+) -> str:
     """The training metrics of every stage: for each plot (title -> {name of the line: metric}) one curve."""
     drawn = []
     for stage, rows in metrics.items():
         for title, lines in plots.items():
-            drawn.append(curve({name: [(row["step"], row[key]) for row in rows if key in row] for name, key in lines.items()}, f"{stage}: {title}"))
+            drawn.append(
+                curve(
+                    {
+                        name: [(row["step"], row[key]) for row in rows if key in row]
+                        for name, key in lines.items()
+                    },
+                    f"{stage}: {title}",
+                )
+            )
     return f'<div class="plots">{"".join(drawn)}</div>'
 
 
@@ -170,7 +185,7 @@ def gallery(judged: Iterable[dict[str, Any]], most: int = 12) -> str:
         better = verdict["first_score"] >= verdict["second_score"]
         cards.append(
             f'<div class="card">{image_tag(row["image"])}<div><b>{html.escape(question["question"])}</b>'
-            f'{_answer(first["text"], verdict["first_score"], better)}{_answer(second["text"], verdict["second_score"], not better)}'
+            f"{_answer(first['text'], verdict['first_score'], better)}{_answer(second['text'], verdict['second_score'], not better)}"
             f'<div class="tag">description: {html.escape(row["description"] or "")}</div></div></div>'
         )
         if len(cards) == most:
@@ -184,4 +199,7 @@ def _answer(text: str, score: float, chosen: bool) -> str:
 
 
 def config_section(config: dict[str, Any]) -> str:
-    return f"<details><summary>resolved configuration</summary><pre>{html.escape(json.dumps(without_passwords(config), indent=1))}</pre></details>"
+    return (
+        "<details><summary>resolved "
+        f"configuration</summary><pre>{html.escape(json.dumps(without_passwords(config), indent=1))}</pre></details>"
+    )

@@ -1,14 +1,18 @@
-"""What a finished stage wrote, file by file, so that files that are gone, cut or changed are noticed before they are used.
+"""What a finished stage wrote, file by file, so that files that are gone, cut or changed are noticed before
+they are used.
 
-`files.jsonl` in the stage's folder has a line per file: path in the run, bytes, XXH3-128, and the file system's change mark
-(an ETag or the time of the last change). A later start lists the folder once and compares names, sizes and marks; only files
-whose mark changed are read, and a disk's weights, which are to be loaded anyway. Hashes are taken when a stage ends, by tasks of the cluster when there is much to read.
+`files.jsonl` in the stage's folder has a line per file: path in the run, bytes, XXH3-128, and the file
+system's change mark (an ETag or the time of the last change). A later start lists the folder once and
+compares names, sizes and marks; only files whose mark changed are read, and a disk's weights, which are to be
+loaded anyway. Hashes are taken when a stage ends, by tasks of the cluster when there is much to read.
 
-The first line says what the record is of: the stage's inputs (`key`), the digest of all contents, and the `hash` that later
-stages depend on. That is the key, unless a finished stage had to be made again and came out otherwise.
+The first line says what the record is of: the stage's inputs (`key`), the digest of all contents, and the
+`hash` that later stages depend on. That is the key, unless a finished stage had to be made again and came out
+otherwise.
 
-A stage's folder is emptied when its inputs change, and may get the former inputs again, while later stages still hold what they
-made of the first outcome. So `results/STAGE.json`, outside of it, keeps content and hash for each key.
+A stage's folder is emptied when its inputs change, and may get the former inputs again, while later stages
+still hold what they made of the first outcome. So `results/STAGE.json`, outside of it, keeps content and hash
+for each key.
 """
 
 from __future__ import annotations
@@ -172,7 +176,9 @@ def _results_path(root: str, stage: str) -> str:
 
 
 def _results(fs: Any, root: str, stage: str) -> tuple[dict[str, dict[str, str]], bool]:
-    """By key, hash and content of what the stage came out as, and whether none of them was forgotten (a damaged file, or many)."""
+    """By key, hash and content of what the stage came out as, and whether none of them was forgotten (a
+    damaged file, or many).
+    """
     try:
         kept = unseal(fs.cat_file(_results_path(root, stage)))
         return kept["results"], kept.get("complete", True)
@@ -228,9 +234,11 @@ def check(
 
     Args:
         manifest: of the stage, with the digest of its contents.
-        finished: False where the stage is being made again: what that has written already is not in the record.
+        finished: False where the stage is being made again: what that has written already is not in the
+            record.
 
-    Returns what is wrong, for each file its path and a few words; nothing for a stage of an older version, which has no record.
+    Returns what is wrong, for each file its path and a few words; nothing for a stage of an older version,
+    which has no record.
     """
     if "content" not in manifest:
         return []
@@ -289,7 +297,9 @@ def check(
 
 
 def remove(fs: Any, root: str, problems: list[Problem]) -> None:
-    """Remove the files that `check` found wrong, so that the stage makes them again. Its record stays, to compare with."""
+    """Remove the files that `check` found wrong, so that the stage makes them again. Its record stays, to
+    compare with.
+    """
     for path, _ in problems:
         target = posixpath.join(root, path)
         if posixpath.basename(path) != FILES and fs.exists(target):

@@ -56,8 +56,8 @@ def _inside(error: BaseException | None, seen: set[int]) -> Iterator[BaseExcepti
         return
     seen.add(id(error))
     yield error
-    # RayTaskError keeps `cause`, ActorDiedError has the constructor's RayTaskError in its arguments, Ray Train
-    # keeps what its workers or its controller raised.
+    # RayTaskError keeps `cause`, ActorDiedError has the constructor's RayTaskError in its arguments, Ray
+    # Train keeps what its workers or its controller raised.
     wrapped = [
         getattr(error, "cause", None),
         *error.args,

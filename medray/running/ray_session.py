@@ -26,7 +26,8 @@ _RETRIES = 10  # with growing pauses, longer than Ray takes to find a node dead 
 
 
 def start_ray(**arguments: Any) -> None:
-    """ray.init, once more where a local Ray was not up within the 30 seconds that Ray gives it: on a machine at work it needs longer.
+    """ray.init, once more where a local Ray was not up within the 30 seconds that Ray gives it: on a machine
+    at work it needs longer.
 
     Raises what ray.init raises, at the last of three attempts.
     """
@@ -39,11 +40,15 @@ def start_ray(**arguments: Any) -> None:
         except Exception as error:  # Ray has no type for it
             if SLOW_START not in str(error) or attempt == STARTS:
                 raise
-            logger.warning("Ray did not start in time (the machine is busy); attempt %d of %d", attempt + 1, STARTS)
+            logger.warning(
+                "Ray did not start in time (the machine is busy); attempt %d of %d", attempt + 1, STARTS
+            )
 
 
 def _not_of_the_job(variables: dict[str, str]) -> dict[str, str]:
-    """Without those that `ray job submit` was given for this job: they hold for its workers too, and Ray takes none twice, equal or not."""
+    """Without those that `ray job submit` was given for this job: they hold for its workers too, and Ray
+    takes none twice, equal or not.
+    """
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     given = (submitted.get("runtime_env") or {}).get("env_vars") or {}
     return {name: value for name, value in variables.items() if name not in given}
@@ -66,7 +71,8 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
-    """Join the cluster at `config.address` (or RAY_ADDRESS), else start a local Ray, for the time of the block.
+    """Join the cluster at `config.address` (or RAY_ADDRESS), else start a local Ray, for the time of the
+    block.
 
     An already initialised Ray (a test, a notebook) is used as it is and left running.
     """
@@ -81,20 +87,36 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         if not os.environ.get("RAY_ADDRESS"):
             os.environ.pop("RAY_ADDRESS", None)  # Ray takes an empty one for an address
         address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-        local = {} if address != "local" else {
-            "num_cpus": config.num_cpus,
-            "include_dashboard": False,
-            "object_store_memory": int(config.object_store_gib * 2**30) if config.object_store_gib else None,
+        local = (
+            {}
+            if address != "local"
+            else {
+                "num_cpus": config.num_cpus,
+                "include_dashboard": False,
+                "object_store_memory": int(config.object_store_gib * 2**30)
+                if config.object_store_gib
+                else None,
+            }
+        )
+        variables = {
+            "RAY_TRAIN_V2_ENABLED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
-        variables = {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         arguments = {"address": address, "log_to_driver": True, "logging_level": logging.WARNING, **local}
         if local:
-            # A Ray of our own inherits them. Given as a runtime_env they would cost every worker a second interpreter: Ray starts it by way of
-            # another that imports Ray too, and throws away those that it has started before.
-            # Nor need one machine be watched for notice that it will be taken away, by a process of its own in each training.
+            # A Ray of our own inherits them. Given as a runtime_env they would cost every worker a second
+            # interpreter: Ray starts it by way of another that imports Ray too, and throws away those that it
+            # has started before. Nor need one machine be watched for notice that it will be taken away, by a
+            # process of its own in each training.
             watcher = {_WATCHER: os.environ.get(_WATCHER, "0")}
             # Ray's own handler of SIGTERM, which init installs, would exit silently.
-            with handlers_kept(), _environment({**variables, **watcher, WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "medray._worker_setup.quiet"}):
+            with (
+                handlers_kept(),
+                _environment(
+                    {**variables, **watcher, WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "medray._worker_setup.quiet"}
+                ),
+            ):
                 start_ray(**arguments)
         else:
             with handlers_kept():
@@ -106,8 +128,9 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     # Stages are reproducible only where blocks keep their order.
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = config.data_labels or None
-    # Ray Data reads Parquet footers in actors that it spreads over all nodes and does not restart (2.60). One that lands on a node that died
-    # a moment ago, before Ray has noticed, would end the job. Listing is in order, so it can begin again.
+    # Ray Data reads Parquet footers in actors that it spreads over all nodes and does not restart (2.60). One
+    # that lands on a node that died a moment ago, before Ray has noticed, would end the job. Listing is in
+    # order, so it can begin again.
     context.retried_map_errors = list(_LOST_ACTOR)
     context.max_map_retries = _RETRIES
     context.raise_original_map_exception = True  # else a StageError of an actor comes as one of Ray's
@@ -121,7 +144,8 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         ours = error_of_ours(error)
         if ours is None:
             raise
-        # An error of ours that a task or an actor's constructor raised, without the remote traceback and Ray's words about its retries.
+        # An error of ours that a task or an actor's constructor raised, without the remote traceback and
+        # Ray's words about its retries.
         raise type(ours)(str(ours).partition("\nFailed to apply UDF transform")[0]) from error
     finally:
         if started:

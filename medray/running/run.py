@@ -1,17 +1,21 @@
-"""A run is a directory: the resolved config, a folder per stage with its manifest, metrics, the models, the report.
+"""A run is a directory: the resolved config, a folder per stage with its manifest, metrics, the models, the
+report.
 
-The directory may be a local path, NFS, s3:// or gs:// (anything fsspec opens). Running the same job again on it
-continues: a stage whose manifest carries the same hash of its inputs, and whose files are those that it wrote, is skipped, an
-unfinished stage, or one whose files are gone or damaged, goes on from what there is, a stage whose inputs changed starts over in an emptied folder. A stage may also work
-through parts that come and go: where only those changed it goes on too.
+The directory may be a local path, NFS, s3:// or gs:// (anything fsspec opens). Running the same job again on
+it
+continues: a stage whose manifest carries the same hash of its inputs, and whose files are those that it
+wrote, is skipped, an unfinished stage, or one whose files are gone or damaged, goes on from what there is, a
+stage whose inputs changed starts over in an emptied folder. A stage may also work through parts that come and
+go: where only those changed it goes on too.
 
 Layout::
 
     config.yaml              the resolved configuration, without the passwords of its URLs
-    stages/03-self_play/     inputs.json (written first), whatever the stage writes, files.jsonl (what it wrote: medray.running.contents),
+    stages/03-self_play/     inputs.json (written first), whatever the stage writes, files.jsonl (what it
+    wrote: medray.running.contents),
                              manifest.json (written last)
-    results/03-self_play.json  what the stage came out as, for each of the inputs it was run with: medray.running.contents
-    metrics.jsonl            every training metric, one line per step, with its stage
+    results/03-self_play.json  what the stage came out as, for each of the inputs it was run with:
+    medray.running.contents metrics.jsonl            every training metric, one line per step, with its stage
     report.html  results.json
 """
 
@@ -44,7 +48,8 @@ logger = logging.getLogger("medray")
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
-FOLDER_MODE, FILE_MODE = 0o700, 0o600  # patients' images are in a run: for its owner alone, until the owner says otherwise
+# patients' images are in a run: for its owner alone, until the owner says otherwise
+FOLDER_MODE, FILE_MODE = 0o700, 0o600
 
 _in_progress: str | None = None
 
@@ -55,7 +60,9 @@ def stage_in_progress() -> str | None:
 
 
 def digest(value: Any) -> str:
-    """A short stable hash of anything JSON can hold (and of pydantic sections). Passwords in URLs do not count: a new one starts nothing over."""
+    """A short stable hash of anything JSON can hold (and of pydantic sections). Passwords in URLs do not
+    count: a new one starts nothing over.
+    """
     text = json.dumps(without_passwords(value), sort_keys=True, default=_plain, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -73,7 +80,8 @@ class Run:
         uri: local path or fsspec URL. Created if absent, a local one for its owner alone (mode 0700).
 
     Attributes:
-        lock: held by this process while it works in the run (medray.running.run_hold.held); None in a worker, which works for one that holds it.
+        lock: held by this process while it works in the run (medray.running.run_hold.held); None in a worker,
+            which works for one that holds it.
 
     Raises ConfigError if the place cannot be written, StageError if there is no space.
     """
@@ -83,13 +91,19 @@ class Run:
         try:
             self.fs, path = url_to_fs(uri)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"--run {uri}: {error}; install the matching extra (medray[s3], medray[gcs]) or give a local path") from error
+            raise ConfigError(
+                f"--run {uri}: {error}; install the matching extra (medray[s3], medray[gcs]) or give a local "
+                "path"
+            ) from error
         self.is_local = isinstance(self.fs, fsspec.get_filesystem_class("file"))
         self._root = path
         self.uri = os.path.abspath(path) if self.is_local else uri.rstrip("/")
         self.lock: RunLock | None = None
         if self.is_local and os.path.exists(path) and not os.path.isdir(path):
-            raise ConfigError(f"--run {uri}: cannot be written: it is a file; give a directory, or a name that does not exist yet")
+            raise ConfigError(
+                f"--run {uri}: cannot be written: it is a file; give a directory, or a name that does not "
+                "exist yet"
+            )
         try:
             if self.is_local:
                 _make_private(Path(path))
@@ -146,14 +160,18 @@ class Run:
         try:
             return json.loads(self.read_text(*parts))
         except ValueError as error:
-            raise StageError(f"{self.path(*parts)}: damaged ({error}); rerun the run's own command to write it anew") from error
+            raise StageError(
+                f"{self.path(*parts)}: damaged ({error}); rerun the run's own command to write it anew"
+            ) from error
 
     def write_sealed(self, value: dict[str, Any], *parts: str) -> None:
         """Write a JSON object with a checksum, which `read_sealed` holds it against."""
         self.write_bytes(seal(value, _plain), *parts)
 
     def read_sealed(self, *parts: str) -> dict[str, Any] | None:
-        """A JSON object that a stage wrote; None, and a line in the log, if it is damaged, None if there is none."""
+        """A JSON object that a stage wrote; None, and a line in the log, if it is damaged, None if there
+        is none.
+        """
         try:
             return unseal(self.fs.cat_file(posixpath.join(self._root, *parts)))
         except FileNotFoundError:
@@ -163,21 +181,30 @@ class Run:
             return None
 
     def write_config(self, config: Section) -> None:
-        self.write_text(yaml.safe_dump(without_passwords(config.model_dump(mode="json")), sort_keys=False), "config.yaml")
+        self.write_text(
+            yaml.safe_dump(without_passwords(config.model_dump(mode="json")), sort_keys=False), "config.yaml"
+        )
 
-    def stage(self, name: str, inputs: dict[str, Any], work: Callable[[Stage], dict[str, Any]], parts: dict[str, str] | None = None) -> dict[str, Any]:
+    def stage(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        work: Callable[[Stage], dict[str, Any]],
+        parts: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
         """Run one stage, or skip it when it is done with the same inputs.
 
         Args:
             name: folder under stages/, e.g. "03-self_play".
             inputs: everything the stage's outcome depends on, JSON-able; upstream stages by their `hash`.
-            work: does the stage inside `stage.dir` and returns its outputs (JSON-able, with optional "counts").
-                It must continue what an earlier, killed attempt left there.
-            parts: hashes of what it works through, where what it made of one part is still good when there are others:
-                when parts change `work` is called again, in the folder as it is.
+            work: does the stage inside `stage.dir` and returns its outputs (JSON-able, with optional
+                "counts"). It must continue what an earlier, killed attempt left there.
+            parts: hashes of what it works through, where what it made of one part is still good when there
+                are others: when parts change `work` is called again, in the folder as it is.
 
-        Returns the manifest: {"stage", "hash", "key", "content", "outputs", "seconds", "attempts", "started", "finished"}. `hash` is what
-        later stages depend on; it is the `key`, a digest of the inputs, unless the stage was made again and came out otherwise.
+        Returns the manifest: {"stage", "hash", "key", "content", "outputs", "seconds", "attempts", "started",
+        "finished"}. `hash` is what later stages depend on; it is the `key`, a digest of the inputs, unless
+        the stage was made again and came out otherwise.
 
         Raises RunLost if another job has taken the run over, and what `work` raises.
         """
@@ -193,7 +220,9 @@ class Run:
         written = contents.recorded(self.fs, self._root, folder)
         kept = written if isinstance(written, contents.Record) and written.key == fingerprint else None
         if manifest is not None and manifest.get("key", manifest["hash"]) == fingerprint:
-            lost = contents.check(self.fs, self._root, folder, self._written(folder, manifest["outputs"]), manifest)
+            lost = contents.check(
+                self.fs, self._root, folder, self._written(folder, manifest["outputs"]), manifest
+            )
             if not lost:
                 logger.info("stage %s: cached (took %.0f s), skipping", name, manifest["seconds"])
                 self.timeline.append(manifest)
@@ -205,7 +234,10 @@ class Run:
         if lost:
             logger.warning(
                 "stage %s: %s%s; making what is lost again, and later stages if it comes out otherwise",
-                name, lost[0], f" (and {len(lost) - 1} more files)" if len(lost) > 1 else "")
+                name,
+                lost[0],
+                f" (and {len(lost) - 1} more files)" if len(lost) > 1 else "",
+            )
             contents.remove(self.fs, self._root, lost)
             self.remove(folder, MANIFEST)
         if same:
@@ -214,33 +246,56 @@ class Run:
         else:
             attempts = 1
             if self.exists(folder):
-                logger.info("stage %s: %s, restarting", name, "inputs changed" if before["hash"] else f"no readable {INPUTS}")
-                if isinstance(written, contents.Record):  # of a version that did not remember it when the stage was done
+                logger.info(
+                    "stage %s: %s, restarting",
+                    name,
+                    "inputs changed" if before["hash"] else f"no readable {INPUTS}",
+                )
+                # of a version that did not remember it when the stage was done
+                if isinstance(written, contents.Record):
                     contents.remember(self.fs, self._root, folder, written)
-                self.remove(folder, INPUTS)  # first: a folder without them that a killed run was emptying is not gone on with
+                # first: a folder without them that a killed run was emptying is not gone on with
+                self.remove(folder, INPUTS)
                 self.remove(folder)
                 if kept is not None:  # what inputs.json said is lost; later stages were made of these files
                     contents.write(self.fs, self._root, folder, kept)
         started = time.time()
-        self.write_sealed({"hash": settings, "inputs": without_passwords(inputs), "parts": parts, "attempts": attempts}, folder, INPUTS)
+        self.write_sealed(
+            {"hash": settings, "inputs": without_passwords(inputs), "parts": parts, "attempts": attempts},
+            folder,
+            INPUTS,
+        )
         logger.info("stage %s: started", name)
         earlier = set(self.fs.find(posixpath.join(self._root, folder))) if attempts > 1 else set()
         stage = Stage(self, folder)
         try:
             outputs = work(stage)
         except TooManySetAside as error:
-            # What set these rows aside may be mended by now: an image, a server. Rows of this attempt would fare no better.
+            # What set these rows aside may be mended by now: an image, a server. Rows of this attempt would
+            # fare no better.
             again = [path for file in error.files if (path := url_to_fs(file)[1]) in earlier]
             if not again:
                 raise
-            logger.warning("stage %s: %s\nmaking the rows of %d file(s) of earlier attempts again", name, error, len(again))
+            logger.warning(
+                "stage %s: %s\nmaking the rows of %d file(s) of earlier attempts again",
+                name,
+                error,
+                len(again),
+            )
             for path in again:
                 self.fs.rm_file(path)
             outputs = work(stage)
         made = contents.record(self.fs, self._root, folder, self._written(folder, outputs), fingerprint)
         manifest = {
-            "stage": name, "hash": made.hash, "key": fingerprint, "content": made.content, "outputs": outputs, "attempts": attempts,
-            "started": started, "finished": time.time(), "seconds": time.time() - started,
+            "stage": name,
+            "hash": made.hash,
+            "key": fingerprint,
+            "content": made.content,
+            "outputs": outputs,
+            "attempts": attempts,
+            "started": started,
+            "finished": time.time(),
+            "seconds": time.time() - started,
         }
         self.write_sealed(manifest, folder, MANIFEST)
         logger.info("stage %s: done in %.0f s", name, manifest["seconds"])
@@ -249,18 +304,23 @@ class Run:
         return manifest
 
     def _written(self, folder: str, outputs: dict[str, Any]) -> list[str]:
-        """Where a stage wrote: its folder, and what its outputs name elsewhere in the run (prepared data lie at the run's top)."""
-        uris = [value for value in outputs.values() if isinstance(value, str) and value.startswith(f"{self.uri}/")]
+        """Where a stage wrote: its folder, and what its outputs name elsewhere in the run (prepared data
+        lie at the run's top).
+        """
+        uris = [
+            value for value in outputs.values() if isinstance(value, str) and value.startswith(f"{self.uri}/")
+        ]
         inner = [uri.removeprefix(f"{self.uri}/") for uri in uris]
         return [folder, *sorted({path for path in inner if not path.startswith("stages/")})]
 
     def reread(self, read: Callable[[], Any], index: str, rows: str) -> Any:
-        """What `read` returns, which runs stages that read a source. Where more is set aside than allowed of what an earlier job read,
-        they read it again, once: the source may be mended by now.
+        """What `read` returns, which runs stages that read a source. Where more is set aside than allowed of
+        what an earlier job read, they read it again, once: the source may be mended by now.
 
         Args:
             index: the stage that lists the source, which starts over.
-            rows: the stage that makes rows of that list; as long as the list is the same, only its files with rows set aside are made again.
+            rows: the stage that makes rows of that list; as long as the list is the same, only its files with
+                rows set aside are made again.
         """
         before = len(self.timeline)
         try:
@@ -285,7 +345,9 @@ class Run:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder for its owner alone, and the folders it lies in as usual; one that is there keeps its mode, which its owner may have chosen."""
+    """Make a folder for its owner alone, and the folders it lies in as usual; one that is there keeps its
+    mode, which its owner may have chosen.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
 
@@ -332,5 +394,9 @@ class Stage:
             value = make(scratch)
             self.reset(name)  # of files that an earlier export had and this one has not
             self.run.check_held()
-            self.run.fs.put(scratch.rstrip("/") + "/", posixpath.join(self.run._root, self.folder, name) + "/", recursive=True)
+            self.run.fs.put(
+                scratch.rstrip("/") + "/",
+                posixpath.join(self.run._root, self.folder, name) + "/",
+                recursive=True,
+            )
             return value

@@ -72,7 +72,11 @@ def remove_leftovers(run: Run) -> None:
     for folder, folders, files in os.walk(run.uri):
         if folder == run.uri and LOCK in folders:
             folders.remove(LOCK)  # other jobs write there while they try to take the run
-        left = [name for name in (*folders, *files) if any(fnmatch.fnmatchcase(name, pattern) for pattern in _LEFTOVERS)]
+        left = [
+            name
+            for name in (*folders, *files)
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in _LEFTOVERS)
+        ]
         for path in (Path(folder, name) for name in left):
             logger.info("removing %s, which a killed job left", path)
             if path.is_dir() and not path.is_symlink():

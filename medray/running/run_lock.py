@@ -331,7 +331,8 @@ class RunLock:
             started = process_start(owner["pid"])
             if started == owner["process_started"]:
                 raise _held(self.uri, owner, time.time() - mark / 1e9 if isinstance(mark, int) else None)
-            if started != HIDDEN:  # else it is the owner, or another process that got its id: the heartbeat tells
+            # else it is the owner, or another process that got its id: the heartbeat tells
+            if started != HIDDEN:
                 logger.info("run %s: its last job (process %s) is dead; taking over", self.uri, owner["pid"])
                 return
         who = f"host {owner['host']}, process {owner['pid']}" if owner else "an unknown host"

@@ -31,8 +31,9 @@ def _exists(pid: int) -> bool:
 
 
 def process_start(pid: int) -> str | None:
-    """Start of the process in the system's own count; None if there is none, or it is dead and not reaped, HIDDEN where
-    only its existence can be seen."""
+    """Start of the process in the system's own count; None if there is none, or it is dead and not
+    reaped, HIDDEN where only its existence can be seen.
+    """
     if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,7 +1,8 @@
 """Rows that a stage set aside: counted by reason, and too many of them fail the stage.
 
-A row that cannot be used never stops a stage by itself. A stage that loses more than `max_quarantined` of its rows, or
-has nothing left to work with, is not done: what comes after it would be made of the rest, without a word.
+A row that cannot be used never stops a stage by itself. A stage that loses more than `max_quarantined` of its
+rows, or has nothing left to work with, is not done: what comes after it would be made of the rest, without a
+word.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def check_set_aside(
         return
     share = lost / rows if rows else 1.0
     raise TooManySetAside(
-        f"{lost:,} of {rows:,} {what} were set aside ({_percent(share)}), max_quarantined allows {_percent(limit)}. "
+        f"{lost:,} of {rows:,} {what} were set aside ({_percent(share)}), max_quarantined allows "
+        f"{_percent(limit)}. "
         f"Why (with the largest):\n{found.lines()}\n{f'{where} names all of them; ' if where else ''}"
         "fix the rows, or what the reasons name; to go on without these rows: "
         f"--set max_quarantined={min(1.0, math.ceil(share * 100) / 100):g}",

@@ -1,7 +1,9 @@
-"""What of Ray's output reaches the terminal: no traceback of Ray's or of a worker's, which go into the run's log instead.
+"""What of Ray's output reaches the terminal: no traceback of Ray's or of a worker's, which go into the run's
+log instead.
 
-A stage that fails ends in one line of its own (medray.commands.command_line). Ray prints tracebacks before it: Ray Data for what it takes for
-an error of its own, the driver for each retry of a task, and whatever dying workers write to their standard error.
+A stage that fails ends in one line of its own (medray.commands.command_line). Ray prints tracebacks before
+it: Ray Data for what it takes for an error of its own, the driver for each retry of a task, and whatever
+dying workers write to their standard error.
 """
 
 from __future__ import annotations
@@ -17,18 +19,23 @@ from medray.running import run_log
 _TRACEBACK = "Traceback (most recent call last)"
 _ANNOUNCED = re.compile(r"stack trace below", re.IGNORECASE)  # of Ray Data (2.60)
 _RAYS = "ray_print_logs"  # the name of Ray's own handler (2.60)
-_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|WARNING|INFO|CRITICAL) [\d-]+ [\d:,.]+ \[[^\]]+\] ?)?")  # of vLLM's lines
+# of vLLM's lines
+_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|WARNING|INFO|CRITICAL) [\d-]+ [\d:,.]+ \[[^\]]+\] ?)?")
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 # Lines that only a traceback has: Ray's C++ prints that of an actor's constructor without its first line.
 _BEGIN = re.compile(
-    r'Traceback \(most recent call last\)|^\s*File "[^"]+", line \d+|^\s*[\^~]+\s*$|^ray::\S+\(\) \(|Exception raised in creation task|^Exception in thread '
-    r"|^The above exception was|^During handling of the above")
+    r'Traceback \(most recent call last\)|^\s*File "[^"]+", line \d+|^\s*[\^~]+\s*$|^ray::\S+\(\) '
+    r"\(|Exception raised in creation task|^Exception in thread "
+    r"|^The above exception was|^During handling of the above"
+)
 # Lines of a traceback, and those that join one to the next.
 _INNER = re.compile(r"^(\s|$|\w+(\.\w+)*(Error|Exception|Exit|Interrupt|Warning|Dead|Died)\b)")
 
 
 class TracebackFilter(logging.Filter):
-    """For the handlers of a terminal: records with a traceback, or that announce one, go into the run's log, if there is one."""
+    """For the handlers of a terminal: records with a traceback, or that announce one, go into the run's
+    log, if there is one.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         said = record.getMessage()
@@ -38,7 +45,8 @@ class TracebackFilter(logging.Filter):
 
 
 class WorkerLines:
-    """Handler of the lines that Ray forwards from its workers: hands on all but tracebacks, which go into the run's log.
+    """Handler of the lines that Ray forwards from its workers: hands on all but tracebacks, which go into the
+    run's log.
 
     Args:
         show: prints what is left of a batch.
@@ -59,7 +67,14 @@ class WorkerLines:
                 self._inside.discard(who)
             (kept if who in self._inside else shown).append(line)
         if kept:
-            record = logging.makeLogRecord({"name": f"worker {data.get('pid')}", "levelno": logging.ERROR, "levelname": "ERROR", "msg": "\n".join(map(str, kept))})
+            record = logging.makeLogRecord(
+                {
+                    "name": f"worker {data.get('pid')}",
+                    "levelno": logging.ERROR,
+                    "levelname": "ERROR",
+                    "msg": "\n".join(map(str, kept)),
+                }
+            )
             if not run_log.keep(record):
                 shown = data["lines"]
         if shown:
@@ -68,7 +83,9 @@ class WorkerLines:
 
 @contextlib.contextmanager
 def without_tracebacks() -> Iterator[None]:
-    """Keep tracebacks of Ray and of its workers off the terminal, for the time of the block. Ray must be initialised."""
+    """Keep tracebacks of Ray and of its workers off the terminal, for the time of the block. Ray must be
+    initialised.
+    """
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
     quiet = TracebackFilter()

@@ -1,4 +1,6 @@
-"""Whether what is to be served can be placed, and its port had, before anything starts: Ray waits without end for a place that no node has."""
+"""Whether what is to be served can be placed, and its port had, before anything starts: Ray waits without
+end for a place that no node has.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,17 @@ def check_fits(wanted: Sequence[Demand], fix: str) -> None:
     problems = misfits({"serving": list(wanted)}, groups)
     if problems:
         there = ", ".join(f"{group.most} x {group.name} ({_amounts(group)})" for group in groups)
-        raise ConfigError("\n".join([*problems, f"the cluster has {there or 'no node'}, so serving would never be ready; {fix}"]))
+        raise ConfigError(
+            "\n".join(
+                [*problems, f"the cluster has {there or 'no node'}, so serving would never be ready; {fix}"]
+            )
+        )
 
 
 def check_port() -> None:
-    """Raise ConfigError if `serve run` would share its port with a server that is there already: Ray Serve's sockets do not refuse that."""
+    """Raise ConfigError if `serve run` would share its port with a server that is there already: Ray
+    Serve's sockets do not refuse that.
+    """
     from ray.serve.config import HTTPOptions
 
     command = _command()
@@ -48,13 +56,16 @@ def check_port() -> None:
         return
     options = HTTPOptions()
     with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
+        # connections that have just ended do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((options.host, options.port))
         except OSError as error:
             raise ConfigError(
-                f"port {options.port} of {options.host} cannot be had ({error.strerror}): another server listens there, and requests would go to either. End it (serve "
-                "shutdown), or serve a config file with http_options.port (docs/serving.md)") from None
+                f"port {options.port} of {options.host} cannot be had ({error.strerror}): another server "
+                "listens there, and requests would go to either. End it (serve "
+                "shutdown), or serve a config file with http_options.port (docs/serving.md)"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -71,7 +82,8 @@ def plain_errors() -> Iterator[None]:
 
 
 def cluster_groups() -> list[Group] | None:
-    """The nodes that are there or may come: of the cluster that this process has joined, or that `serve run` is about to join or start.
+    """The nodes that are there or may come: of the cluster that this process has joined, or that `serve run`
+    is about to join or start.
 
     None if it cannot be known.
     """
@@ -92,7 +104,9 @@ def cluster_groups() -> list[Group] | None:
         from ray._raylet import GcsClientOptions
 
         joined = GlobalState()
-        joined._initialize_global_state(GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False))
+        joined._initialize_global_state(
+            GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+        )
         return _groups_of(joined, address)
     except (OSError, RuntimeError, ValueError) as error:  # Ray says it better when it joins
         log.info("cluster not looked at: %s", type(error).__name__)
@@ -104,15 +118,19 @@ def _groups_of(state: Any, address: str) -> list[Group] | None:
     if more is None:
         return None
     nodes = [
-        _group(node["NodeManagerHostname"] or node["NodeID"][:8], node["Resources"], node["Labels"]) for node in state.node_table() if node["Alive"]
+        _group(node["NodeManagerHostname"] or node["NodeID"][:8], node["Resources"], node["Labels"])
+        for node in state.node_table()
+        if node["Alive"]
     ]
     return nodes + more
 
 
 def _may_come(address: str) -> list[Group] | None:
-    """Groups of the autoscaler of a cluster whose head is this machine, none where it has none; None on other machines.
+    """Groups of the autoscaler of a cluster whose head is this machine, none where it has none; None on other
+    machines.
 
-    Ray (2.60) tells nobody what its autoscaler may add. Its monitor, beside the head, is started with the autoscaler's file.
+    Ray (2.60) tells nobody what its autoscaler may add. Its monitor, beside the head, is started with the
+    autoscaler's file.
     """
     import ray._private.worker
 
@@ -122,8 +140,13 @@ def _may_come(address: str) -> list[Group] | None:
     port = address.rpartition(":")[2]
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        values = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
-        if any(word.endswith("monitor.py") for word in words) and values.get("gcs-address", "").rpartition(":")[2] == port:
+        values = dict(
+            word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word
+        )
+        if (
+            any(word.endswith("monitor.py") for word in words)
+            and values.get("gcs-address", "").rpartition(":")[2] == port
+        ):
             file = values.get("autoscaling-config")
             try:
                 return read_groups(file) if file else []
@@ -142,21 +165,39 @@ def _local_node() -> Group:
 
 
 def _group(name: str, amounts: dict[str, float], labels: dict[str, str]) -> Group:
-    custom = {key: amount for key, amount in amounts.items() if key not in _OF_RAY and not key.startswith("node:")}
-    return Group(name, amounts.get("CPU", 0), amounts.get("GPU", 0), amounts.get("memory", 0) / 2**30, labels, 1, custom)
+    custom = {
+        key: amount for key, amount in amounts.items() if key not in _OF_RAY and not key.startswith("node:")
+    }
+    return Group(
+        name,
+        amounts.get("CPU", 0),
+        amounts.get("GPU", 0),
+        amounts.get("memory", 0) / 2**30,
+        labels,
+        1,
+        custom,
+    )
 
 
 def _amounts(group: Group) -> str:
-    return ", ".join([f"{group.cpus:g} CPUs"] + [f"{group.gpus:g} GPUs"] * bool(group.gpus) + [f"{group.memory_gib:.1f} GiB"])
+    return ", ".join(
+        [f"{group.cpus:g} CPUs"]
+        + [f"{group.gpus:g} GPUs"] * bool(group.gpus)
+        + [f"{group.memory_gib:.1f} GiB"]
+    )
 
 
 def _command() -> dict[str, Any] | None:
-    """Options of the `serve run` command that builds the application, which joins or starts Ray only afterwards; None in other programs."""
+    """Options of the `serve run` command that builds the application, which joins or starts Ray only
+    afterwards; None in other programs.
+    """
     import click
     import ray
 
     context = click.get_current_context(silent=True)
-    return None if context is None or "address" not in context.params or ray.is_initialized() else context.params
+    return (
+        None if context is None or "address" not in context.params or ray.is_initialized() else context.params
+    )
 
 
 def _address(command: dict[str, Any]) -> str | None:

@@ -23,7 +23,8 @@ from pathlib import Path
 from medray.errors import ConfigError
 from medray.private_files import private_file, write_private
 
-VARIABLE = "MEDRAY_CLINICIANS"  # of the clinician page: the same lines, where there is no file; a comma may stand for the end of a line
+# of the clinician page: the same lines, where there is no file; a comma may stand for the end of a line
+VARIABLE = "MEDRAY_CLINICIANS"
 KEYS_VARIABLE = "MEDRAY_KEYS"  # of the endpoint
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -39,7 +40,8 @@ class Tokens:
     """Who holds which token.
 
     Args:
-        holders: hash of the token -> who holds it. Tokens are 256 random bits, so a plain hash cannot be turned back.
+        holders: hash of the token -> who holds it. Tokens are 256 random bits, so a plain hash cannot be
+            turned back.
     """
 
     def __init__(self, holders: dict[str, Holder]):
@@ -65,7 +67,9 @@ def read_tokens(file: str | None, variable: str = VARIABLE) -> Tokens:
             raise ConfigError(f"tokens: no file {file}; make one with: python -m serve.tokens {file} NAME")
         return Tokens(_parse(_lines(Path(file)), file))
     if not os.environ.get(variable):
-        raise ConfigError(f"tokens: name a file (python -m serve.tokens FILE NAME makes one) or set {variable}")
+        raise ConfigError(
+            f"tokens: name a file (python -m serve.tokens FILE NAME makes one) or set {variable}"
+        )
     return Tokens(_parse(re.split(r"[\n,]", os.environ[variable]), variable))
 
 
@@ -85,10 +89,21 @@ def _parse(lines: Iterable[str], where: str) -> dict[str, Holder]:
         if not words:
             continue
         name, digest, role = [*words, "", ""][:3]
-        if not _NAME.fullmatch(name) or not _DIGEST.fullmatch(digest) or role not in ("", "lead") or len(words) > 3:
-            raise ConfigError(f"tokens: {where}, line {number}: not of the form 'name hash' or 'name hash lead'; make lines with python -m serve.tokens FILE NAME")
+        if (
+            not _NAME.fullmatch(name)
+            or not _DIGEST.fullmatch(digest)
+            or role not in ("", "lead")
+            or len(words) > 3
+        ):
+            raise ConfigError(
+                f"tokens: {where}, line {number}: not of the form 'name hash' or 'name hash lead'; make "
+                "lines with python -m serve.tokens FILE NAME"
+            )
         if digest in holders or name in {holder.name for holder in holders.values()}:
-            raise ConfigError(f"tokens: {where}, line {number}: {name} or its hash is there twice; take one of the lines out")
+            raise ConfigError(
+                f"tokens: {where}, line {number}: {name} or its hash is there twice; take one of the lines "
+                "out"
+            )
         holders[digest] = Holder(name, role == "lead")
     if not holders:
         raise ConfigError(f"tokens: {where} names nobody; add someone with python -m serve.tokens FILE NAME")
@@ -96,7 +111,9 @@ def _parse(lines: Iterable[str], where: str) -> dict[str, Holder]:
 
 
 def add_holder(file: str, name: str, lead: bool = False) -> str:
-    """Add a line to the file, which only its owner may read, and return the new token. Raises ConfigError for a name that is taken."""
+    """Add a line to the file, which only its owner may read, and return the new token. Raises ConfigError
+    for a name that is taken.
+    """
     path = Path(file)
     lines = _lines(path) if path.exists() else []
     token = secrets.token_urlsafe(32)
@@ -110,9 +127,14 @@ def add_holder(file: str, name: str, lead: bool = False) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="medray keys" if sys.argv[0] == "medray keys" else "python -m serve.tokens", description="Make a token for someone; its hash goes into the file.")
+    parser = argparse.ArgumentParser(
+        prog="medray keys" if sys.argv[0] == "medray keys" else "python -m serve.tokens",
+        description="Make a token for someone; its hash goes into the file.",
+    )
     parser.add_argument("file")
-    parser.add_argument("name", help="letters, digits and . _ @ -, such as dr-lin; stands beside every judgement")
+    parser.add_argument(
+        "name", help="letters, digits and . _ @ -, such as dr-lin; stands beside every judgement"
+    )
     parser.add_argument("--lead", action="store_true", help="may also see agreement and export")
     given = parser.parse_args(arguments)
     try:

@@ -1,6 +1,8 @@
-"""How many rows the actors of a stage began to work on: more than it has written, where processes died and rows were done again.
+"""How many rows the actors of a stage began to work on: more than it has written, where processes died and
+rows were done again.
 
-Every actor keeps its number in a file of its own beside the stage's committed ids, so that nothing is lost with it, nor with the job.
+Every actor keeps its number in a file of its own beside the stage's committed ids, so that nothing is lost
+with it, nor with the job.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ _KEY = "medray_begun"  # of Ray Data's context, which comes along to every actor
 
 
 class Begun:
-    """An actor's number; outside `counted` it goes nowhere. To be made in the actor, and called with a batch's rows before they are worked on."""
+    """An actor's number; outside `counted` it goes nowhere. To be made in the actor, and called with a
+    batch's rows before they are worked on.
+    """
 
     def __init__(self) -> None:
         from ray.data import DataContext
@@ -58,7 +62,8 @@ def counted(folder: str) -> Iterator[None]:
 def begun_rows(folder: str) -> int:
     """The sum of all actors' numbers, those of earlier attempts included; 0 where there are none.
 
-    A number that cannot be read counts as 0 and is named in the log: it only makes "rows done again" too small.
+    A number that cannot be read counts as 0 and is named in the log: it only makes "rows done again" too
+    small.
     """
     fs, root = url_to_fs(folder)
     total = 0
@@ -68,5 +73,5 @@ def begun_rows(folder: str) -> int:
         try:
             total += unseal(fs.cat_file(path))["rows"]
         except (ValueError, KeyError, TypeError):
-            logger.warning("%s: damaged; \"rows done again\" will be too small", path)
+            logger.warning('%s: damaged; "rows done again" will be too small', path)
     return total

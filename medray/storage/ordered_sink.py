@@ -1,8 +1,8 @@
 """Parquet files of a Ray Data write with their rows in the order of the dataset.
 
 Ray's own sink (2.60) hands the blocks of a task to `pyarrow.dataset.write_dataset` with threads and without
-`preserve_order`: a file made of several batches has them in another order each time. Here one writer takes them in turn.
-Can go when Ray passes `preserve_order`.
+`preserve_order`: a file made of several batches has them in another order each time. Here one writer takes
+them in turn. Can go when Ray passes `preserve_order`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The pieces of a stage that resumes: which rows are really there, each id once.
 
-Ray Data writes a piece in two phases: the ids it will hold (`<name>.pending.parquet`), its rows (`<name>-0.parquet` in
-another folder), then it renames the ids to `<name>.parquet`. A disk that was full, a second job, or a person with `rm` can
-break the pair. What Ray trusts is the ids alone; `reconcile` holds them against the rows.
+Ray Data writes a piece in two phases: the ids it will hold (`<name>.pending.parquet`), its rows
+(`<name>-0.parquet` in another folder), then it renames the ids to `<name>.parquet`. A disk that was full, a
+second job, or a person with `rm` can break the pair. What Ray trusts is the ids alone; `reconcile` holds them
+against the rows.
 """
 
 from __future__ import annotations
@@ -36,15 +37,17 @@ def reconcile(
     known: np.ndarray | None = None,
     whole_rows: bool = False,
 ) -> np.ndarray:
-    """Remove every piece whose committed ids are not exactly the ids of its rows, and those that repeat an id.
+    """Remove every piece whose committed ids are not exactly the ids of its rows, and those that repeat an
+    id.
 
     Args:
         out_uri, checkpoint_uri: folders of rows and of committed ids.
         known: digests of the ids that may be there, sorted; None for any.
-        whole_rows: on a file system, read every column of the rows and compare the pages' checksums; object stores have checksums
-            of their own.
+        whole_rows: on a file system, read every column of the rows and compare the pages' checksums; object
+            stores have checksums of their own.
 
-    Returns the digests of the ids whose rows are there, sorted. What is removed is named in the log; the caller makes it anew.
+    Returns the digests of the ids whose rows are there, sorted. What is removed is named in the log; the
+    caller makes it anew.
     """
     fs, root = url_to_fs(out_uri)
     commit_fs, commits = url_to_fs(checkpoint_uri)

@@ -13,10 +13,13 @@ GroupT = TypeVar("GroupT", bound=Hashable)
 UNKNOWN = "unknown"  # the group of rows without a modality
 
 
-def shares(total: int, sizes: Mapping[GroupT, int], rule: Literal["proportional", "equal"], seed: int = 0) -> dict[GroupT, int]:
+def shares(
+    total: int, sizes: Mapping[GroupT, int], rule: Literal["proportional", "equal"], seed: int = 0
+) -> dict[GroupT, int]:
     """`total` divided over groups of these sizes; all of them where there are no more.
 
-    proportional: the same share of every group, by largest remainders, but at least one of each as long as there are enough. equal: the same number of each; what a group is too
+    proportional: the same share of every group, by largest remainders, but at least one of each as long as
+        there are enough. equal: the same number of each; what a group is too
     small for goes to the others. Who gets an item more than an equal of his is drawn with `seed`.
     """
     left = min(total, sum(sizes.values()))
@@ -27,7 +30,17 @@ def shares(total: int, sizes: Mapping[GroupT, int], rule: Literal["proportional"
         while sum(given.values()) < left:
             given[max(sizes, key=lambda group: (exact[group] - given[group], drawn[group]))] += 1
         while sum(given.values()) > left:
-            given[max(sizes, key=lambda group: (given[group] > 1, given[group] > 0, given[group] - exact[group], drawn[group]))] -= 1
+            given[
+                max(
+                    sizes,
+                    key=lambda group: (
+                        given[group] > 1,
+                        given[group] > 0,
+                        given[group] - exact[group],
+                        drawn[group],
+                    ),
+                )
+            ] -= 1
         return given
     given = {}
     # From the smallest on: who cannot take an equal part of what is left takes all it has.

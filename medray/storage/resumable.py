@@ -33,32 +33,45 @@ logger = logging.getLogger("medray")
 
 
 class Written(NamedTuple):
-    """`rows` of the output; `again` {"rows done again": number} where processes died in the middle of their work, else {}."""
+    """`rows` of the output; `again` {"rows done again": number} where processes died in the middle of
+    their work, else {}.
+    """
 
     rows: int
     again: dict[str, int]
 
 
 def write_resumable(
-    rows_uri: str | list[str], out_uri: str, checkpoint_uri: str, stage: Any, rows_per_task: int, num_cpus: float = 1.0, id_column: str = "sample_id",
-    keeps: Callable[[dict[str, Any]], bool] | None = None, keep_columns: Sequence[str] = (),
+    rows_uri: str | list[str],
+    out_uri: str,
+    checkpoint_uri: str,
+    stage: Any,
+    rows_per_task: int,
+    num_cpus: float = 1.0,
+    id_column: str = "sample_id",
+    keeps: Callable[[dict[str, Any]], bool] | None = None,
+    keep_columns: Sequence[str] = (),
 ) -> Written:
-    """Read shards, pass them through `stage(dataset) -> dataset`, write them; the same call after a kill finishes.
+    """Read shards, pass them through `stage(dataset) -> dataset`, write them; the same call after a kill
+    finishes.
 
-    Rows are known by `id_column`; one input row gives one output row with the same id. Ray Data commits each written
-    file together with the ids it holds (two phases), and a restarted call reads only ids that are not committed. A folder
-    without such an id is not read, and where no folder has one, no actor of `stage` starts. Ids whose rows are gone or damaged
-    are not trusted: see medray.storage.pieces.
+    Rows are known by `id_column`; one input row gives one output row with the same id. Ray Data commits each
+    written file together with the ids it holds (two phases), and a restarted call reads only ids that are not
+    committed. A folder without such an id is not read, and where no folder has one, no actor of `stage`
+    starts. Ids whose rows are gone or damaged are not trusted: see medray.storage.pieces.
 
     Args:
         rows_uri: a folder, or several whose ids differ; later calls may name others for the same `out_uri`.
-        rows_per_task: rows that are worked on, written and committed together: what a lost process costs at most.
-        keeps: of a stage that leaves out some of its input, whether it keeps a row; called with its id and `keep_columns`.
+        rows_per_task: rows that are worked on, written and committed together: what a lost process costs at
+            most.
+        keeps: of a stage that leaves out some of its input, whether it keeps a row; called with its id and
+            `keep_columns`.
 
-    Actors of `stage` that make a medray.storage.begun.Begun and call it have the rows counted that were worked on more than once.
+    Actors of `stage` that make a medray.storage.begun.Begun and call it have the rows counted that were
+    worked on more than once.
 
-    Raises DataError for a file of `rows_uri` that cannot be read, StageError where an id comes twice in `rows_uri`, or has
-    no row or several in the output.
+    Raises DataError for a file of `rows_uri` that cannot be read, StageError where an id comes twice in
+    `rows_uri`, or has no row or several in the output.
     """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
@@ -68,7 +81,8 @@ def write_resumable(
     everything = np.sort(np.concatenate([*wanted.values(), np.empty(0, "S16")]))
     if len(np.unique(everything)) < len(everything):
         raise StageError(
-            f"{', '.join(folders)}: {len(everything) - len(np.unique(everything))} of {len(everything)} rows repeat a {id_column}; "
+            f"{', '.join(folders)}: {len(everything) - len(np.unique(everything))} of {len(everything)} rows "
+            f"repeat a {id_column}; "
             "ids name rows, so make them unique in the source"
         )
     # A list of folders may change from call to call, and rows of a folder that is gone stay.
@@ -79,15 +93,20 @@ def write_resumable(
     fs.makedirs(root, exist_ok=True)
     context = ray.data.DataContext.get_current()
     before, begun = context.checkpoint_config, checkpoint_uri.rstrip("/") + "-begun"
-    context.checkpoint_config = CheckpointConfig(id_column=id_column, checkpoint_path=checkpoint_uri, delete_checkpoint_on_success=False)
+    context.checkpoint_config = CheckpointConfig(
+        id_column=id_column, checkpoint_path=checkpoint_uri, delete_checkpoint_on_success=False
+    )
     try:
         if unfinished:
             files = [path for uri in unfinished for path in parquet_files(uri)]
             rows_to_do = sum(len(wanted[uri]) for uri in unfinished)
             with counted(begun):
                 # A shard would else be one task, and committed only as a whole.
-                rows = read_rows(files, num_cpus=num_cpus).repartition(target_num_rows_per_block=rows_per_task)
-                with footer_readers(rows_to_do // rows_per_task):  # the files of committed ids, which the write reads first
+                rows = read_rows(files, num_cpus=num_cpus).repartition(
+                    target_num_rows_per_block=rows_per_task
+                )
+                # the files of committed ids, which the write reads first
+                with footer_readers(rows_to_do // rows_per_task):
                     write_in_order(stage(rows), out_uri, num_cpus)
     finally:
         context.checkpoint_config = before
@@ -104,21 +123,33 @@ def write_resumable(
     return Written(written, {"rows done again": again} if again > 0 else {})
 
 
-def _ids(uri: str, id_column: str, keeps: Callable[[dict[str, Any]], bool] | None, columns: Sequence[str]) -> np.ndarray:
+def _ids(
+    uri: str, id_column: str, keeps: Callable[[dict[str, Any]], bool] | None, columns: Sequence[str]
+) -> np.ndarray:
     """Digests of a folder's ids, sorted."""
     rows = tables(uri, list({id_column, *columns}), 2**16)
     if keeps is None:
-        return digests(identity for table in rows for identity in table[id_column].cast(pa.string()).to_pylist())
+        return digests(
+            identity for table in rows for identity in table[id_column].cast(pa.string()).to_pylist()
+        )
     return digests(str(row[id_column]) for table in rows for row in table.to_pylist() if keeps(row))
 
 
-def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callable[[pa.Table], pa.Table], rows_per_shard: int, num_cpus: float = 1.0) -> int:
+def write_converted(
+    rows_uri: str,
+    out_uri: str,
+    done_uri: str,
+    convert: Callable[[pa.Table], pa.Table],
+    rows_per_shard: int,
+    num_cpus: float = 1.0,
+) -> int:
     """Read shards, pass their rows through `convert`, write them; the same call after a kill finishes.
 
-    For work that needs no actors: a task reads `rows_per_shard` rows piece by piece, converts and writes them, and holds no
-    more than a row group; no row goes through the object store. Which rows a shard holds follows from the files read, so
-    a task that runs again writes the same files again. A shard is done when its record is under `done_uri`, and its files are
-    there with the sizes that the record names; else it is written again.
+    For work that needs no actors: a task reads `rows_per_shard` rows piece by piece, converts and writes
+    them, and holds no more than a row group; no row goes through the object store. Which rows a shard holds
+    follows from the files read, so a task that runs again writes the same files again. A shard is done when
+    its record is under `done_uri`, and its files are there with the sizes that the record names; else it is
+    written again.
 
     Args:
         convert: one output row for each input row; pickled to the tasks.
@@ -142,7 +173,9 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
     if waiting:
         settings = {"out_uri": out_uri, "done_uri": done_uri, "convert": convert}
         shards = ray.data.from_items(waiting, override_num_blocks=min(len(waiting), 1000))
-        shards.map_batches(_write_converted, fn_kwargs=settings, batch_size=1, batch_format="pyarrow", num_cpus=num_cpus).materialize()
+        shards.map_batches(
+            _write_converted, fn_kwargs=settings, batch_size=1, batch_format="pyarrow", num_cpus=num_cpus
+        ).materialize()
     for path in files_in(fs, root, ".part"):
         fs.rm_file(path)
     written = count_rows(out_uri)
@@ -150,7 +183,10 @@ def write_converted(rows_uri: str, out_uri: str, done_uri: str, convert: Callabl
         known = set().union(*_ready(done_fs, done, fs, root).values())
         added = [path for path in files_in(fs, root, ".parquet") if posixpath.basename(path) not in known]
         cause = f"remove {added[0]}, which is not of this stage" if added else "remove the run's folder"
-        raise DataError(f"{out_uri}: {written} rows in the shards, but {wanted} were read from {rows_uri}; {cause}, then rerun the same command")
+        raise DataError(
+            f"{out_uri}: {written} rows in the shards, but {wanted} were read from {rows_uri}; {cause}, then "
+            "rerun the same command"
+        )
     return written
 
 
@@ -194,7 +230,9 @@ def _pieces(uri: str, rows_per_shard: int) -> Iterator[list[dict[str, Any]]]:
         yield shard
 
 
-def _write_converted(table: pa.Table, out_uri: str, done_uri: str, convert: Callable[[pa.Table], pa.Table]) -> pa.Table:
+def _write_converted(
+    table: pa.Table, out_uri: str, done_uri: str, convert: Callable[[pa.Table], pa.Table]
+) -> pa.Table:
     for shard in table.to_pylist():
         rows = (convert(part) for piece in shard["pieces"] for part in _part_of(**piece))
         written = write_shard(rows, out_uri, f"part-{shard['number']:06d}")
@@ -204,7 +242,9 @@ def _write_converted(table: pa.Table, out_uri: str, done_uri: str, convert: Call
 
 
 def _part_of(path: str, start: int, rows: int) -> Iterator[pa.Table]:
-    """Rows [start, start + rows) of a Parquet file, few at a time; row groups before and after are not read."""
+    """Rows [start, start + rows) of a Parquet file, few at a time; row groups before and after are not
+    read.
+    """
     fs, inner = url_to_fs(path)
     with readable(path):
         handle = fs.open(inner, "rb")

@@ -1,4 +1,6 @@
-"""Reading Parquet shards with Ray Data, and stages that continue: read -> map -> write, each id exactly once."""
+"""Reading Parquet shards with Ray Data, and stages that continue: read -> map -> write, each id exactly
+once.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,12 @@ from medray.files import files_in, remove_folder
 
 logger = logging.getLogger("medray")
 
-# Ray Data's own 128 MiB lets every reading task, every encoder and the queues between them hold hundreds of MiB of
-# images: memory grew until gigabytes of rows were under way.
+# Ray Data's own 128 MiB lets every reading task, every encoder and the queues between them hold hundreds of
+# MiB of images: memory grew until gigabytes of rows were under way.
 BLOCK_BYTES = 8 * 2**20
 READ_ROWS = 32  # converted at once
-# Of a row group, which a reader holds whole, and of a file; a group may pass its bytes by what READ_ROWS rows hold.
+# Of a row group, which a reader holds whole, and of a file; a group may pass its bytes by what READ_ROWS rows
+# hold.
 GROUP_ROWS, GROUP_BYTES, SHARD_BYTES = 64, 32 * 2**20, 512 * 2**20
 
 
@@ -55,7 +58,8 @@ def readable(path: str) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"{path}: cannot be read as Parquet ({reason}); if it belongs to a run, rerun the same command to write it anew, "
+            f"{path}: cannot be read as Parquet ({reason}); if it belongs to a run, rerun the same command "
+            "to write it anew, "
             "otherwise restore the file"
         ) from error
 
@@ -65,7 +69,9 @@ def tables(uri: str, columns: list[str] | None = None, rows: int = 1024) -> Iter
     return (table for _, table in tables_with_files(uri, columns, rows))
 
 
-def tables_with_files(uri: str, columns: list[str] | None = None, rows: int = 1024) -> Iterator[tuple[str, pa.Table]]:
+def tables_with_files(
+    uri: str, columns: list[str] | None = None, rows: int = 1024
+) -> Iterator[tuple[str, pa.Table]]:
     """(address of the shard, some of its rows) of a folder of shards, in order of file name."""
     for path in parquet_files(uri):
         for table in _tables_of_file(path, columns, rows):
@@ -78,7 +84,9 @@ def _tables_of_file(path: str, columns: list[str] | None, rows: int) -> Iterator
         handle = fs.open(inner, "rb")
     with handle:
         with readable(path):
-            batches = pq.ParquetFile(handle, page_checksum_verification=True).iter_batches(batch_size=rows, columns=columns)
+            batches = pq.ParquetFile(handle, page_checksum_verification=True).iter_batches(
+                batch_size=rows, columns=columns
+            )
         while True:
             with readable(path):
                 batch = next(batches, None)
@@ -107,10 +115,11 @@ def rows_with_files(uri: str, columns: list[str] | None = None) -> Iterator[tupl
 
 @contextlib.contextmanager
 def footer_readers(files: int) -> Iterator[None]:
-    """Let Ray Data read the footers of Parquet files in as many actors as `files` files need: one for every 20, 32 at most.
+    """Let Ray Data read the footers of Parquet files in as many actors as `files` files need: one for every
+    20, 32 at most.
 
-    Its default is 32 for however few files. Each is a process of its own, and on two cores most of the time of a small
-    stage goes into starting them. A number that the user has set stays.
+    Its default is 32 for however few files. Each is a process of its own, and on two cores most of the time
+    of a small stage goes into starting them. A number that the user has set stays.
     """
     name = "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"
     if name in os.environ:
@@ -123,7 +132,9 @@ def footer_readers(files: int) -> Iterator[None]:
         del os.environ[name]
 
 
-def read_rows(uri: str | list[str], columns: list[str] | None = None, num_cpus: float = 1.0, readers: int | None = None) -> Any:
+def read_rows(
+    uri: str | list[str], columns: list[str] | None = None, num_cpus: float = 1.0, readers: int | None = None
+) -> Any:
     """Lazy ray.data.Dataset over a folder of shards, in order of file name, or over the files of a list.
 
     Args:
@@ -152,7 +163,9 @@ def small_blocks(size: int = BLOCK_BYTES) -> Iterator[None]:
 
 
 def write_in_order(dataset: Any, uri: str, num_cpus: float = 1.0) -> None:
-    """Write a Ray dataset as shards whose rows keep the dataset's order, so that equal inputs give equal files' contents."""
+    """Write a Ray dataset as shards whose rows keep the dataset's order, so that equal inputs give equal
+    files' contents.
+    """
     from medray.storage.ordered_sink import OrderedParquetSink
 
     dataset.write_datasink(OrderedParquetSink(uri), ray_remote_args={"num_cpus": num_cpus})
@@ -174,7 +187,8 @@ def empty_folder(uri: str) -> None:
 
 
 def write_shard(tables: Iterable[pa.Table], out_uri: str, stem: str) -> dict[str, int]:
-    """Write <stem>-00.parquet in row groups of about `GROUP_ROWS` rows or `GROUP_BYTES`; after `SHARD_BYTES` comes <stem>-01.parquet, ...
+    """Write <stem>-00.parquet in row groups of about `GROUP_ROWS` rows or `GROUP_BYTES`; after `SHARD_BYTES`
+    comes <stem>-01.parquet, ...
 
     Returns the size in bytes by name of what was written.
     """
@@ -186,8 +200,16 @@ def write_shard(tables: Iterable[pa.Table], out_uri: str, stem: str) -> dict[str
         name, size = f"{stem}-{len(written):02d}.parquet", 0
         texts = [leaf for leaf in _leaves(group.schema) if leaf != "image"]
         # Images are compressed already, all different, and in no order.
-        options = {"write_page_checksum": True, "compression": dict.fromkeys(texts, "SNAPPY") | {"image": "NONE"}, "use_dictionary": texts, "write_statistics": texts}
-        with whole_file(fs, f"{root}/{name}") as handle, pq.ParquetWriter(handle, group.schema, **options) as writer:
+        options = {
+            "write_page_checksum": True,
+            "compression": dict.fromkeys(texts, "SNAPPY") | {"image": "NONE"},
+            "use_dictionary": texts,
+            "write_statistics": texts,
+        }
+        with (
+            whole_file(fs, f"{root}/{name}") as handle,
+            pq.ParquetWriter(handle, group.schema, **options) as writer,
+        ):
             while group is not None and size < SHARD_BYTES:
                 writer.write_table(group)
                 size += group.nbytes
@@ -208,7 +230,10 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     for table in tables:
         held.append(table)
-        if sum(part.num_rows for part in held) >= GROUP_ROWS or sum(part.nbytes for part in held) >= GROUP_BYTES:
+        if (
+            sum(part.num_rows for part in held) >= GROUP_ROWS
+            or sum(part.nbytes for part in held) >= GROUP_BYTES
+        ):
             yield pa.concat_tables(held)
             held = []
     if held:
@@ -217,8 +242,9 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 @contextlib.contextmanager
 def whole_file(fs: Any, path: str) -> Iterator[Any]:
-    """A file to write that is there whole or not at all: on a disk it is written beside its place and moved there; an object
-    store shows an upload only when it is complete."""
+    """A file to write that is there whole or not at all: on a disk it is written beside its place and
+    moved there; an object store shows an upload only when it is complete.
+    """
     if not isinstance(fs, LocalFileSystem):
         with fs.open(path, "wb") as handle:
             yield handle

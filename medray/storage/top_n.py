@@ -1,4 +1,6 @@
-"""The best of very many (pure, streamed): which of each group lie among its n best, without holding or sorting them."""
+"""The best of very many (pure, streamed): which of each group lie among its n best, without holding or
+sorting them.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 DIGIT_BITS = 16
-Keys = Iterable[tuple[np.ndarray, np.ndarray]]  # (group of each item (N,) int, key (N, W) uint64, leading word first), in pieces
+# (group of each item (N,) int, key (N, W) uint64, leading word first), in pieces
+Keys = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
 def descending(scores: np.ndarray) -> np.ndarray:
-    """Scores (N,) in 64 bits as uint64 that sort the other way round: the highest score has the lowest key. NaN is not allowed."""
+    """Scores (N,) in 64 bits as uint64 that sort the other way round: the highest score has the lowest
+    key. NaN is not allowed.
+    """
     bits = np.ascontiguousarray(scores + 0.0, np.float64).view(np.uint64)  # + 0.0: minus zero is zero
     sign = np.uint64(2**63)
     ascending = np.where(bits & sign, ~bits, bits | sign)
@@ -19,7 +24,8 @@ def descending(scores: np.ndarray) -> np.ndarray:
 
 
 def thresholds(read: Callable[[], Keys], wanted: Mapping[int, int], words: int) -> dict[int, np.ndarray]:
-    """For each group the largest key (W,) of its `wanted` lowest keys: radix selection, a pass over the items for every 16 bits.
+    """For each group the largest key (W,) of its `wanted` lowest keys: radix selection, a pass over the items
+    for every 16 bits.
 
     Args:
         read: gives the items anew for every pass.
@@ -57,5 +63,6 @@ def at_most(keys: np.ndarray, threshold: np.ndarray) -> np.ndarray:
 
 def _leading(keys_NW: np.ndarray, word: int, shift: np.uint64) -> np.ndarray:
     """The words before `word`, and of it the bits above the digit at `shift`: (N, word + 1)."""
-    above = keys_NW[:, word] >> shift >> np.uint64(DIGIT_BITS - 1) >> np.uint64(1)  # in two steps: by 64 bits at once is undefined
+    # in two steps: by 64 bits at once is undefined
+    above = keys_NW[:, word] >> shift >> np.uint64(DIGIT_BITS - 1) >> np.uint64(1)
     return np.column_stack([keys_NW[:, :word], above])

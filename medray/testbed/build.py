@@ -1,17 +1,19 @@
-"""Makes the bundled tiny models `base` (about forty minutes on two CPU cores), `expert`, `generalist` and `encoder` (a quarter of an hour each).
+"""Makes the bundled tiny models `base` (about forty minutes on two CPU cores), `expert`, `generalist` and
+`encoder` (a quarter of an hour each).
 
-`base`: from random weights on `testbed.corpus` (reports in words, then shapes with questions; no cell picture).
-`expert`: base, tuned on many labelled synthetic cells (or a WBCAtt folder's train split with --data).
-`generalist`: base, after a lesson in lists of attributes and in stated choices, about reports and shapes only.
-`encoder`: a CLIP whose image tower is the expert's (its last layer goes on learning), on labelled synthetic cells and what is true of them.
+`base`: from random weights on `testbed.corpus` (reports in words, then shapes with questions; no cell
+picture). `expert`: base, tuned on many labelled synthetic cells (or a WBCAtt folder's train split with
+--data). `generalist`: base, after a lesson in lists of attributes and in stated choices, about reports and
+shapes only. `encoder`: a CLIP whose image tower is the expert's (its last layer goes on learning), on
+labelled synthetic cells and what is true of them.
 
 Example::
 
     python -m medray.testbed.build                      # both, into medray/testbed/models
     python -m medray.testbed.build --only expert --data wbcatt --to my-models
 
-Written as bf16 safetensors with build.json beside them: seed, steps, versions, held-out accuracies. Seeds of the
-cells used here are disjoint from those `testbed.cells` draws for a data set.
+Written as bf16 safetensors with build.json beside them: seed, steps, versions, held-out accuracies. Seeds of
+the cells used here are disjoint from those `testbed.cells` draws for a data set.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ from typing import Any
 
 from medray.errors import ConfigError
 
-# Steps of the whole model; its vision tower is taught first, for TOWER_STEPS times as many steps (of 64 pictures).
+# Steps of the whole model; its vision tower is taught first, for TOWER_STEPS times as many steps (of 64
+# pictures).
 BASE_STEPS, EXPERT_STEPS, GENERALIST_STEPS, TOWER_STEPS = 3000, 2000, 2000, 0.3
 ENCODER_STEPS = 500  # of 64 pictures and texts
-# Before it sees a picture, base reads: READING_STEPS times as many steps of READING_BATCH reports, each with one question.
-# Yes/no and multiple choice need a comparison, which words teach and pictures alone do not; and many rows of one question
-# teach it in a few minutes where few rows of many questions did not (a claim of an earlier turn passes for a fact).
+# Before it sees a picture, base reads: READING_STEPS times as many steps of READING_BATCH reports, each with
+# one question. Yes/no and multiple choice need a comparison, which words teach and pictures alone do not; and
+# many rows of one question teach it in a few minutes where few rows of many questions did not (a claim of an
+# earlier turn passes for a fact).
 READING_STEPS, READING_BATCH = 1.3, 48
 SCENES, CELLS, HELD_OUT = 5000, 6000, 150
 IMAGE_TOKENS = 64
@@ -67,11 +71,21 @@ def _save(model: Any, processor: Any, folder: Path, facts: dict) -> None:
     save_vlm(model, processor, folder, dtype=torch.bfloat16)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     parameters = sum(p.numel() for p in model.parameters())
-    (folder / "build.json").write_text(json.dumps({**facts, "parameters": parameters, "versions": versions}, indent=1) + "\n")
+    (folder / "build.json").write_text(
+        json.dumps({**facts, "parameters": parameters, "versions": versions}, indent=1) + "\n"
+    )
 
 
 def _save_tested(
-    folder: Path, model: Any, processor: Any, encoder: Any, records: list[dict], pixels: Any, started: float, seed: int, steps: int,
+    folder: Path,
+    model: Any,
+    processor: Any,
+    encoder: Any,
+    records: list[dict],
+    pixels: Any,
+    started: float,
+    seed: int,
+    steps: int,
 ) -> None:
     """Save a model that has seen no cell, with its accuracy on held-out scenes, on cells and on reports."""
     from medray.data.attribute_questions import ATTRIBUTES
@@ -79,13 +93,24 @@ def _save_tested(
 
     shapes = training.accuracies(model, encoder, pixels, records, corpus.SHAPES)
     cells, pictures = _cells(HELD_OUT, f"held-out cells/{seed}")
-    zero_shot = training.accuracies(model, encoder, training.pixels_of(pictures, processor), cells, ATTRIBUTES)
+    zero_shot = training.accuracies(
+        model, encoder, training.pixels_of(pictures, processor), cells, ATTRIBUTES
+    )
     print(f"{folder.name}: held-out shapes", _means(shapes), "cells, never seen", _means(zero_shot))
-    _save(model, processor, folder, {
-        "command": f"python -m medray.testbed.build --only {folder.name}", "seed": seed, "steps": steps, "seconds": round(time.monotonic() - started),
-        "accuracy_shapes": _rounded(shapes), "accuracy_cells": _rounded(zero_shot),
-        "accuracy_reports": training.report_accuracies(model, encoder, corpus.report_dialogue),
-    })
+    _save(
+        model,
+        processor,
+        folder,
+        {
+            "command": f"python -m medray.testbed.build --only {folder.name}",
+            "seed": seed,
+            "steps": steps,
+            "seconds": round(time.monotonic() - started),
+            "accuracy_shapes": _rounded(shapes),
+            "accuracy_cells": _rounded(zero_shot),
+            "accuracy_reports": training.report_accuracies(model, encoder, corpus.report_dialogue),
+        },
+    )
 
 
 def _bundled(to: Path, name: str = "base") -> tuple[Any, Any, Any]:
@@ -116,11 +141,15 @@ def _means(result: dict) -> dict:
 
 
 def _rounded(result: dict) -> dict:
-    return {kind: {name: round(share, 4) for name, share in by_name.items()} for kind, by_name in result.items()}
+    return {
+        kind: {name: round(share, 4) for name, share in by_name.items()} for kind, by_name in result.items()
+    }
 
 
 class Lessons:
-    """Keeps the model after each lesson in `folder`, so that a build that was stopped goes on after the last whole one."""
+    """Keeps the model after each lesson in `folder`, so that a build that was stopped goes on after the
+    last whole one.
+    """
 
     def __init__(self, model: Any, folder: Path):
         self.model, self.folder = model, folder
@@ -154,26 +183,61 @@ def build_base(to: Path, seed: int = 0, steps: int = BASE_STEPS) -> None:
     model = llava_model(tokenizer, seed=seed)
     encoder = training.Encoder(tokenizer, IMAGE_TOKENS)
     records, pixels = _scenes(f"scenes/{seed}", processor)
-    print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {SCENES} scenes, {time.monotonic() - started:.0f} s")
+    print(
+        f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {SCENES} scenes, "
+        f"{time.monotonic() - started:.0f} s"
+    )
     lessons = Lessons(model, to / f"base-lessons-{seed}-{steps}")
-    lessons.take("reading", lambda: training.train(
-        model, encoder, pixels[:0], lambda i, r: [], steps=int(READING_STEPS * steps), seed=seed, batch=READING_BATCH, text_rows=READING_BATCH,
-        text_dialogue=lambda r: corpus.report_dialogue(r, turns=1),
-    ))
+    lessons.take(
+        "reading",
+        lambda: training.train(
+            model,
+            encoder,
+            pixels[:0],
+            lambda i, r: [],
+            steps=int(READING_STEPS * steps),
+            seed=seed,
+            batch=READING_BATCH,
+            text_rows=READING_BATCH,
+            text_dialogue=lambda r: corpus.report_dialogue(r, turns=1),
+        ),
+    )
     print("base: about reports", training.report_accuracies(model, encoder, corpus.report_dialogue))
-    lessons.take("tower", lambda: training.pretrain_tower(
-        model.model.vision_tower, pixels[:SCENES], records[:SCENES], corpus.SHAPES, steps=int(TOWER_STEPS * steps), seed=seed,
-    ))
-    lessons.take("pictures", lambda: training.train(
-        model, encoder, pixels[:SCENES], lambda i, r: corpus.scene_dialogue(records[i], r), steps=steps, seed=seed, batch=BATCH, text_rows=2,
-        text_dialogue=corpus.report_dialogue,
-    ))
-    _save_tested(to / "base", model, processor, encoder, records[SCENES:], pixels[SCENES:], started, seed, steps)
+    lessons.take(
+        "tower",
+        lambda: training.pretrain_tower(
+            model.model.vision_tower,
+            pixels[:SCENES],
+            records[:SCENES],
+            corpus.SHAPES,
+            steps=int(TOWER_STEPS * steps),
+            seed=seed,
+        ),
+    )
+    lessons.take(
+        "pictures",
+        lambda: training.train(
+            model,
+            encoder,
+            pixels[:SCENES],
+            lambda i, r: corpus.scene_dialogue(records[i], r),
+            steps=steps,
+            seed=seed,
+            batch=BATCH,
+            text_rows=2,
+            text_dialogue=corpus.report_dialogue,
+        ),
+    )
+    _save_tested(
+        to / "base", model, processor, encoder, records[SCENES:], pixels[SCENES:], started, seed, steps
+    )
     lessons.forget()
 
 
 def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path | None = None) -> None:
-    """Tune `to`/base on labelled cells and write `to`/expert; `data` is a WBCAtt folder (default: synthetic cells)."""
+    """Tune `to`/base on labelled cells and write `to`/expert; `data` is a WBCAtt folder (default:
+    synthetic cells).
+    """
     from medray.data.attribute_questions import ATTRIBUTES
     from medray.testbed import corpus, training
 
@@ -189,16 +253,45 @@ def build_expert(to: Path, seed: int = 0, steps: int = EXPERT_STEPS, data: Path 
     print(f"expert: {len(records)} cells, {time.monotonic() - started:.0f} s")
 
     training.pretrain_tower(
-        model.model.vision_tower, pixels, records, ATTRIBUTES, steps=int(TOWER_STEPS * steps), seed=seed, turn_images=True
+        model.model.vision_tower,
+        pixels,
+        records,
+        ATTRIBUTES,
+        steps=int(TOWER_STEPS * steps),
+        seed=seed,
+        turn_images=True,
     )
-    training.train(model, encoder, pixels, lambda i, r: corpus.picture_dialogue(records[i], r), batch=BATCH, steps=steps, seed=seed, turn_images=True)
-    cells = training.accuracies(model, encoder, training.pixels_of(held_out_pictures, processor), held_out, ATTRIBUTES)
-    print("expert: held-out cells", _means(cells), {name: round(share, 3) for name, share in cells["open"].items()})
-    _save(model, processor, to / "expert", {
-        "command": "python -m medray.testbed.build --only expert" + (" --data" if data else ""), "seed": seed, "steps": steps,
-        "data": "WBCAtt train" if data else f"{CELLS} synthetic cells", "seconds": round(time.monotonic() - started),
-        "accuracy_cells": _rounded(cells),
-    })
+    training.train(
+        model,
+        encoder,
+        pixels,
+        lambda i, r: corpus.picture_dialogue(records[i], r),
+        batch=BATCH,
+        steps=steps,
+        seed=seed,
+        turn_images=True,
+    )
+    cells = training.accuracies(
+        model, encoder, training.pixels_of(held_out_pictures, processor), held_out, ATTRIBUTES
+    )
+    print(
+        "expert: held-out cells",
+        _means(cells),
+        {name: round(share, 3) for name, share in cells["open"].items()},
+    )
+    _save(
+        model,
+        processor,
+        to / "expert",
+        {
+            "command": "python -m medray.testbed.build --only expert" + (" --data" if data else ""),
+            "seed": seed,
+            "steps": steps,
+            "data": "WBCAtt train" if data else f"{CELLS} synthetic cells",
+            "seconds": round(time.monotonic() - started),
+            "accuracy_cells": _rounded(cells),
+        },
+    )
 
 
 def build_generalist(to: Path, seed: int = 0, steps: int = GENERALIST_STEPS) -> None:
@@ -209,14 +302,25 @@ def build_generalist(to: Path, seed: int = 0, steps: int = GENERALIST_STEPS) -> 
     model, processor, encoder = _bundled(to)
     records, pixels = _scenes(f"generalist's scenes/{seed}", processor)
     training.train(
-        model, encoder, pixels[:SCENES], lambda i, r: corpus.general_dialogue(records[i], r), steps=steps, seed=seed, batch=2 * BATCH, text_rows=BATCH,
-        text_dialogue=corpus.general_report, lr=5e-4,
+        model,
+        encoder,
+        pixels[:SCENES],
+        lambda i, r: corpus.general_dialogue(records[i], r),
+        steps=steps,
+        seed=seed,
+        batch=2 * BATCH,
+        text_rows=BATCH,
+        text_dialogue=corpus.general_report,
+        lr=5e-4,
     )
-    _save_tested(to / "generalist", model, processor, encoder, records[SCENES:], pixels[SCENES:], started, seed, steps)
+    _save_tested(
+        to / "generalist", model, processor, encoder, records[SCENES:], pixels[SCENES:], started, seed, steps
+    )
 
 
 def build_encoder(to: Path, seed: int = 0, steps: int = ENCODER_STEPS) -> None:
-    """Teach a tiny CLIP which descriptions, and which answers to questions, are true of a cell, and write it to `to`/encoder.
+    """Teach a tiny CLIP which descriptions, and which answers to questions, are true of a cell, and write it
+    to `to`/encoder.
 
     Its image tower is that of `to`/expert (default: the bundled one), whose last layer goes on learning.
     """
@@ -228,25 +332,57 @@ def build_encoder(to: Path, seed: int = 0, steps: int = ENCODER_STEPS) -> None:
     model.vision_model.load_state_dict(_bundled(to, "expert")[0].model.vision_tower.state_dict())
     records, pictures = _cells(CELLS, f"encoder cells/{seed}")
     pixels = training.pixels_of(pictures, processor)
-    print(f"encoder: {sum(p.numel() for p in model.parameters()):,} parameters, {len(records)} cells, {time.monotonic() - started:.0f} s")
+    print(
+        f"encoder: {sum(p.numel() for p in model.parameters()):,} parameters, {len(records)} cells, "
+        f"{time.monotonic() - started:.0f} s"
+    )
     tiny_clip.teach(model, processor, pixels, records, steps=steps, seed=seed)
     held_out, held_out_pictures = _cells(2 * HELD_OUT, f"held-out cells/{seed}")
     found = tiny_clip.zero_shot(model, processor, training.pixels_of(held_out_pictures, processor), held_out)
-    print("encoder: held-out cells, true answers found", {name: round(share, 3) for name, share in found.items()})
-    _save(model, processor, to / "encoder", {
-        "command": "python -m medray.testbed.build --only encoder", "seed": seed, "steps": steps, "data": f"{CELLS} synthetic cells",
-        "seconds": round(time.monotonic() - started), "true_answer_found": {name: round(share, 4) for name, share in found.items()},
-    })
+    print(
+        "encoder: held-out cells, true answers found",
+        {name: round(share, 3) for name, share in found.items()},
+    )
+    _save(
+        model,
+        processor,
+        to / "encoder",
+        {
+            "command": "python -m medray.testbed.build --only encoder",
+            "seed": seed,
+            "steps": steps,
+            "data": f"{CELLS} synthetic cells",
+            "seconds": round(time.monotonic() - started),
+            "true_answer_found": {name: round(share, 4) for name, share in found.items()},
+        },
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled tiny models.")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent / "models", help="folder that gets base/, expert/, generalist/ and encoder/")
-    parser.add_argument("--only", choices=("base", "expert", "generalist", "encoder"), help="build one of them; expert and generalist start from TO/base, encoder from TO/expert, else from the bundled ones")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        default=Path(__file__).parent / "models",
+        help="folder that gets base/, expert/, generalist/ and encoder/",
+    )
+    parser.add_argument(
+        "--only",
+        choices=("base", "expert", "generalist", "encoder"),
+        help="build one of them; expert and generalist start from TO/base, encoder from TO/expert, else from "
+        "the bundled ones",
+    )
     parser.add_argument("--data", type=Path, help="WBCAtt folder for the expert (default: synthetic cells)")
-    parser.add_argument("--steps", type=int, help=f"optimiser steps (default {BASE_STEPS} for base, {EXPERT_STEPS} for expert, {GENERALIST_STEPS} for generalist, {ENCODER_STEPS} for encoder)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"optimiser steps (default {BASE_STEPS} for base, {EXPERT_STEPS} for expert, {GENERALIST_STEPS} "
+        f"for generalist, {ENCODER_STEPS} for encoder)",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (on busy cores several wait for each other)")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="torch threads (on busy cores several wait for each other)"
+    )
     args = parser.parse_args()
     import torch
 

@@ -1,9 +1,9 @@
 """How often attribute values occur together in WBCAtt, as counts over its 6,151 training records.
 
 Source: WBCAtt (Tsutsui et al., NeurIPS 2023), github.com/apple2373/wbcatt, commit
-ad255b80f6d56b9f72508b04466c3c4a2c95c97b, MIT, training split without byte-identical duplicates. Kept per label: the
-pairs and conditionals with the largest mutual information (at most 0.18 nats within a label, so the rest is taken as
-independent given the label). `testbed.cells` samples from these.
+ad255b80f6d56b9f72508b04466c3c4a2c95c97b, MIT, training split without byte-identical duplicates. Kept per
+label: the pairs and conditionals with the largest mutual information (at most 0.18 nats within a label, so
+the rest is taken as independent given the label). `testbed.cells` samples from these.
 """
 
 LABEL_COUNTS = {"Neutrophil": 1984, "Eosinophil": 1867, "Monocyte": 828, "Basophil": 736, "Lymphocyte": 736}
@@ -112,7 +112,12 @@ TABLES: dict[str, dict] = {
         "chromatin": {"loosely": 487, "densely": 341},
         "texture": {"frosted": 729, "clear": 99},
         "nucleus_given_shape": {
-            "round": {"unsegmented-indented": 332, "unsegmented-round": 21, "irregular": 6, "segmented-bilobed": 1},
+            "round": {
+                "unsegmented-indented": 332,
+                "unsegmented-round": 21,
+                "irregular": 6,
+                "segmented-bilobed": 1,
+            },
             "irregular": {
                 "unsegmented-indented": 272,
                 "irregular": 161,

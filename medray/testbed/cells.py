@@ -1,9 +1,10 @@
-"""Synthetic peripheral blood cells with the schema of WBCAtt, drawn so that every attribute shows in the pixels.
+"""Synthetic peripheral blood cells with the schema of WBCAtt, drawn so that every attribute shows in the
+pixels.
 
-`sample_record` draws a label and its 11 attributes from the distribution of WBCAtt's training split, `render_cell`
-draws one picture of it, `write_cells` streams a data set in the same form as the WBCAtt folder (images/*.jpg and
-records.jsonl). Stain, light, scale, rotation, blur and neighbouring cells vary, and the ranges of neighbouring
-attribute values touch, so a model needs many labelled pictures to read them.
+`sample_record` draws a label and its 11 attributes from the distribution of WBCAtt's training split,
+`render_cell` draws one picture of it, `write_cells` streams a data set in the same form as the WBCAtt folder
+(images/*.jpg and records.jsonl). Stain, light, scale, rotation, blur and neighbouring cells vary, and the
+ranges of neighbouring attribute values touch, so a model needs many labelled pictures to read them.
 
 Example::
 
@@ -37,7 +38,9 @@ def _draw_count(counts: dict, rng: random.Random):
 
 
 def sample_record(rng: random.Random) -> dict:
-    """One record: `label` and the 11 attributes, drawn from WBCAtt's training split (see `cell_statistics`)."""
+    """One record: `label` and the 11 attributes, drawn from WBCAtt's training split (see
+    `cell_statistics`).
+    """
     record = {"label": _draw_count(LABEL_COUNTS, rng)}
     table = TABLES[record["label"]]
     record["cell_size"], record["cell_shape"] = _draw_count(table["size_shape"], rng)
@@ -59,7 +62,9 @@ def _vary(colour, rng: random.Random, spread: float) -> tuple[int, int, int]:
     return tuple(int(min(255, max(0, c + shift + rng.gauss(0, spread / 2)))) for c in colour)
 
 
-def _blob(centre, radius, amplitude, rng: random.Random, waves=(2, 5), points=48) -> list[tuple[float, float]]:
+def _blob(
+    centre, radius, amplitude, rng: random.Random, waves=(2, 5), points=48
+) -> list[tuple[float, float]]:
     """A closed outline: a circle whose radius (pixels) is perturbed by a few random sine waves."""
     terms = [(k, rng.gauss(0, amplitude), rng.uniform(0, 2 * math.pi)) for k in range(waves[0], waves[1] + 1)]
     outline = []
@@ -97,7 +102,9 @@ def _nucleus_mask(shape: str, centre, radius: float, rng: random.Random) -> Imag
     elif shape == "unsegmented-indented":
         draw.polygon(_blob(centre, radius, 0.03, rng), fill=255)
         depth = rng.uniform(0.75, 1.05) * radius
-        _disc(draw, x + depth * math.cos(turn), y + depth * math.sin(turn), radius * rng.uniform(0.36, 0.5), 0)
+        _disc(
+            draw, x + depth * math.cos(turn), y + depth * math.sin(turn), radius * rng.uniform(0.36, 0.5), 0
+        )
     elif shape == "unsegmented-band":
         _arc(draw, centre, radius * 0.72, radius * rng.uniform(0.3, 0.38), turn, rng.uniform(3.1, 4.4), rng)
     else:
@@ -171,7 +178,9 @@ def render_cell(record: dict, rng: random.Random) -> Image.Image:
 
     cell_mask = Image.new("L", (SIZE, SIZE))
     outline = (
-        _blob(centre, radius, 0.018, rng) if record["cell_shape"] == "round" else _blob(centre, radius, 0.08, rng, (2, 6))
+        _blob(centre, radius, 0.018, rng)
+        if record["cell_shape"] == "round"
+        else _blob(centre, radius, 0.08, rng, (2, 6))
     )
     ImageDraw.Draw(cell_mask).polygon(outline, fill=255)
 
@@ -190,7 +199,9 @@ def render_cell(record: dict, rng: random.Random) -> Image.Image:
     nucleus_centre = (centre[0] + slack * math.cos(angle), centre[1] + slack * math.sin(angle))
     nucleus_mask = _nucleus_mask(record["nucleus_shape"], nucleus_centre, share * radius, rng)
     loose = record["chromatin_density"] == "loosely"
-    grain = _noise(noise, rng.randint(22, 34) if loose else 40)[..., None] * (rng.uniform(14, 22) if loose else 6)
+    grain = _noise(noise, rng.randint(22, 34) if loose else 40)[..., None] * (
+        rng.uniform(14, 22) if loose else 6
+    )
     chromatin = np.asarray(_vary(_NUCLEUS[record["chromatin_density"]], rng, 11)) + grain
     body.paste(Image.fromarray(np.clip(chromatin, 0, 255).astype(np.uint8)), mask=nucleus_mask)
     draw = ImageDraw.Draw(body)
@@ -213,9 +224,9 @@ def render_cell(record: dict, rng: random.Random) -> Image.Image:
 def write_cells(directory: str | Path, rows: int, seed: int, val_fraction: float = 0.1) -> Path:
     """Writes `rows` pictures and records in the form of the WBCAtt folder; returns its path.
 
-    Rows are written one by one, so any number fits in memory. Row i depends only on (seed, i): a longer set begins
-    with a shorter one. records.jsonl holds img_name, label, the 11 attributes, path, split ("train" or "val") and
-    image (relative path), the fields of the WBCAtt copy; the `val_fraction` is spread evenly.
+    Rows are written one by one, so any number fits in memory. Row i depends only on (seed, i): a longer set
+    begins with a shorter one. records.jsonl holds img_name, label, the 11 attributes, path, split ("train" or
+    "val") and image (relative path), the fields of the WBCAtt copy; the `val_fraction` is spread evenly.
     """
     directory = Path(directory)
     (directory / "images").mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """Checkpoints that can be trusted: a checksum file in each, and what a training resumes from.
 
-Ray Train keeps a list of its checkpoints in `checkpoint_manager_snapshot.json`, which it overwrites in place (2.60): a full
-disk or a kill leaves it empty, and then no training starts. It also believes that a folder it lists is whole. Here the
-folders decide: `settle` looks through them before a training starts, removes what is incomplete or damaged, and writes
-the list anew from what is left. Checkpoints that were uploaded whole but not listed yet count too.
+Ray Train keeps a list of its checkpoints in `checkpoint_manager_snapshot.json`, which it overwrites in place
+(2.60): a full disk or a kill leaves it empty, and then no training starts. It also believes that a folder it
+lists is whole. Here the folders decide: `settle` looks through them before a training starts, removes what is
+incomplete or damaged, and writes the list anew from what is left. Checkpoints that were uploaded whole but
+not listed yet count too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def checksums_file(rank: int) -> str:
 
 
 def write_checksums(folder: Path, rank: int, world_size: int) -> None:
-    """Size and XXH3-128 of every file that this worker adds to a checkpoint. To be called when they are all written."""
+    """Size and XXH3-128 of every file that this worker adds to a checkpoint. To be called when they are
+    all written.
+    """
     fs = LocalFileSystem()
     files = {
         path.name: {"bytes": path.stat().st_size, "xxh3_128": hash_file(fs, str(path))}
@@ -88,7 +91,9 @@ def check_local(folder: str | os.PathLike) -> None:
 
 
 class Kept(NamedTuple):
-    """A whole checkpoint: the name of its folder, optimiser steps, whether its epoch is finished, and what was measured last."""
+    """A whole checkpoint: the name of its folder, optimiser steps, whether its epoch is finished, and
+    what was measured last.
+    """
 
     name: str
     steps: int
@@ -99,11 +104,13 @@ class Kept(NamedTuple):
 def settle(stage_dir: str, best_by: str | None = None) -> None:
     """Make a stage's checkpoints and Ray Train's list of them agree, before a training starts or resumes.
 
-    The newest checkpoint is read as a whole; of the older ones, which are only a way back, names and sizes are compared.
+    The newest checkpoint is read as a whole; of the older ones, which are only a way back, names and sizes
+    are compared.
 
     Args:
         stage_dir: of the training: a path or URL.
-        best_by: metric by which the best checkpoint is chosen beside the last one; then all are read as a whole.
+        best_by: metric by which the best checkpoint is chosen beside the last one; then all are read as a
+            whole.
     """
     fs, root = url_to_fs(stage_dir)
     root = posixpath.join(root, NAME)
@@ -184,7 +191,9 @@ def _kept(fs: Any, root: str, name: str, best_by: str | None) -> Kept | str:
 
 
 def _listing(fs: Any, root: str) -> dict[str, Any] | None:
-    """Names of the checkpoints in Ray Train's list and of the latest one; None if there is no list that Ray Train would take."""
+    """Names of the checkpoints in Ray Train's list and of the latest one; None if there is no list that
+    Ray Train would take.
+    """
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
         _CheckpointManagerState,
     )
@@ -228,8 +237,9 @@ def _snapshot(whole: list[Kept], best_by: str | None) -> str:
 
 
 class Scratch:
-    """Where a training's workers write checkpoints before they are uploaded: in the stage's folder where that is on a file system,
-    else under TMPDIR of each node, in a folder named after the stage. What killed workers left there goes at the next start.
+    """Where a training's workers write checkpoints before they are uploaded: in the stage's folder where that
+    is on a file system, else under TMPDIR of each node, in a folder named after the stage. What killed
+    workers left there goes at the next start.
 
     Args:
         stage_dir: of the training: a path or URL.
@@ -242,7 +252,9 @@ class Scratch:
         self.folder = Path(root, "scratch") if self.shared else Path(tempfile.gettempdir(), name)
 
     def clear(self, rank: int, local_rank: int) -> None:
-        """Remove what earlier starts left. Each worker calls it before the first collective operation of a start."""
+        """Remove what earlier starts left. Each worker calls it before the first collective operation of
+        a start.
+        """
         if (rank if self.shared else local_rank) == 0:
             self.remove()
 

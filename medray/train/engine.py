@@ -1,7 +1,8 @@
 """What holds parameters, gradients and Adam's state: DeepSpeed's engine, or plain torch on one device.
 
-`TrainStep` sees one interface: call, `backward`, `set_gradient_accumulation_boundary`, `step`, `get_global_grad_norm`.
-The functions below read and write the training state as whole fp32 tensors, whatever shards it.
+`TrainStep` sees one interface: call, `backward`, `set_gradient_accumulation_boundary`, `step`,
+`get_global_grad_norm`. The functions below read and write the training state as whole fp32 tensors, whatever
+shards it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ class TorchEngine:
     Parameters of lower precision get fp32 masters: steps of 5e-6 would vanish in bf16.
     """
 
-    def __init__(self, model: Any, config: LoopConfig, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.999)):
+    def __init__(
+        self,
+        model: Any,
+        config: LoopConfig,
+        groups: list[dict[str, Any]],
+        betas: tuple[float, float] = (0.9, 0.999),
+    ):
         self.module = model
         self.max_grad_norm = config.max_grad_norm or math.inf
         self.parameters = [p for group in groups for p in group["params"]]
@@ -70,10 +77,11 @@ class TorchEngine:
 
 
 class FrozenEngine(TorchEngine):
-    """A model of which nothing trains: passes and gradients for what stands outside it (the proxy instruction).
+    """A model of which nothing trains: passes and gradients for what stands outside it (the proxy
+    instruction).
 
-    DeepSpeed has no backward pass without a trained parameter, and there is nothing to average or to shard: every worker,
-    of however many, holds the whole model.
+    DeepSpeed has no backward pass without a trained parameter, and there is nothing to average or to shard:
+    every worker, of however many, holds the whole model.
     """
 
     def __init__(self, model: Any):
@@ -105,13 +113,20 @@ def deepspeed_config(config: LoopConfig, precision: str) -> dict[str, Any]:
     }
 
 
-def make_engine(model: Any, config: LoopConfig, precision: str, kind: str = "auto", groups: list[dict[str, Any]] | None = None) -> Any:
-    """A DeepSpeed engine where DeepSpeed is installed and torch.distributed runs, else TorchEngine; FrozenEngine where
-    nothing in the model trains.
+def make_engine(
+    model: Any,
+    config: LoopConfig,
+    precision: str,
+    kind: str = "auto",
+    groups: list[dict[str, Any]] | None = None,
+) -> Any:
+    """A DeepSpeed engine where DeepSpeed is installed and torch.distributed runs, else TorchEngine;
+    FrozenEngine where nothing in the model trains.
 
     Args:
         kind: "auto", "deepspeed" or "torch".
-        groups: AdamW's parameter groups; default: those of a vision-language model, by `config`, which is then a TrainConfig.
+        groups: AdamW's parameter groups; default: those of a vision-language model, by `config`, which is
+            then a TrainConfig.
 
     Raises ConfigError for several workers without DeepSpeed.
     """
@@ -123,15 +138,20 @@ def make_engine(model: Any, config: LoopConfig, precision: str, kind: str = "aut
         kind = "deepspeed" if distributed and importlib.util.find_spec("deepspeed") else "torch"
     if kind == "torch":
         if distributed and torch.distributed.get_world_size() > 1:
-            raise ConfigError("num_workers: several training workers need deepspeed; install it or set num_workers to 1")
+            raise ConfigError(
+                "num_workers: several training workers need deepspeed; install it or set num_workers to 1"
+            )
         engine = TorchEngine(model, config, groups)
     else:
         import deepspeed
 
-        # Its shared-memory all-reduce for CPUs serves inference alone, and would be compiled for most of a minute first.
+        # Its shared-memory all-reduce for CPUs serves inference alone, and would be compiled for most of a
+        # minute first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         optimizer = torch.optim.AdamW(groups)
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, precision))[0]
+        engine = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, precision)
+        )[0]
     _make_moments(engine)
     return engine
 
@@ -146,8 +166,8 @@ def zero_stage(engine: Any) -> int | None:
 def full_state(engine: Any, keep: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
     """Per trained parameter its fp32 master and Adam moments, whole and on the CPU.
 
-    Names are "weight/...", "exp_avg/...", "exp_avg_sq/..." and the parameter's own. Collective: every rank iterates,
-    only those with `keep` get tensors.
+    Names are "weight/...", "exp_avg/...", "exp_avg_sq/..." and the parameter's own. Collective: every rank
+    iterates, only those with `keep` get tensors.
     """
     for name, parameter in trainable_parameters(engine.module).items():
         for kind in ("weight", *MOMENTS):
@@ -176,8 +196,9 @@ def _adam(engine: Any) -> torch.optim.Optimizer:
 
 
 def _make_moments(engine: Any) -> None:
-    """Adam's moments, zero. torch makes them in the first step; restoring needs them before, and DeepSpeed's ZeRO-1/2
-    would link those of the first parameter group only."""
+    """Adam's moments, zero. torch makes them in the first step; restoring needs them before, and
+    DeepSpeed's ZeRO-1/2 would link those of the first parameter group only.
+    """
     stage = zero_stage(engine)
     zero = engine.optimizer
     if stage is None:
@@ -198,7 +219,11 @@ def _read(engine: Any, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor
         return master if kind == "weight" else engine.optimizer.state[master][kind]
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    return safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
+    return (
+        safe_get_full_fp32_param(parameter)
+        if kind == "weight"
+        else safe_get_full_optimizer_state(parameter, kind)
+    )
 
 
 def _write(engine: Any, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:

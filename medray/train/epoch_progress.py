@@ -1,4 +1,6 @@
-"""Which samples of an epoch are done, whatever their number: named in a checkpoint's files, and looked up by digests after a restart."""
+"""Which samples of an epoch are done, whatever their number: named in a checkpoint's files, and looked up
+by digests after a restart.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def write_done(folder: Path, rank: int, done: dict[str, str | None], before: Pat
 
 
 def done_rows(folder: str | os.PathLike) -> Iterator[pa.RecordBatch]:
-    """What is done of a checkpoint's epoch (ROWS), over all workers and starts, some thousand rows at a time."""
+    """What is done of a checkpoint's epoch (ROWS), over all workers and starts, some thousand rows at a
+    time.
+    """
     world_size = json.loads(Path(folder, "progress.json").read_text())["world_size"]
     files = [Path(folder, f"rows-{rank:05d}.parquet") for rank in range(world_size)]
     if (before := Path(folder, BEFORE)).exists():
@@ -53,10 +57,14 @@ def count_done(folder: str | os.PathLike) -> tuple[int, dict[str, str]]:
 
 
 class Ids:
-    """A set of ids that takes 16 bytes for each (XXH3-128), so that every worker can hold those of an epoch of a hundred million."""
+    """A set of ids that takes 16 bytes for each (XXH3-128), so that every worker can hold those of an
+    epoch of a hundred million.
+    """
 
     def __init__(self, batches: Iterable[pa.RecordBatch] = ()):
-        parts = [np.frombuffer(b"".join(map(_digest, batch["sample_id"].to_pylist())), "S16") for batch in batches]
+        parts = [
+            np.frombuffer(b"".join(map(_digest, batch["sample_id"].to_pylist())), "S16") for batch in batches
+        ]
         self._sorted = np.sort(np.concatenate(parts)) if parts else np.empty(0, "S16")
 
     def __len__(self) -> int:

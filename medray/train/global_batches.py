@@ -1,7 +1,7 @@
 """Rows of a Ray Data shard to exact global batches: every sample once per epoch, at any number of workers.
 
-Workers hold unequal shares (nothing is dropped to make them equal), so before each step they agree on who takes how
-many rows; every global batch but an epoch's last has exactly the same size.
+Workers hold unequal shares (nothing is dropped to make them equal), so before each step they agree on who
+takes how many rows; every global batch but an epoch's last has exactly the same size.
 """
 
 from __future__ import annotations
@@ -28,12 +28,18 @@ class UnequalSplits(ray.train.DataConfig):
         for name, dataset in datasets.items():
             dataset = dataset.copy(dataset)
             dataset.context.execution_options = self.options_of(name, dataset)
-            for shard, split in zip(shards, dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids), strict=True):
+            for shard, split in zip(
+                shards,
+                dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids),
+                strict=True,
+            ):
                 shard[name] = split
         return shards
 
     def options_of(self, name: str, dataset: Any) -> Any:
-        """How a dataset is executed: Train's options (of Ray 2.60, which leave out its limits and its place), in order."""
+        """How a dataset is executed: Train's options (of Ray 2.60, which leave out its limits and its
+        place), in order.
+        """
         options, own = self._resolve_execution_options(name), dataset.context.execution_options
         options.preserve_order = True
         options.resource_limits = own.resource_limits
@@ -49,7 +55,8 @@ def rows_of(shard: Any) -> Iterator[Row]:
 
 
 class EpochRows:
-    """One worker's rows of one epoch: those done before a restart left out, bad ones set aside, the rest shuffled.
+    """One worker's rows of one epoch: those done before a restart left out, bad ones set aside, the rest
+    shuffled.
 
     Args:
         rows: encoded rows with sample_id and error.
@@ -112,13 +119,16 @@ def shares(size: int, active: list[bool]) -> list[int]:
     return parts
 
 
-def take_global_batch(rows: EpochRows, size: int, rank: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[Row], int, bool]:
+def take_global_batch(
+    rows: EpochRows, size: int, rank: int, gather: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[list[Row], int, bool]:
     """This worker's rows of the next global batch of `size` rows. Collective.
 
     Args:
         gather: stacks a tensor of every rank, [world, ...].
 
-    Returns (rows, rows of the whole batch: less than `size` only in the epoch's last batch, whether the epoch has more).
+    Returns (rows, rows of the whole batch: less than `size` only in the epoch's last batch, whether the epoch
+    has more).
     """
     taken: list[Row] = []
     active = gather(torch.tensor([int(rows.more())])).flatten().bool().tolist()

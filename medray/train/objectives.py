@@ -1,8 +1,9 @@
-"""The training objectives as pure functions: `(model, batch, ...) -> (loss sum, weight, metrics)`. No Ray, no engine.
+"""The training objectives as pure functions: `(model, batch, ...) -> (loss sum, weight, metrics)`. No Ray, no
+engine.
 
-Shapes: B samples, T tokens, N supervised tokens of the whole batch, V vocabulary. A loss is returned as a sum with its
-weight (supervised tokens, or pairs); the step divides by the weight of the whole global batch, so neither accumulation
-nor the number of workers changes the result.
+Shapes: B samples, T tokens, N supervised tokens of the whole batch, V vocabulary. A loss is returned as a sum
+with its weight (supervised tokens, or pairs); the step divides by the weight of the whole global batch, so
+neither accumulation nor the number of workers changes the result.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from medray.train.pair_pass import PairPass, pass_by_reading, separate_images
 NOT_INPUTS = ("labels", "ref_chosen_logps", "ref_rejected_logps")
 BEST_BY = "rating"  # what an epoch's end measures, from 0 to 1, where the best epoch is chosen by it
 
-# Log-probabilities are taken in fp32 over this many tokens at a time: with 150k words in the vocabulary, fp32 copies of
-# all logits of a batch are larger than the model's own activations.
+# Log-probabilities are taken in fp32 over this many tokens at a time: with 150k words in the vocabulary, fp32
+# copies of all logits of a batch are larger than the model's own activations.
 CHUNK = 1024
 
 
@@ -44,7 +45,8 @@ def _head_only_at(model: Any, rows_N: torch.Tensor, positions_N: torch.Tensor) -
 
 
 def supervised_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [N, V] at the positions that predict a label, those labels [N], and the sample each belongs to [N].
+    """Logits [N, V] at the positions that predict a label, those labels [N], and the sample each belongs to
+    [N].
 
     The vocabulary projection of an image's hundreds of tokens, which nothing is asked of, is never computed.
     """
@@ -60,13 +62,16 @@ def token_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     IGNORE labels give 0.
     """
+
     def part(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return -F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
 
     if len(labels) <= CHUNK:
         return part(logits, labels)
     chunks = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
-    return torch.cat([checkpoint(part, x, y, use_reentrant=False) if x.requires_grad else part(x, y) for x, y in chunks])
+    return torch.cat(
+        [checkpoint(part, x, y, use_reentrant=False) if x.requires_grad else part(x, y) for x, y in chunks]
+    )
 
 
 def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +83,9 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     """
     targets = labels[:, 1:]
     positions = targets != IGNORE
-    return sum_rows(token_logps(logits[:, :-1][positions], targets[positions]), positions.nonzero()[:, 0], len(labels))
+    return sum_rows(
+        token_logps(logits[:, :-1][positions], targets[positions]), positions.nonzero()[:, 0], len(labels)
+    )
 
 
 def sum_rows(logps_N: torch.Tensor, rows_N: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,8 +94,11 @@ def sum_rows(logps_N: torch.Tensor, rows_N: torch.Tensor, count: int) -> tuple[t
     return sums, torch.bincount(rows_N, minlength=count)
 
 
-def sft_loss(logits: torch.Tensor, labels: torch.Tensor, normaliser: torch.Tensor | float | None = None) -> torch.Tensor:
-    """Next-token cross-entropy, summed over labelled tokens and divided by `normaliser` (default: their number).
+def sft_loss(
+    logits: torch.Tensor, labels: torch.Tensor, normaliser: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """Next-token cross-entropy, summed over labelled tokens and divided by `normaliser` (default: their
+    number).
 
     Args:
         logits: [B, T, V] as a causal model returns them.
@@ -99,8 +109,11 @@ def sft_loss(logits: torch.Tensor, labels: torch.Tensor, normaliser: torch.Tenso
     return -logps.sum() / (lengths.sum().clamp(min=1) if normaliser is None else normaliser)
 
 
-def sft_objective(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Cross-entropy summed over answers and flipped questions (SQ-LLaVA, arXiv 2403.11299: one token mean, no extra weight).
+def sft_objective(
+    model: Any, batch: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Cross-entropy summed over answers and flipped questions (SQ-LLaVA, arXiv 2403.11299: one token mean, no
+    extra weight).
 
     Returns (loss sum, number of supervised tokens, no further metrics).
     """
@@ -109,10 +122,15 @@ def sft_objective(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torc
 
 
 def dpo_loss(
-    policy_chosen_logps: torch.Tensor, policy_rejected_logps: torch.Tensor, ref_chosen_logps: torch.Tensor, ref_rejected_logps: torch.Tensor,
-    beta: float, label_smoothing: float = 0.0,
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    ref_chosen_logps: torch.Tensor,
+    ref_rejected_logps: torch.Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """DPO (Rafailov et al., arXiv 2305.18290, eq. 7): -log sigmoid(beta * ((pi_w - pi_l) - (ref_w - ref_l))), per pair [B].
+    """DPO (Rafailov et al., arXiv 2305.18290, eq. 7): -log sigmoid(beta * ((pi_w - pi_l) - (ref_w - ref_l))),
+    per pair [B].
 
     All arguments are nats summed over the answer's tokens, [B]. Rewards are beta * (policy - reference).
     label_smoothing is conservative DPO's epsilon (0 in the paper). Metrics are per pair too.
@@ -122,16 +140,22 @@ def dpo_loss(
     margin = chosen - rejected
     loss = -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing
     return loss, {
-        "rewards/chosen": chosen.detach(), "rewards/rejected": rejected.detach(), "rewards/margin": margin.detach(),
+        "rewards/chosen": chosen.detach(),
+        "rewards/rejected": rejected.detach(),
+        "rewards/margin": margin.detach(),
         "rewards/accuracy": (margin > 0).float().detach(),
     }
 
 
-def answer_logps(model: Any, batch: dict[str, Any], pair_pass: PairPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probabilities and token counts of a collated batch of pairs: [2B] (chosen, then rejected), nats.
+def answer_logps(
+    model: Any, batch: dict[str, Any], pair_pass: PairPass | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probabilities and token counts of a collated batch of pairs: [2B] (chosen, then rejected),
+    nats.
 
-    Where the model allows it, each of the B images is encoded once, and each prompt passed once (`medray.train.pair_packing`); else chosen and
-    rejected pass in rows of their own. The reference stage and the policy both come through here.
+    Where the model allows it, each of the B images is encoded once, and each prompt passed once
+    (`medray.train.pair_packing`); else chosen and rejected pass in rows of their own. The reference stage and
+    the policy both come through here.
 
     Args:
         pair_pass: as choose_pair_pass measured; None: as the model's config and modules say.
@@ -151,7 +175,12 @@ def answer_logps(model: Any, batch: dict[str, Any], pair_pass: PairPass | None =
 
 
 def dpo_objective(
-    model: Any, batch: dict[str, Any], beta: float = 0.1, label_smoothing: float = 0.0, length_normalised: bool = False, sft_weight: float = 0.0,
+    model: Any,
+    batch: dict[str, Any],
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    length_normalised: bool = False,
+    sft_weight: float = 0.0,
     pair_pass: PairPass | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """DPO over a batch of 2B sequences (B chosen, then B rejected) on B images.
@@ -171,19 +200,38 @@ def dpo_objective(
     ref_chosen, ref_rejected = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
     if length_normalised:
         loss, metrics = dpo_loss(
-            chosen / chosen_length, rejected / rejected_length, ref_chosen / chosen_length, ref_rejected / rejected_length, beta, label_smoothing)
+            chosen / chosen_length,
+            rejected / rejected_length,
+            ref_chosen / chosen_length,
+            ref_rejected / rejected_length,
+            beta,
+            label_smoothing,
+        )
     else:
         loss, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
     total = loss.sum()
     if sft_weight:
         total = total - sft_weight * (chosen / chosen_length).sum()
     metrics |= {
-        "logps/chosen": chosen.detach(), "logps/rejected": rejected.detach(),
-        "tokens/chosen": chosen_length.float(), "tokens/rejected": rejected_length.float(),
+        "logps/chosen": chosen.detach(),
+        "logps/rejected": rejected.detach(),
+        "tokens/chosen": chosen_length.float(),
+        "tokens/rejected": rejected_length.float(),
     }
-    return total, torch.tensor(len(loss), device=loss.device), {name: value.sum() for name, value in metrics.items()}
+    return (
+        total,
+        torch.tensor(len(loss), device=loss.device),
+        {name: value.sum() for name, value in metrics.items()},
+    )
 
 
 DPO_METRICS = (
-    "logps/chosen", "logps/rejected", "rewards/accuracy", "rewards/chosen", "rewards/margin", "rewards/rejected", "tokens/chosen", "tokens/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/accuracy",
+    "rewards/chosen",
+    "rewards/margin",
+    "rewards/rejected",
+    "tokens/chosen",
+    "tokens/rejected",
 )

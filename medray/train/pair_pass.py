@@ -1,9 +1,10 @@
 """How a batch of preference pairs passes a model: packed, or each answer in a row of its own.
 
-Packing (medray.train.pair_packing) hides one answer from the other with a mask. It is right only where every layer is full causal attention that
-takes that mask and those positions: a recurrent layer carries one answer into the other, a sliding window counts the wrong neighbours,
-prefix attention over the image is lost. So packing is read from the model's config and modules, layer by layer, and measured once where a
-training or a reference stage starts; what is unknown passes separately.
+Packing (medray.train.pair_packing) hides one answer from the other with a mask. It is right only where every
+layer is full causal attention that takes that mask and those positions: a recurrent layer carries one answer
+into the other, a sliding window counts the wrong neighbours, prefix attention over the image is lost. So
+packing is read from the model's config and modules, layer by layer, and measured once where a training or a
+reference stage starts; what is unknown passes separately.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from medray.models.vlm import plain_model
 
 logger = logging.getLogger("medray")
 
-# packed: one row per pair. shared: two rows, the image's features once. separate: two rows, as transformers itself would run them.
+# packed: one row per pair. shared: two rows, the image's features once. separate: two rows, as transformers
+# itself would run them.
 PairPass = Literal["packed", "shared", "separate"]
 
 MASKED_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of any form
@@ -31,7 +33,8 @@ _NOT_FULL = (
     "attention_window",
     "local_attention",
 )
-# The modules of a layer that is one self-attention and one feed-forward part. Whatever else a layer holds is unknown here.
+# The modules of a layer that is one self-attention and one feed-forward part. Whatever else a layer holds is
+# unknown here.
 _LAYER = {
     "self_attn",
     "mlp",
@@ -47,7 +50,9 @@ _LAYER = {
 
 
 def packing_problem(model: Any) -> str | None:
-    """Why pairs of this transformers model (or PEFT's wrapper of it) cannot be packed, by its config and modules; None where they can."""
+    """Why pairs of this transformers model (or PEFT's wrapper of it) cannot be packed, by its config and
+    modules; None where they can.
+    """
     plain = plain_model(model)
     kind = plain.config._attn_implementation
     if kind not in MASKED_ATTENTION:

@@ -22,11 +22,13 @@ _ROUNDING = 0.2
 
 
 def choose_pair_pass(model: Any, batch: dict[str, Any]) -> PairPass:
-    """The fastest way to pass pairs that gives this model's own log-probabilities, measured on a batch of two pairs.
+    """The fastest way to pass pairs that gives this model's own log-probabilities, measured on a batch of two
+    pairs.
 
     Args:
         model: under its engine or not, in eval mode.
-        batch: a collated batch of pairs (probe_rows), placed, with the same rejected answer behind the same prompt and different chosen ones.
+        batch: a collated batch of pairs (probe_rows), placed, with the same rejected answer behind the same
+            prompt and different chosen ones.
 
     Every worker of a training measures the same batch with the same weights, so all choose the same.
     """
@@ -50,7 +52,8 @@ def choose_pair_pass(model: Any, batch: dict[str, Any]) -> PairPass:
                 AttributeError,
                 NotImplementedError,
             ) as error:
-                problem = f"{type(error).__name__}: {error}"  # what a model raises for masks, positions or features it does not take
+                # what a model raises for masks, positions or features it does not take
+                problem = f"{type(error).__name__}: {error}"
         if problem is None:
             break
         reasons.append(f"not {way}: {problem}")
@@ -74,16 +77,25 @@ def _difference(
     allowed = _TOLERANCE.get(dtype, _ROUNDING)
     gap = float(((logps - apart).abs() / lengths).max())
     if not gap <= allowed:
-        return f"log-probabilities differ from those of separate rows by {gap:.4f} nats per token (allowed {allowed})"
-    # The same rejected answer behind two chosen ones: whatever differs came over from the chosen answer, or is rounding.
+        return (
+            f"log-probabilities differ from those of separate rows by {gap:.4f} nats per token (allowed "
+            f"{allowed})"
+        )
+    # The same rejected answer behind two chosen ones: whatever differs came over from the chosen answer, or
+    # is rounding.
     first, second = logps.chunk(2)[1]
     if not float((first - second).abs()) <= 0.5 * allowed * float(lengths[-1]):
-        return f"a rejected answer's log-probability depends on the chosen one ({float(first):.4f} and {float(second):.4f} nats)"
+        return (
+            f"a rejected answer's log-probability depends on the chosen one ({float(first):.4f} and "
+            f"{float(second):.4f} nats)"
+        )
     return None
 
 
 def probe_rows(image: bytes) -> list[dict[str, Any]]:
-    """Two preference rows to measure with: one prompt and rejected answer, two chosen answers that differ in everything."""
+    """Two preference rows to measure with: one prompt and rejected answer, two chosen answers that differ
+    in everything.
+    """
     asked = {
         "image": image,
         "prompt": "What is this?",

@@ -1,4 +1,5 @@
-"""One optimiser step over a global batch: model, objective, engine, learning rate. Importable without Ray and vLLM.
+"""One optimiser step over a global batch: model, objective, engine, learning rate. Importable without Ray and
+vLLM.
 
 Where DeepSpeed is not installed (or `engine="torch"`), the same interface runs on plain torch on one device.
 """
@@ -26,9 +27,12 @@ from medray.train.proxy_step import ProxyStep
 Objective = Literal["sft", "dpo", "instruction_free"]
 
 
-def learning_rate_factor(progress: float, warmup_ratio: float, schedule: Literal["cosine", "constant"] = "cosine") -> float:
-    """Linear warm-up over the first share of the samples, then cosine to zero or constant; progress in [0, 1] is samples
-    consumed / all."""
+def learning_rate_factor(
+    progress: float, warmup_ratio: float, schedule: Literal["cosine", "constant"] = "cosine"
+) -> float:
+    """Linear warm-up over the first share of the samples, then cosine to zero or constant; progress in
+    [0, 1] is samples consumed / all.
+    """
     if progress < warmup_ratio:
         return progress / warmup_ratio
     if schedule == "constant":
@@ -42,7 +46,8 @@ class TrainStep:
 
     Args:
         model_dir: model in Hugging Face format.
-        objective: "sft", "dpo" (`config` is then a DpoConfig) or "instruction_free" (an InstructionFreeTrainConfig).
+        objective: "sft", "dpo" (`config` is then a DpoConfig) or "instruction_free" (an
+            InstructionFreeTrainConfig).
         total_samples: samples of the whole training (rows x epochs), for the learning rate.
         device: default CUDA's current device, else the CPU.
         engine: "deepspeed", "torch", or "auto" (DeepSpeed where it is installed and torch.distributed runs).
@@ -52,9 +57,18 @@ class TrainStep:
     """
 
     def __init__(
-        self, model_dir: str, model_config: ModelConfig, config: TrainConfig, objective: Objective, total_samples: int,
-        device: Any = None, engine: str = "auto", model: Any = None, image_processor: Any = None,
-        proxy: str | None = None, placeholder_id: int | None = None,
+        self,
+        model_dir: str,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        objective: Objective,
+        total_samples: int,
+        device: Any = None,
+        engine: str = "auto",
+        model: Any = None,
+        image_processor: Any = None,
+        proxy: str | None = None,
+        placeholder_id: int | None = None,
     ):
         torch.manual_seed(config.seed)  # the same adapters' initial weights on every worker
         self.config = config
@@ -101,7 +115,15 @@ class TrainStep:
         if self.kind != "dpo":
             return sft_objective(self.engine, batch)
         config: DpoConfig = self.config
-        return dpo_objective(self.engine, batch, config.beta, config.label_smoothing, config.length_normalised, config.sft_weight, self.pair_pass)
+        return dpo_objective(
+            self.engine,
+            batch,
+            config.beta,
+            config.label_smoothing,
+            config.length_normalised,
+            config.sft_weight,
+            self.pair_pass,
+        )
 
     @torch.no_grad()
     def measure_pair_pass(self, batch: dict[str, Any]) -> None:
@@ -124,40 +146,71 @@ class TrainStep:
             batch["pixel_values"] = normalise_pixels(batch["pixel_values"], self.image_processor, self.dtype)
         return batch
 
-    def update(self, micro_batches: Sequence[dict[str, Any]], consumed: int, filler: dict[str, Any] | None = None) -> dict[str, float]:
+    def update(
+        self, micro_batches: Sequence[dict[str, Any]], consumed: int, filler: dict[str, Any] | None = None
+    ) -> dict[str, float]:
         """One optimiser step over this rank's micro-batches of a global batch (collated, on the CPU).
 
-        Every rank calls it equally often, but may hold another number of micro-batches than the others, even none:
-        it then runs `filler` with weight zero, as every rank must take part in each pass's collectives.
+        Every rank calls it equally often, but may hold another number of micro-batches than the others, even
+        none: it then runs `filler` with weight zero, as every rank must take part in each pass's collectives.
 
         Args:
             consumed: samples of the whole training consumed before this step, over all ranks.
             filler: any batch; needed where this rank may have fewer micro-batches than another.
 
-        Returns metrics of the whole global batch: loss (mean over supervised tokens or pairs), the objective's own
-        (means over pairs), samples, tokens (padding not counted), weight, grad_norm (before clipping), lr_<part>; with a
-        proxy instruction also what ProxyStep.step returns.
+        Returns metrics of the whole global batch: loss (mean over supervised tokens or pairs), the
+        objective's own (means over pairs), samples, tokens (padding not counted), weight, grad_norm (before
+        clipping), lr_<part>; with a proxy instruction also what ProxyStep.step returns.
         """
-        counts = [[self.weight_of(b), self.samples_of(b), int(b["attention_mask"].sum())] for b in micro_batches]
-        weight, samples, tokens = self.reduce(torch.tensor(counts or [[0, 0, 0]], dtype=torch.float64).sum(0)).tolist()
+        counts = [
+            [self.weight_of(b), self.samples_of(b), int(b["attention_mask"].sum())] for b in micro_batches
+        ]
+        weight, samples, tokens = self.reduce(
+            torch.tensor(counts or [[0, 0, 0]], dtype=torch.float64).sum(0)
+        ).tolist()
         passes = int(self.reduce(torch.tensor(len(micro_batches)), dist.ReduceOp.MAX))
         # The middle of the step: neither the first nor the last step is wasted on a rate of zero.
-        factor = learning_rate_factor((consumed + samples / 2) / self.total_samples, self.config.warmup_ratio, self.config.schedule)
+        factor = learning_rate_factor(
+            (consumed + samples / 2) / self.total_samples, self.config.warmup_ratio, self.config.schedule
+        )
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        torch.manual_seed((self.config.seed * 1_000_003 + self.steps) * 1009 + self.rank)  # dropout: the same after a restart
+        # dropout: the same after a restart
+        torch.manual_seed((self.config.seed * 1_000_003 + self.steps) * 1009 + self.rank)
         loss_sum, sums = self._accumulate(micro_batches, passes, max(weight, 1.0), filler)
         proxy_metrics = self.proxy.step(factor) if self.proxy else {}
         self.steps += 1
         names = self.metric_names
-        means = self.reduce(torch.stack([loss_sum, *(sums[name] for name in names)]) if names and sums else torch.cat([loss_sum[None], torch.zeros(len(names))]))
+        means = self.reduce(
+            torch.stack([loss_sum, *(sums[name] for name in names)])
+            if names and sums
+            else torch.cat([loss_sum[None], torch.zeros(len(names))])
+        )
         means = (means / max(weight, 1.0)).tolist()
-        metrics = {"loss": means[0], **dict(zip(names, means[1:], strict=True)), "samples": samples, "tokens": tokens, "weight": weight}
+        metrics = {
+            "loss": means[0],
+            **dict(zip(names, means[1:], strict=True)),
+            "samples": samples,
+            "tokens": tokens,
+            "weight": weight,
+        }
         metrics["grad_norm"] = self._grad_norm
-        return metrics | {f"lr_{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups} | proxy_metrics
+        return (
+            metrics
+            | {f"lr_{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
+            | proxy_metrics
+        )
 
-    def _accumulate(self, micro_batches: Sequence[dict[str, Any]], passes: int, weight: float, filler: dict[str, Any] | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Forward and backward of `passes` micro-batches, then the optimiser step; this rank's sums (CPU, double)."""
+    def _accumulate(
+        self,
+        micro_batches: Sequence[dict[str, Any]],
+        passes: int,
+        weight: float,
+        filler: dict[str, Any] | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward and backward of `passes` micro-batches, then the optimiser step; this rank's sums (CPU,
+        double).
+        """
         loss_sum = torch.zeros((), device=self.device)
         sums: dict[str, torch.Tensor] = {}
         for index in range(passes):
@@ -182,11 +235,17 @@ class TrainStep:
         """DeepSpeed keeps no gradient norm without ZeRO."""
         if zero_stage(self.engine) is not None or not hasattr(self.engine, "zero_optimization_stage"):
             return None
-        gradients = [p.grad for group in self.engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad
+            for group in self.engine.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def evaluate(self, batches: Sequence[dict[str, Any]], filler: dict[str, Any]) -> float | None:
         """Mean loss over all ranks' batches, without dropout; None where there are none. Collective."""
+
         def loss_and_weight(batch: dict[str, Any]) -> torch.Tensor:
             loss, weight, _ = self.objective(batch)
             return torch.stack([loss.double(), weight.double()])
@@ -200,8 +259,15 @@ class TrainStep:
         return {} if loss is None else {"eval_loss": loss}
 
     @torch.no_grad()
-    def totals(self, batches: Sequence[dict[str, Any]], filler: dict[str, Any], of: Callable[[dict[str, Any]], torch.Tensor]) -> list[float]:
-        """Sums of `of(batch)` over all ranks' batches, without dropout; [] where no rank has any. Collective."""
+    def totals(
+        self,
+        batches: Sequence[dict[str, Any]],
+        filler: dict[str, Any],
+        of: Callable[[dict[str, Any]], torch.Tensor],
+    ) -> list[float]:
+        """Sums of `of(batch)` over all ranks' batches, without dropout; [] where no rank has any.
+        Collective.
+        """
         passes = int(self.reduce(torch.tensor(len(batches)), dist.ReduceOp.MAX))
         if not passes:
             return []
@@ -229,8 +295,8 @@ class TrainStep:
         return torch.stack(parts).cpu()
 
     def save(self, path: Path) -> None:
-        """Write the training state (trained weights in fp32, Adam moments, step, the proxy instruction's) as one safetensors
-        file, from rank 0.
+        """Write the training state (trained weights in fp32, Adam moments, step, the proxy instruction's) as
+        one safetensors file, from rank 0.
 
         It can be restored at any world size and ZeRO stage. Collective.
         """

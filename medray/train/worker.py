@@ -1,14 +1,14 @@
 """The one training loop: Ray Data shard -> global batches -> TrainStep -> checkpoints, under Ray Train.
 
-A checkpoint holds the training state (any world size, any ZeRO stage), the ids of this epoch that are done, and the
-metrics so far, so that a restart on other machines goes on with exactly the samples that are left::
+A checkpoint holds the training state (any world size, any ZeRO stage), the ids of this epoch that are done,
+and the metrics so far, so that a restart on other machines goes on with exactly the samples that are left::
 
     state.safetensors     trained weights in fp32, Adam moments; the proxy instruction and its moments
     progress.json         epoch, finished (whether the epoch is), steps, samples, world_size
-    rows-00000.parquet    one per worker: sample_id, error (null: trained; text: quarantined) of this epoch, since the workers started
-    rows-before.parquet   those of earlier starts
-    metrics.jsonl         one line per optimiser step
-    checksums-00000.json  one per worker: size and hash of each of its files, written last (medray.train.checkpoints)
+    rows-00000.parquet    one per worker: sample_id, error (null: trained; text: quarantined) of this epoch,
+    since the workers started rows-before.parquet   those of earlier starts metrics.jsonl         one line per
+    optimiser step checksums-00000.json  one per worker: size and hash of each of its files, written last
+    (medray.train.checkpoints)
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Objective:
     Args:
         name: in metrics and in the step's `kind`.
         config: class of its training configuration.
-        parts: the classes of its step and of its batches. Called in a worker that has settled DeepSpeed's accelerator.
+        parts: the classes of its step and of its batches. Called in a worker that has settled DeepSpeed's
+            accelerator.
         chooses_best: whether the best epoch's checkpoint is kept beside the last one.
     """
 
@@ -77,8 +78,10 @@ class Objective:
 
 @dataclass
 class Progress:
-    """Where the training stands. `done` holds this worker's ids of this epoch (reason where quarantined) since it started; `before`, of
-    rank 0, is the file with those of all workers of earlier starts. `scratch`: where its checkpoints are written before they are uploaded."""
+    """Where the training stands. `done` holds this worker's ids of this epoch (reason where quarantined)
+    since it started; `before`, of rank 0, is the file with those of all workers of earlier starts.
+    `scratch`: where its checkpoints are written before they are uploaded.
+    """
 
     epoch: int = 0
     steps: int = 0
@@ -94,12 +97,15 @@ def train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs.
 
     Args:
-        config: stage_dir, model_dir, objective, rows (of the dataset), proxy (address or None), and model_config, train_config
-            as plain dicts; max_quarantined, see run_training.
+        config: stage_dir, model_dir, objective, rows (of the dataset), proxy (address or None), and
+            model_config, train_config as plain dicts; max_quarantined, see run_training.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     # Ray writes two lines per checkpoint; the logger of one of them is named by its file (2.60).
-    for name in ("ray.train", getattr(sys.modules.get("ray.train.v2._internal.execution.context"), "__file__", "ray.train")):
+    for name in (
+        "ray.train",
+        getattr(sys.modules.get("ray.train.v2._internal.execution.context"), "__file__", "ray.train"),
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     objective: Objective = config["objective"]
     model_config = ModelConfig.model_validate(config["model_config"])
@@ -111,8 +117,14 @@ def train_worker(config: dict[str, Any]) -> None:
     scratch.clear(context.get_world_rank(), context.get_local_rank())
     make_step, make_batches = objective.parts()
     step = make_step(
-        config["model_dir"], model_config, train_config, objective.name, config["rows"] * train_config.epochs, ray.train.torch.get_device(),
-        proxy=config["proxy"])
+        config["model_dir"],
+        model_config,
+        train_config,
+        objective.name,
+        config["rows"] * train_config.epochs,
+        ray.train.torch.get_device(),
+        proxy=config["proxy"],
+    )
     batches = make_batches(config["model_dir"], model_config, train_config, objective.name)
     if getattr(batches, "probe", None) is not None:
         step.measure_pair_pass(batches.probe)
@@ -121,13 +133,19 @@ def train_worker(config: dict[str, Any]) -> None:
     shards = {name: ray.train.get_dataset_shard(name) for name in config["datasets"]}
     before = progress.before
     goes_on = progress.epoch < train_config.epochs  # else all is done, and this is no start
-    start = Start(config["stage_dir"], progress.steps, progress.samples, step.world_size) if goes_on and step.rank == 0 else None
+    start = (
+        Start(config["stage_dir"], progress.steps, progress.samples, step.world_size)
+        if goes_on and step.rank == 0
+        else None
+    )
     while progress.epoch < train_config.epochs:
         set_aside = train_epoch(step, batches, progress, done, shards, config["rows"], start)
         done = Ids()
         lost = int(step.gather(torch.tensor([set_aside])).sum())
         if not progress.samples or lost > config["max_quarantined"] * config["rows"]:
-            break  # the stage fails, and so need not pay for the other epochs; with a higher limit it resumes at the next one
+            # the stage fails, and so need not pay for the other epochs; with a higher limit it resumes at the
+            # next one
+            break
     if before is not None:
         shutil.rmtree(before.parent, ignore_errors=True)
 
@@ -139,7 +157,8 @@ def _parts() -> tuple[type, type]:
 
 
 OBJECTIVES = {
-    "sft": Objective("sft", SftConfig, _parts), "dpo": Objective("dpo", DpoConfig, _parts),
+    "sft": Objective("sft", SftConfig, _parts),
+    "dpo": Objective("dpo", DpoConfig, _parts),
     "instruction_free": Objective("instruction_free", InstructionFreeTrainConfig, _parts),
 }
 """Those of vision-language models."""
@@ -154,19 +173,32 @@ class Batches:
     def __init__(self, model_dir: str, model_config: ModelConfig, config: TrainConfig, objective: str):
         self.config = config
         self.objective = objective
-        self.encoder = Encoder(model_dir, model_config.model_dump(), {}, KINDS[objective], config.model_dump())
+        self.encoder = Encoder(
+            model_dir, model_config.model_dump(), {}, KINDS[objective], config.model_dump()
+        )
         self.info = self.encoder.dialogues.info(questioner=objective == "sft")
         (filler,) = self.in_order(self.encoder(_filler_table(objective)).to_pylist(), None)
         if filler["error"] is not None:
             raise ConfigError(f"model: not even an answer of one word can be encoded: {filler['error']}")
         self.filler = self.collate([filler], 0)
-        # What a DPO training measures with how pairs may pass the model; None for other objectives, or limits too tight for it.
-        probe = self.encoder(pa.Table.from_pylist(probe_rows(filler_picture()))).to_pylist() if objective == "dpo" else []
+        # What a DPO training measures with how pairs may pass the model; None for other objectives, or limits
+        # too tight for it.
+        probe = (
+            self.encoder(pa.Table.from_pylist(probe_rows(filler_picture()))).to_pylist()
+            if objective == "dpo"
+            else []
+        )
         self.probe = self.collate(probe, 0) if probe and not any(row["error"] for row in probe) else None
 
     def in_order(self, rows: Iterable[Row], epoch: int | None) -> Iterator[Row]:
-        """Encoded rows with what this epoch draws before they are batched: the order of a description's parts (None: as it is)."""
-        return (self.encoder.in_order(row, epoch) for row in rows) if self.objective == "instruction_free" else iter(rows)
+        """Encoded rows with what this epoch draws before they are batched: the order of a description's
+        parts (None: as it is).
+        """
+        return (
+            (self.encoder.in_order(row, epoch) for row in rows)
+            if self.objective == "instruction_free"
+            else iter(rows)
+        )
 
     def collate(self, rows: list[Row], epoch: int | None) -> dict[str, torch.Tensor]:
         """One micro-batch; epoch None (evaluation) draws no questions."""
@@ -178,24 +210,40 @@ class Batches:
     def micro_batches(self, rows: list[Row], epoch: int | None) -> list[dict[str, torch.Tensor]]:
         """Rows in micro-batches of like length (less padding)."""
         size = self.config.micro_batch
-        rows = sorted(rows, key=lambda row: len(row["chosen_ids" if self.objective == "dpo" else "input_ids"]))
+        rows = sorted(
+            rows, key=lambda row: len(row["chosen_ids" if self.objective == "dpo" else "input_ids"])
+        )
         return [self.collate(rows[start : start + size], epoch) for start in range(0, len(rows), size)]
 
 
 def _filler_table(objective: str) -> pa.Table:
-    """A worker without rows of its own still takes part in every pass, with this picture and dialogue at weight zero."""
+    """A worker without rows of its own still takes part in every pass, with this picture and dialogue at
+    weight zero.
+    """
     row: dict[str, Any] = {"sample_id": "filler", "image": filler_picture()}
     if objective == "sft":
         row["turns"] = [{"role": "user", "text": "What is this?"}, {"role": "assistant", "text": "Nothing."}]
     elif objective == "instruction_free":
         row["description"] = "Nothing."
     else:
-        row |= {"prompt": "What is this?", "chosen": "Nothing.", "rejected": "No.", "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}
+        row |= {
+            "prompt": "What is this?",
+            "chosen": "Nothing.",
+            "rejected": "No.",
+            "ref_chosen_logp": 0.0,
+            "ref_rejected_logp": 0.0,
+        }
     return pa.Table.from_pylist([row])
 
 
 def train_epoch(
-    step: Any, batches: Batches, progress: Progress, done: Ids, shards: dict[str, Any], rows_per_epoch: int, start: Start | None = None,
+    step: Any,
+    batches: Batches,
+    progress: Progress,
+    done: Ids,
+    shards: dict[str, Any],
+    rows_per_epoch: int,
+    start: Start | None = None,
 ) -> int:
     """Train on what is left of an epoch, checkpoint on the way and at its end.
 
@@ -214,11 +262,15 @@ def train_epoch(
         clock.rows_are_here()
         progress.done |= rows.quarantined
         if total:
-            metrics = step.update(batches.micro_batches(taken, progress.epoch), progress.samples, batches.filler)
+            metrics = step.update(
+                batches.micro_batches(taken, progress.epoch), progress.samples, batches.filler
+            )
             progress.steps += 1
             progress.samples += total
             progress.done |= dict.fromkeys((row["sample_id"] for row in taken), None)
-            progress.metrics.append(clock.stamp({"step": progress.steps, "epoch": progress.epoch, **metrics}, step.world_size))
+            progress.metrics.append(
+                clock.stamp({"step": progress.steps, "epoch": progress.epoch, **metrics}, step.world_size)
+            )
             if start is not None:
                 start.step_done(progress.steps, progress.samples)
             clock.log(progress, rows_per_epoch * config.epochs, step.rank)
@@ -230,10 +282,21 @@ def train_epoch(
         found = step.measure(batches.micro_batches(usable, None), batches.filler)
         lost = int(step.gather(torch.tensor([len(held_out) - len(usable)])).sum())
         if lost and step.rank == 0:
-            reason = next((row["error"] for row in held_out if row["error"] is not None), "see the other workers' rows")
-            logger.warning("%d held-out rows are left out of the evaluation at the epoch's end: %s", lost, reason)
+            reason = next(
+                (row["error"] for row in held_out if row["error"] is not None), "see the other workers' rows"
+            )
+            logger.warning(
+                "%d held-out rows are left out of the evaluation at the epoch's end: %s", lost, reason
+            )
         if found:
-            progress.metrics.append({"step": progress.steps, "epoch": progress.epoch, **found, **({"eval_set_aside": lost} if lost else {})})
+            progress.metrics.append(
+                {
+                    "step": progress.steps,
+                    "epoch": progress.epoch,
+                    **found,
+                    **({"eval_set_aside": lost} if lost else {}),
+                }
+            )
     save(step, progress, finished=True)
     if start is not None:
         start.mark(progress.steps, progress.samples)
@@ -260,11 +323,17 @@ class Clock:
         self.waited = time.monotonic() - self.last_step
 
     def stamp(self, metrics: dict[str, Any], workers: int) -> dict[str, Any]:
-        """With `seconds` since the last step, and the part of it, `data_seconds`, spent on waiting for rows and checkpoints."""
+        """With `seconds` since the last step, and the part of it, `data_seconds`, spent on waiting for
+        rows and checkpoints.
+        """
         now = time.monotonic()
         seconds = now - self.last_step
         self.last_step = now
-        stamped = metrics | {"seconds": seconds, "data_seconds": self.waited, "samples_per_second": metrics["samples"] / seconds}
+        stamped = metrics | {
+            "seconds": seconds,
+            "data_seconds": self.waited,
+            "samples_per_second": metrics["samples"] / seconds,
+        }
         if self.told is not None:
             self.told.step(stamped, workers)
         return stamped
@@ -274,13 +343,24 @@ class Clock:
         if rank == 0 and time.monotonic() - self.last_log >= SECONDS_BETWEEN_LOGS:
             self.last_log = time.monotonic()
             last = progress.metrics[-1]
-            logger.info("step %d, epoch %d, %d of %d samples, loss %.4f, %.1f samples/s",
-                        progress.steps, progress.epoch, progress.samples, all_samples, last["loss"], last["samples_per_second"])
+            logger.info(
+                "step %d, epoch %d, %d of %d samples, loss %.4f, %.1f samples/s",
+                progress.steps,
+                progress.epoch,
+                progress.samples,
+                all_samples,
+                last["loss"],
+                last["samples_per_second"],
+            )
 
     def preemption_coming(self, step: Any) -> bool:
-        """Whether a node is about to be taken away; true once. Collective, and a barrier, so asked every few seconds only."""
+        """Whether a node is about to be taken away; true once. Collective, and a barrier, so asked every
+        few seconds only.
+        """
         now = time.monotonic()
-        due = bool(step.gather(torch.tensor([int(now - self.last_check >= SECONDS_BETWEEN_PREEMPTION_CHECKS)]))[0])
+        due = bool(
+            step.gather(torch.tensor([int(now - self.last_check >= SECONDS_BETWEEN_PREEMPTION_CHECKS)]))[0]
+        )
         if not due or self.warned:
             return False
         self.last_check = now
@@ -294,19 +374,27 @@ def save(step: Any, progress: Progress, finished: bool) -> None:
     step.save(folder / "state.safetensors")
     write_done(folder, step.rank, progress.done, progress.before)
     if step.rank == 0:
-        state = {"epoch": progress.epoch, "finished": finished, "steps": progress.steps, "samples": progress.samples, "world_size": step.world_size}
+        state = {
+            "epoch": progress.epoch,
+            "finished": finished,
+            "steps": progress.steps,
+            "samples": progress.samples,
+            "world_size": step.world_size,
+        }
         (folder / "progress.json").write_text(json.dumps(state, indent=1) + "\n")
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in progress.metrics))
     write_checksums(folder, step.rank, step.world_size)
     last = progress.metrics[-1] if progress.metrics else {}
     ray.train.report(
-        {BEST_BY: -1.0, **last} if progress.chooses_best else last, checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+        {BEST_BY: -1.0, **last} if progress.chooses_best else last,
+        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
     )
 
 
 def restore(step: Any, scratch: Scratch) -> tuple[Progress, Ids]:
-    """The last checkpoint's progress and the ids that are done in the current epoch, on any worker; fresh ones without it.
+    """The last checkpoint's progress and the ids that are done in the current epoch, on any worker; fresh
+    ones without it.
 
     Raises StageError for a damaged checkpoint.
     """
@@ -318,7 +406,9 @@ def restore(step: Any, scratch: Scratch) -> tuple[Progress, Ids]:
         state = json.loads(Path(folder, "progress.json").read_text())
         step.load(Path(folder, "state.safetensors"))
         metrics = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-        progress = Progress(state["epoch"], state["steps"], state["samples"], metrics=metrics, scratch=scratch)
+        progress = Progress(
+            state["epoch"], state["steps"], state["samples"], metrics=metrics, scratch=scratch
+        )
         if state["finished"]:
             progress.epoch += 1
             return progress, Ids()
@@ -333,8 +423,8 @@ class TrainResult:
 
     checkpoint: the last one, see the module's docstring.
     metrics: JSON lines, one per optimiser step (and one per evaluation).
-    counts: steps, samples (over all epochs), and of the last epoch trained and quarantined rows; after interruptions what they cost
-        (medray.train.restart_log.redone).
+    counts: steps, samples (over all epochs), and of the last epoch trained and quarantined rows; after
+        interruptions what they cost (medray.train.restart_log.redone).
     quarantine: reason by sample_id.
     best: the checkpoint after the best epoch, of an objective that chooses one, else the last one.
     best_metrics: what that epoch's end measured.
@@ -350,44 +440,65 @@ class TrainResult:
 
 def scaling_of(config: LoopConfig) -> ray.train.ScalingConfig:
     """The workers a stage asks for: how many, what each reserves, on which nodes."""
-    resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, "memory": config.place.options.get("memory", 0), **config.place.resources}
+    resources = {
+        "CPU": config.cpus_per_worker,
+        "GPU": config.gpus_per_worker,
+        "memory": config.place.options.get("memory", 0),
+        **config.place.resources,
+    }
     return ray.train.ScalingConfig(
-        num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, label_selector=config.place.selector or None,
+        num_workers=config.num_workers,
+        use_gpu=config.gpus_per_worker > 0,
+        label_selector=config.place.selector or None,
         resources_per_worker={name: amount for name, amount in resources.items() if amount or name == "CPU"},
     )
 
 
 def run_training(
-    stage_dir: str, train_ds: Any, eval_ds: Any, rows: int, model_dir: str, model_config: ModelConfig,
-    train_config: LoopConfig, objective: str | Objective = "sft", proxy: str | None = None, max_quarantined: float = 1.0,
+    stage_dir: str,
+    train_ds: Any,
+    eval_ds: Any,
+    rows: int,
+    model_dir: str,
+    model_config: ModelConfig,
+    train_config: LoopConfig,
+    objective: str | Objective = "sft",
+    proxy: str | None = None,
+    max_quarantined: float = 1.0,
 ) -> TrainResult:
-    """Train in Ray workers; the same call after a crash, of workers or of this process, goes on from the last checkpoint.
+    """Train in Ray workers; the same call after a crash, of workers or of this process, goes on from the last
+    checkpoint.
 
     Args:
         stage_dir: where checkpoints go: a path or URL that every node reaches (s3:// too).
-        train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder, medray.rating_model.pairs.PairEncoder); eval_ds may
-            be None.
+        train_ds, eval_ds: Ray datasets of encoded rows (medray.data.collate.Encoder,
+            medray.rating_model.pairs.PairEncoder); eval_ds may be None.
         rows: rows of train_ds, bad ones included.
-        model_dir: the model in Hugging Face format: a remote address, a hub id, or the same path on every node.
+        model_dir: the model in Hugging Face format: a remote address, a hub id, or the same path on every
+            node.
         objective: a name of OBJECTIVES, or another one.
-        proxy: address, reached from every node, of the proxy instruction that instruction-free tuning begins from
-            (export_proxy's file); None: drawn from the seed.
-        max_quarantined: share of the rows; if an epoch sets aside more, or trains on none, the training ends with it, and
-            `check_trained` says why.
+        proxy: address, reached from every node, of the proxy instruction that instruction-free tuning begins
+            from (export_proxy's file); None: drawn from the seed.
+        max_quarantined: share of the rows; if an epoch sets aside more, or trains on none, the training ends
+            with it, and `check_trained` says why.
 
-    Raises ConfigError for a train_config of the wrong kind or a proxy that does not fit it, DataError where there is no such
-    proxy, StageError where workers failed more than max_failures times.
+    Raises ConfigError for a train_config of the wrong kind or a proxy that does not fit it, DataError where
+    there is no such proxy, StageError where workers failed more than max_failures times.
     """
     from medray.train.trainer import Trainer
 
     objective = OBJECTIVES[objective] if isinstance(objective, str) else objective
     if not isinstance(train_config, objective.config):
-        raise ConfigError(f"train_config: objective {objective.name} needs a {objective.config.__name__}, not a {type(train_config).__name__}")
+        raise ConfigError(
+            f"train_config: objective {objective.name} needs a {objective.config.__name__}, not a "
+            f"{type(train_config).__name__}"
+        )
     if proxy is not None:
         _check_proxy(proxy, train_config)
     datasets = {"train": train_ds}
     if train_config.max_workers > 1:
-        # Blocks are what is shared out: a small data set in one block would keep one worker busy and the others idle.
+        # Blocks are what is shared out: a small data set in one block would keep one worker busy and the
+        # others idle.
         datasets["train"] = train_ds.repartition(target_num_rows_per_block=train_config.micro_batch)
     if eval_ds is not None and train_config.eval_rows:
         datasets["eval"] = eval_ds.limit(train_config.eval_rows)
@@ -397,16 +508,27 @@ def run_training(
     trainer = Trainer(
         train_worker,
         train_loop_config={
-            "stage_dir": stage_dir, "model_dir": model_dir, "objective": objective, "rows": rows, "datasets": list(datasets), "proxy": proxy,
+            "stage_dir": stage_dir,
+            "model_dir": model_dir,
+            "objective": objective,
+            "rows": rows,
+            "datasets": list(datasets),
+            "proxy": proxy,
             "max_quarantined": max_quarantined,
-            "model_config": model_config.model_dump(), "train_config": train_config.model_dump(),
+            "model_config": model_config.model_dump(),
+            "train_config": train_config.model_dump(),
         },
         scaling_config=scaling_of(train_config),
         run_config=ray.train.RunConfig(
-            name=NAME, storage_path=stage_dir,
-            failure_config=ray.train.FailureConfig(max_failures=train_config.max_failures, max_preemption_failures=-1),
+            name=NAME,
+            storage_path=stage_dir,
+            failure_config=ray.train.FailureConfig(
+                max_failures=train_config.max_failures, max_preemption_failures=-1
+            ),
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=train_config.keep_checkpoints, checkpoint_score_attribute=BEST_BY if objective.chooses_best else None),
+                num_to_keep=train_config.keep_checkpoints,
+                checkpoint_score_attribute=BEST_BY if objective.chooses_best else None,
+            ),
         ),
         datasets=datasets,
         dataset_config=UnequalSplits(),
@@ -415,14 +537,24 @@ def run_training(
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise StageError(f"training in {stage_dir} failed: {describe(error)}; the same command resumes from its last checkpoint") from error
+        raise StageError(
+            f"training in {stage_dir} failed: {describe(error)}; the same command resumes from its last "
+            "checkpoint"
+        ) from error
     finally:
-        Scratch(stage_dir).remove()  # of a remote stage it is on the workers' nodes, where the next start clears it
+        # of a remote stage it is on the workers' nodes, where the next start clears it
+        Scratch(stage_dir).remove()
     with result.checkpoint.as_directory() as folder:
         state = json.loads(Path(folder, "progress.json").read_text())
         done, quarantine = count_done(folder)
         metrics = Path(folder, "metrics.jsonl").read_text()
-    counts = {"steps": state["steps"], "samples": state["samples"], "trained": done - len(quarantine), "quarantined": len(quarantine), **redone(stage_dir)}
+    counts = {
+        "steps": state["steps"],
+        "samples": state["samples"],
+        "trained": done - len(quarantine),
+        "quarantined": len(quarantine),
+        **redone(stage_dir),
+    }
     best, best_metrics = result.checkpoint, None
     if objective.chooses_best:
         kept, measured = max(result.best_checkpoints, key=lambda kept: kept[1][BEST_BY])
@@ -432,27 +564,34 @@ def run_training(
 
 
 def check_trained(result: TrainResult, max_quarantined: float, where: str | None = None) -> None:
-    """Raise StageError if a training set aside more than the share `max_quarantined` of its rows, or trained on none.
+    """Raise StageError if a training set aside more than the share `max_quarantined` of its rows, or trained
+    on none.
 
     Args:
         where: the file that names the rows set aside.
     """
     found = counted(result.quarantine.items())
-    check_something("step", result.counts["samples"] and result.counts["steps"], found, "there was no row to train on")
-    check_set_aside("rows", result.counts["trained"] + result.counts["quarantined"], found, max_quarantined, where)
+    check_something(
+        "step", result.counts["samples"] and result.counts["steps"], found, "there was no row to train on"
+    )
+    check_set_aside(
+        "rows", result.counts["trained"] + result.counts["quarantined"], found, max_quarantined, where
+    )
 
 
 def _check_proxy(proxy: str, config: TrainConfig) -> None:
     from medray.train.proxy_step import read_proxy
 
     if not isinstance(config, InstructionFreeTrainConfig) or config.instruction is not None:
-        raise ConfigError("instruction: a stage that begins from a proxy instruction has none in words; leave it null")
+        raise ConfigError(
+            "instruction: a stage that begins from a proxy instruction has none in words; leave it null"
+        )
     read_proxy(proxy, config.proxy.count)
 
 
 def export_proxy(checkpoint: Any, path: str | os.PathLike) -> None:
-    """Write a checkpoint's proxy instruction, P and Pbar, as a file of ProxyInstruction.save: of a warm-up, where the tuning
-    begins from. Inference needs none.
+    """Write a checkpoint's proxy instruction, P and Pbar, as a file of ProxyInstruction.save: of a warm-up,
+    where the tuning begins from. Inference needs none.
 
     Raises DataError where the stage had an instruction in words.
     """
@@ -462,11 +601,18 @@ def export_proxy(checkpoint: Any, path: str | os.PathLike) -> None:
         stored_proxy(Path(folder, "state.safetensors")).save(path)
 
 
-def export_merged(checkpoint: Any, model_dir: str, out_dir: str | os.PathLike, model_config: ModelConfig, train_config: TrainConfig) -> None:
-    """Merge a checkpoint's adapters and projector into plain Hugging Face weights, in the precision of model_config.
+def export_merged(
+    checkpoint: Any,
+    model_dir: str,
+    out_dir: str | os.PathLike,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+) -> None:
+    """Merge a checkpoint's adapters and projector into plain Hugging Face weights, in the precision of
+    model_config.
 
-    Merged in fp32, on the CPU. model_config.chat_template, where set, becomes the exported model's own. Nothing of a proxy
-    instruction is in it, its placeholder included.
+    Merged in fp32, on the CPU. model_config.chat_template, where set, becomes the exported model's own.
+    Nothing of a proxy instruction is in it, its placeholder included.
     """
     from safetensors import safe_open
 
@@ -474,16 +620,30 @@ def export_merged(checkpoint: Any, model_dir: str, out_dir: str | os.PathLike, m
     from medray.models.vlm import load_processor, load_vlm, merge, prepare_trainable, trainable_parameters
 
     model = prepare_trainable(load_vlm(model_dir, "fp32", model_config.trust_remote_code), train_config)
-    with checkpoint.as_directory() as folder, safe_open(Path(folder, "state.safetensors"), framework="pt") as state, torch.no_grad():
+    with (
+        checkpoint.as_directory() as folder,
+        safe_open(Path(folder, "state.safetensors"), framework="pt") as state,
+        torch.no_grad(),
+    ):
         trained = trainable_parameters(model)
         kept = {name.removeprefix("weight/") for name in state.keys() if name.startswith("weight/")}  # noqa: SIM118 (no mapping)
         if kept != trained.keys():
             raise StageError(
-                f"export: the checkpoint's trained weights are not those of the model, first {min(kept ^ trained.keys())}; "
-                "it is of another model or configuration: delete the stage's folder and rerun the same command")
+                "export: the checkpoint's trained weights are not those of the model, first "
+                f"{min(kept ^ trained.keys())}; "
+                "it is of another model or configuration: delete the stage's folder and rerun the same "
+                "command"
+            )
         for name, parameter in trained.items():
             parameter.copy_(state.get_tensor(f"weight/{name}"))
     processor = load_processor(model_dir, model_config.trust_remote_code)
     if model_config.chat_template:
-        processor.chat_template = processor.tokenizer.chat_template = read_template(model_config.chat_template)
-    save_vlm(merge(model), processor, out_dir, {"bf16": torch.bfloat16, "fp32": torch.float32}[model_config.precision])
+        processor.chat_template = processor.tokenizer.chat_template = read_template(
+            model_config.chat_template
+        )
+    save_vlm(
+        merge(model),
+        processor,
+        out_dir,
+        {"bf16": torch.bfloat16, "fp32": torch.float32}[model_config.precision],
+    )

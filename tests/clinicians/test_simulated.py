@@ -8,24 +8,46 @@ from medray.data.attribute_questions import ATTRIBUTES, asked_attribute
 from medray.errors import DataError
 from medray.records import JUDGEMENT
 
-RECORD = {name: attribute.values[0] for name, attribute in ATTRIBUTES.items()} | {"cell_size": "small", "granularity": "yes"}
+RECORD = {name: attribute.values[0] for name, attribute in ATTRIBUTES.items()} | {
+    "cell_size": "small",
+    "granularity": "yes",
+}
 
 
 def item(number=0, question="What is the cell size?", a="small", b="big"):
-    return {"item_id": f"item-{number}", "image_id": "one", "question": question, "answer_a": a, "answer_b": b}
+    return {
+        "item_id": f"item-{number}",
+        "image_id": "one",
+        "question": question,
+        "answer_a": a,
+        "answer_b": b,
+    }
 
 
-@pytest.mark.parametrize(("question", "answer", "right"), [
-    ("What is the cell size?", "small", True), ("What is the cell size?", " Small. ", True), ("What is the cell size?", "big", False),
-    ("What is the cell size?", "a small cell", False),  # longer than the word: not the answer the bundled models are taught
-    ("Is the cell granular?", "yes", True), ("Is the cell agranular?", "yes", False),
-    ("What is the cell size?\nA. big\nB. small\nAnswer with the letter.", "B", True), ("What is the cell size?\nA. big\nB. small\nAnswer with the letter.", "a", False),
-    ("What is the mood of the cell?", "small", None), ("Describe the image.", "A cell.", None),
-])
+@pytest.mark.parametrize(
+    ("question", "answer", "right"),
+    [
+        ("What is the cell size?", "small", True),
+        ("What is the cell size?", " Small. ", True),
+        ("What is the cell size?", "big", False),
+        # longer than the word: not the answer the bundled models are taught
+        ("What is the cell size?", "a small cell", False),
+        ("Is the cell granular?", "yes", True),
+        ("Is the cell agranular?", "yes", False),
+        ("What is the cell size?\nA. big\nB. small\nAnswer with the letter.", "B", True),
+        ("What is the cell size?\nA. big\nB. small\nAnswer with the letter.", "a", False),
+        ("What is the mood of the cell?", "small", None),
+        ("Describe the image.", "A cell.", None),
+    ],
+)
 def test_right_answers(question, answer, right):
     assert is_right(question, answer, RECORD) is right
     assert (asked_attribute(question) is None) == (right is None)
-    assert asked_attribute("What is the cell size?\nA. big\nB. small\nAnswer with the letter.") == "cell_size" != asked_attribute("Is the cell granular?")
+    assert (
+        asked_attribute("What is the cell size?\nA. big\nB. small\nAnswer with the letter.")
+        == "cell_size"
+        != asked_attribute("Is the cell granular?")
+    )
 
 
 def test_without_errors_the_ticks_are_the_truth():
@@ -33,7 +55,12 @@ def test_without_errors_the_ticks_are_the_truth():
     rows = list(simulated_judgements(item(), RECORD, config))
     assert {row["clinician"] for row in rows} == {"simulated-1", "simulated-2"}
     for row in rows:
-        assert (row["status"], row["good_a"], row["good_b"], row["simulated"]) == ("judged", True, False, True)
+        assert (row["status"], row["good_a"], row["good_b"], row["simulated"]) == (
+            "judged",
+            True,
+            False,
+            True,
+        )
         assert set(row) <= set(JUDGEMENT.names)
 
 
@@ -60,18 +87,30 @@ def test_the_error_rate_is_the_stated_one_and_errors_are_independent():
 def test_items_are_spread_over_the_clinicians_and_nothing_depends_on_order():
     config = CliniciansConfig(names=3, judgements_per_item=1)
     forth = [row for number in range(300) for row in simulated_judgements(item(number), RECORD, config)]
-    back = [row for number in reversed(range(300)) for row in simulated_judgements(item(number), RECORD, config)]
+    back = [
+        row for number in reversed(range(300)) for row in simulated_judgements(item(number), RECORD, config)
+    ]
     assert forth == back[::-1]
     shares = [sum(row["clinician"] == f"simulated-{n}" for row in forth) for n in (1, 2, 3)]
     assert sum(shares) == 300
     assert min(shares) > 70
-    other = [row for number in range(300) for row in simulated_judgements(item(number), RECORD, config.model_copy(update={"seed": 1}))]
+    other = [
+        row
+        for number in range(300)
+        for row in simulated_judgements(item(number), RECORD, config.model_copy(update={"seed": 1}))
+    ]
     assert other != forth
-    assert any(errs(config, f"item-{n}", "simulated-1", "a") != errs(config.model_copy(update={"seed": 1}), f"item-{n}", "simulated-1", "a") for n in range(100))
+    assert any(
+        errs(config, f"item-{n}", "simulated-1", "a")
+        != errs(config.model_copy(update={"seed": 1}), f"item-{n}", "simulated-1", "a")
+        for n in range(100)
+    )
 
 
 def test_images_without_the_attributes_are_named():
-    with pytest.raises(DataError, match="'label' is not given: simulated clinicians need WBCAtt's attributes"):
+    with pytest.raises(
+        DataError, match="'label' is not given: simulated clinicians need WBCAtt's attributes"
+    ):
         list(simulated_judgements(item(), {"mass_shape": "oval"}, CliniciansConfig()))
 
 

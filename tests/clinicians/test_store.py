@@ -37,7 +37,9 @@ from tests.support.judgements import item, png
 
 def write_items(folder, rows):
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=CLINICIAN_ITEM), folder / "part-0.parquet", row_group_size=3)
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=CLINICIAN_ITEM), folder / "part-0.parquet", row_group_size=3
+    )
     return str(folder)
 
 
@@ -49,18 +51,31 @@ def postgres():
         if os.environ.get("CI"):
             pytest.fail("CI has no PostgreSQL server: install Debian's postgresql")
         pytest.skip("no PostgreSQL server on this machine")
-    scratch = tempfile.TemporaryDirectory(prefix="medray-postgres-")  # pytest's own folders are closed to other users
+    # pytest's own folders are closed to other users
+    scratch = tempfile.TemporaryDirectory(prefix="medray-postgres-")
     folder = Path(scratch.name)
     as_user = {}
     if os.geteuid() == 0:
         as_user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
         shutil.chown(folder, "nobody", "nogroup")
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "HOME": str(folder)}
-    options = {"env": environment, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **as_user}
-    subprocess.run([tools["initdb"], "-D", folder / "data", "-U", "clinic", "-A", "trust", "--no-sync"], check=True, **options)
+    options = {
+        "env": environment,
+        "cwd": folder,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        **as_user,
+    }
+    subprocess.run(
+        [tools["initdb"], "-D", folder / "data", "-U", "clinic", "-A", "trust", "--no-sync"],
+        check=True,
+        **options,
+    )
     socket = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
     server = subprocess.Popen([tools["postgres"], "-D", folder / "data", *socket], **options)
-    admin = create_engine(f"postgresql+psycopg://clinic@/postgres?host={folder}", isolation_level="AUTOCOMMIT")
+    admin = create_engine(
+        f"postgresql+psycopg://clinic@/postgres?host={folder}", isolation_level="AUTOCOMMIT"
+    )
     for _ in range(1800):
         try:
             with admin.connect():
@@ -97,12 +112,20 @@ def good(first, second, **changes):
 
 def test_a_judgement_goes_in_and_comes_out(url, tmp_path):
     rows = [item(1), item(2, image=item(1)["image"])]
-    assert import_items(write_items(tmp_path / "items", rows), url) == {"imported": 2, "already": 0, "set_aside": 0}
+    assert import_items(write_items(tmp_path / "items", rows), url) == {
+        "imported": 2,
+        "already": 0,
+        "set_aside": 0,
+    }
     store = Store(url, judgements_per_item=2)
     shown = store.next_item("x")
     assert store.next_item("x") == shown  # a reload shows it again
     source = next(row for row in rows if row["item_id"] == shown.item_id)
-    assert {shown.first, shown.second} == {"A lymphocyte.", "A monocyte."} and shown.question == "Which cell?" and shown.earlier is None
+    assert (
+        {shown.first, shown.second} == {"A lymphocyte.", "A monocyte."}
+        and shown.question == "Which cell?"
+        and shown.earlier is None
+    )
     assert store.image(shown.item_id, "x") == source["image"]
     assert store.image(shown.item_id, "y") is None  # y was not given it
     assert store.save("x", shown.item_id, "k1", good(True, False, edited_first="Better.", seconds=2.5))
@@ -122,9 +145,21 @@ def test_a_judgement_goes_in_and_comes_out(url, tmp_path):
     exported = list(stored_rows(str(tmp_path / "out" / "judgements")))
     assert pq.read_schema(next((tmp_path / "out" / "judgements").iterdir())).equals(JUDGEMENT)
     (row,) = [row for row in exported if row["item_id"] == shown.item_id]
-    assert (row["clinician"], row["status"], row["first_shown"], row["simulated"], row["seconds"]) == ("x", "judged", side, False, 2.5)
-    assert row[f"good_{side}"] is True and row[f"edited_{side}"] == "Better." and abs(row["judged_at"] - datetime.now(UTC)) < timedelta(hours=1)
-    assert {row["item_id"]: row["item"] for row in exported} == {row["item_id"]: item_fingerprint(row) for row in rows}
+    assert (row["clinician"], row["status"], row["first_shown"], row["simulated"], row["seconds"]) == (
+        "x",
+        "judged",
+        side,
+        False,
+        2.5,
+    )
+    assert (
+        row[f"good_{side}"] is True
+        and row[f"edited_{side}"] == "Better."
+        and abs(row["judged_at"] - datetime.now(UTC)) < timedelta(hours=1)
+    )
+    assert {row["item_id"]: row["item"] for row in exported} == {
+        row["item_id"]: item_fingerprint(row) for row in rows
+    }
     (pair,) = stored_rows(str(tmp_path / "out" / "pairs"))
     assert (pair["chosen_answer"], pair["rejected_answer"]) == ("Better.", shown.second)
     assert pair["chosen_image"] == source["image"]
@@ -144,10 +179,15 @@ def test_the_order_of_answers_is_drawn_for_each_clinician(tmp_path):
         return seen
 
     first = orders(0)
-    assert 15 < sum(answer == "A lymphocyte." for (clinician, _), answer in first.items() if clinician == "x") < 45
+    assert (
+        15
+        < sum(answer == "A lymphocyte." for (clinician, _), answer in first.items() if clinician == "x")
+        < 45
+    )
     assert 15 < sum(first["x", f"item-{number}"] == first["y", f"item-{number}"] for number in range(60)) < 45
     assert orders(1) != first
-    assert list(dict.fromkeys(item_id for _, item_id in first)) != [f"item-{number}" for number in range(60)]  # nor are the items in the order given
+    # nor are the items in the order given
+    assert list(dict.fromkeys(item_id for _, item_id in first)) != [f"item-{number}" for number in range(60)]
 
 
 def test_a_skipped_item_goes_to_someone_else_and_a_judged_one_does_not(url, tmp_path):
@@ -186,14 +226,18 @@ def test_a_skip_taken_back_gives_no_extra_judgement(url, tmp_path, finished):
     assert progress_of(url, 3)["complete"] == 0 and store.progress("x")["skipped"] == 1
     # Where somebody leaves, there is room again.
     store.save("z", skipped, "z-skips", Word("skipped"))
-    assert [store.undo("x", key).item_id for key in ("u2", "u3")] == [first, skipped] and store.save("x", skipped, "k5", good(True, True))
+    assert [store.undo("x", key).item_id for key in ("u2", "u3")] == [first, skipped] and store.save(
+        "x", skipped, "k5", good(True, True)
+    )
     assert store.undo("z", "z-undoes") is None
     assert progress_of(url, 3)["complete"] == 0
     store.close()
 
 
 def test_the_last_place_is_taken_once_by_undos_saves_and_requests_at_once(url, tmp_path):
-    """Six clinicians skipped each item; all come back to them at once, in three ways, and two places are there for each."""
+    """Six clinicians skipped each item; all come back to them at once, in three ways, and two places are
+    there for each.
+    """
     import_items(write_items(tmp_path / "items", [item(number) for number in range(4)]), url)
     names, ready = [f"c{number}" for number in range(6)], threading.Barrier(9)
     stores = [Store(url, judgements_per_item=2) for _ in range(9)]
@@ -245,7 +289,8 @@ def test_undo_goes_back_step_by_step(url, tmp_path):
     second = store.next_item("x")
     store.save("x", second.item_id, "k2", Word("skipped"))
     open_now = store.next_item("x")
-    assert store.undo("x", "u1").item_id == store.undo("x", "u1").item_id == second.item_id  # the same key takes back one word
+    # the same key takes back one word
+    assert store.undo("x", "u1").item_id == store.undo("x", "u1").item_id == second.item_id
     back = store.undo("x", "u2")
     assert back.item_id == first.item_id and back.earlier == good(True, False, edited_second="Edited.")
     assert store.undo("x", "u3") is None
@@ -256,7 +301,10 @@ def test_undo_goes_back_step_by_step(url, tmp_path):
     store.save("x", second.item_id, "k4", good(False, True))
     assert store.next_item("x").item_id == open_now.item_id
     assert [row["item_id"] for row in _exported(url, tmp_path)] == sorted([first.item_id, second.item_id])
-    assert {(row["good_a"] and row["first_shown"] == "b") or (row["good_b"] and row["first_shown"] == "a") for row in _exported(url, tmp_path)} == {True}
+    assert {
+        (row["good_a"] and row["first_shown"] == "b") or (row["good_b"] and row["first_shown"] == "a")
+        for row in _exported(url, tmp_path)
+    } == {True}
     store.close()
 
 
@@ -266,7 +314,9 @@ def _exported(url, tmp_path):
 
 
 def test_an_undo_sent_twice_at_once_is_answered_alike(url, tmp_path, monkeypatch):
-    """As on PostgreSQL, where both find their key new before either is stored: the other one is stored while this one is about to be."""
+    """As on PostgreSQL, where both find their key new before either is stored: the other one is stored
+    while this one is about to be.
+    """
     import_items(write_items(tmp_path / "items", [item(1), item(2)]), url)
     store, other = Store(url), Store(url)
     for number in range(2):
@@ -314,7 +364,9 @@ def test_errors_of_the_database_hold_no_texts(url, tmp_path):
     name = store.next_item("x").item_id
     store.save("x", name, "k", good(True, True))
     with pytest.raises(IntegrityError) as raised, store.engine.begin() as connection:
-        store._say(connection, name, "x", "k", "a", {"status": "judged", "edited_question": "of Mrs Smith"}, "done")
+        store._say(
+            connection, name, "x", "k", "a", {"status": "judged", "edited_question": "of Mrs Smith"}, "done"
+        )
     assert "parameters hidden" in str(raised.value) and "Smith" not in str(raised.value)
     store.close()
 
@@ -333,7 +385,10 @@ def test_a_key_is_stored_once(url, tmp_path):
     store.next_item("y")
     assert store.save("y", first, "k", good(True, True))  # keys are each clinician's own
     assert store.save("x", first, "k2", good(True, True))  # a later word, from another window, say
-    assert [(row["clinician"], row["good_b"]) for row in _exported(url, tmp_path)] == [("x", True), ("y", True)]
+    assert [(row["clinician"], row["good_b"]) for row in _exported(url, tmp_path)] == [
+        ("x", True),
+        ("y", True),
+    ]
     store.close()
 
 
@@ -347,14 +402,25 @@ def test_many_clinicians_at_once(url, tmp_path):
         with ThreadPoolExecutor(2) as pool:
             while shown := store.next_item(clinician):
                 mine.append(shown.item_id)
-                saves = list(pool.map(lambda _: store.save(clinician, shown.item_id, f"key-{len(mine)}", good(True, number % 2 == 0)), range(2)))
+                saves = list(
+                    pool.map(
+                        lambda _: store.save(
+                            clinician, shown.item_id, f"key-{len(mine)}", good(True, number % 2 == 0)
+                        ),
+                        range(2),
+                    )
+                )
                 assert sorted(saves) == [False, True]
         return mine
 
     with ThreadPoolExecutor(12) as pool:
         given = list(pool.map(work, range(12)))
-    assert Counter(item_id for mine in given for item_id in mine) == {f"item-{number}": 2 for number in range(30)}
-    assert {(row["item_id"], row["clinician"]) for row in _exported(url, tmp_path)} == {(item_id, f"c{number}") for number, mine in enumerate(given) for item_id in mine}
+    assert Counter(item_id for mine in given for item_id in mine) == {
+        f"item-{number}": 2 for number in range(30)
+    }
+    assert {(row["item_id"], row["clinician"]) for row in _exported(url, tmp_path)} == {
+        (item_id, f"c{number}") for number, mine in enumerate(given) for item_id in mine
+    }
     with stores[0].engine.connect() as connection:
         assert connection.execute(text("select count(*) from judgement")).scalar() == 60
     for store in stores:
@@ -362,7 +428,9 @@ def test_many_clinicians_at_once(url, tmp_path):
 
 
 def test_judgements_survive_kill_9(tmp_path):
-    """A process that saves as fast as it can is killed: what it was told is stored is there, and saving the rest again gives each once."""
+    """A process that saves as fast as it can is killed: what it was told is stored is there, and saving
+    the rest again gives each once.
+    """
     url = f"sqlite:///{tmp_path}/j.db"
     import_items(write_items(tmp_path / "items", [item(number) for number in range(150)]), url)
     program = f"""
@@ -380,7 +448,9 @@ while shown := store.next_item("x"):
     assert 10 <= len(acknowledged) < 150
     assert set(acknowledged) <= {row["item_id"] for row in _exported(url, tmp_path)}
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
-    assert [row["item_id"] for row in _exported(url, tmp_path)] == sorted(f"item-{number}" for number in range(150))
+    assert [row["item_id"] for row in _exported(url, tmp_path)] == sorted(
+        f"item-{number}" for number in range(150)
+    )
     engine = open_database(url)
     with engine.connect() as connection:
         assert connection.execute(text("select count(*) from judgement")).scalar() == 150
@@ -389,17 +459,34 @@ while shown := store.next_item("x"):
 
 def test_bad_items_are_set_aside_and_named(url, tmp_path, caplog):
     rows = [
-        item(1), item(2, image=b"no image"), item(3, question="  "), item(4, answer_b=None), item(5, caption="a\0b"), item(6, item_id=""),
-        item(7, item_id="x" * 256), item(8, image=None), item(1),
+        item(1),
+        item(2, image=b"no image"),
+        item(3, question="  "),
+        item(4, answer_b=None),
+        item(5, caption="a\0b"),
+        item(6, item_id=""),
+        item(7, item_id="x" * 256),
+        item(8, image=None),
+        item(1),
     ]
     source = write_items(tmp_path / "items", rows)
     assert import_items(source, url) == {"imported": 1, "already": 1, "set_aside": 7}
     assert import_items(source, url) == {"imported": 0, "already": 2, "set_aside": 7}
     engine = open_database(url)
     with engine.connect() as connection:
-        reasons = dict(connection.execute(text("select item_id, reason from clinician_item_set_aside")).tuples().all())
-    assert len(reasons) == 7 and reasons["item-3"] == "question is empty" and reasons["item-4"] == "answer_b is empty"
-    assert "NUL" in reasons["item-5"] and "cannot be decoded" in reasons["item-2"] and "0 bytes" in reasons["item-8"]
+        reasons = dict(
+            connection.execute(text("select item_id, reason from clinician_item_set_aside")).tuples().all()
+        )
+    assert (
+        len(reasons) == 7
+        and reasons["item-3"] == "question is empty"
+        and reasons["item-4"] == "answer_b is empty"
+    )
+    assert (
+        "NUL" in reasons["item-5"]
+        and "cannot be decoded" in reasons["item-2"]
+        and "0 bytes" in reasons["item-8"]
+    )
     assert [row["item_id"] for row in item_rows(engine)] == ["item-1"]
     assert "item-2 is set aside" in caplog.text
     engine.dispose()
@@ -424,13 +511,18 @@ def test_priority_comes_first(tmp_path):
 
 def test_what_is_said_and_shown_may_be_any_text(url, tmp_path):
     nasty = "'); DROP TABLE judgement; -- <script>alert(1)</script> \u202e ß 漢 😀"
-    import_items(write_items(tmp_path / "items", [item(1, item_id=nasty, caption=nasty, question=nasty)]), url)
+    import_items(
+        write_items(tmp_path / "items", [item(1, item_id=nasty, caption=nasty, question=nasty)]), url
+    )
     store = Store(url)
     shown = store.next_item(nasty)
     assert (shown.item_id, shown.caption, shown.question) == (nasty, nasty, nasty)
     store.save(nasty, nasty, nasty, good(True, False, edited_first=nasty, edited_question=nasty))
     (row,) = _exported(url, tmp_path)
-    assert (row["item_id"], row["clinician"], row["edited_question"]) == (nasty, nasty, nasty) and nasty in (row["edited_a"], row["edited_b"])
+    assert (row["item_id"], row["clinician"], row["edited_question"]) == (nasty, nasty, nasty) and nasty in (
+        row["edited_a"],
+        row["edited_b"],
+    )
     store.close()
 
 
@@ -441,7 +533,11 @@ def test_sources_and_databases_that_cannot_be_used(tmp_path):
     pq.write_table(pa.table({"item_id": ["1"], "image": [b""]}), tmp_path / "part.parquet")
     with pytest.raises(DataError, match="lacks the columns question, answer_a, answer_b"):
         import_items(str(tmp_path), url)
-    for bad, reason in (("sqlite://", "kept in memory"), ("judgements.db", "SQLAlchemy URL"), ("nosuch://host/name", "SQLAlchemy URL")):
+    for bad, reason in (
+        ("sqlite://", "kept in memory"),
+        ("judgements.db", "SQLAlchemy URL"),
+        ("nosuch://host/name", "SQLAlchemy URL"),
+    ):
         with pytest.raises(ConfigError, match=reason):
             open_database(bad)
 
@@ -450,11 +546,15 @@ def test_a_relative_file_is_named_by_its_full_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute_url("sqlite:///j.db") == f"sqlite:///{tmp_path}/j.db"
     assert absolute_url("sqlite:////data/j.db") == "sqlite:////data/j.db"
-    assert absolute_url("postgresql+psycopg://me:secret@host/name") == "postgresql+psycopg://me:secret@host/name"
+    assert (
+        absolute_url("postgresql+psycopg://me:secret@host/name") == "postgresql+psycopg://me:secret@host/name"
+    )
 
 
 def test_the_page_asks_as_many_clinicians_as_the_job_waits_for(url, tmp_path):
-    """By the database, where the job reaches it, or by the run that the items lie in; a page that would ask fewer is refused."""
+    """By the database, where the job reaches it, or by the run that the items lie in; a page that would
+    ask fewer is refused.
+    """
     from medray.serving.clinician_page.app import PageConfig, _judgements_per_item
 
     run = tmp_path / "run"
@@ -464,7 +564,9 @@ def test_the_page_asks_as_many_clinicians_as_the_job_waits_for(url, tmp_path):
     (run / "config.yaml").write_text("clinicians: {kind: export, judgements_per_item: 2}\n")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/config.yaml").write_text("clinicians: {judgements_per_item: 2}\n")
-    assert asked_for(url, write_items(tmp_path / "mine/a/b/items", [item(2)])) is None, "another project's file"
+    assert asked_for(url, write_items(tmp_path / "mine/a/b/items", [item(2)])) is None, (
+        "another project's file"
+    )
     assert _judgements_per_item(page) == 2
     import_items(items, url)
     ask_for(items, url, 3)

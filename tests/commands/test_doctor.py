@@ -4,7 +4,12 @@ from medray.commands import doctor
 
 
 def test_wrong_and_missing_versions_come_with_a_fix():
-    found = {check.name: check for check in doctor.packages(["pydantic==1.0", "no-such-package>=2", "pyyaml>=6", "ray==1; python_version<'3'"])}
+    found = {
+        check.name: check
+        for check in doctor.packages(
+            ["pydantic==1.0", "no-such-package>=2", "pyyaml>=6", "ray==1; python_version<'3'"]
+        )
+    }
     assert not found["pydantic"].ok
     assert "wanted ==1.0" in found["pydantic"].found
     assert "pip install 'pydantic==1.0'" in found["pydantic"].fix

@@ -40,8 +40,19 @@ def test_defaults_are_the_papers():
     assert (sft.micro_batch, sft.accumulation, sft.epochs) == (8, 4, 3)
     assert (dpo.micro_batch, dpo.accumulation, dpo.epochs, dpo.beta) == (4, 16, 1, 0.1)
     assert (sft.warmup_ratio, sft.weight_decay, sft.zero_stage, sft.self_questioning) == (0.03, 0.0, 3, 0.5)
-    assert (play.questions, play.ask.temperature, play.ask.top_k, play.ask.top_p, play.ask.max_tokens) == (5, 1.2, 300, 0.95, 300)
-    assert (play.answers, play.answer.top_k, play.answer.max_tokens, play.describe.temperature) == (2, 100, 1024, 0)
+    assert (play.questions, play.ask.temperature, play.ask.top_k, play.ask.top_p, play.ask.max_tokens) == (
+        5,
+        1.2,
+        300,
+        0.95,
+        300,
+    )
+    assert (play.answers, play.answer.top_k, play.answer.max_tokens, play.describe.temperature) == (
+        2,
+        100,
+        1024,
+        0,
+    )
     assert config.judge.temperature == 0.2
     assert config.rounds == 1
 
@@ -54,7 +65,11 @@ def test_defaults_are_the_papers():
         ("dpo.micro_batch=0", "dpo.micro_batch", "greater than or equal to 1"),
         ("sft.num_workers=many", "sft.num_workers", "integer"),
         ("sft.num_workers=[3, 1]", "sft.num_workers", "ordered"),
-        ("sft={global_batch: 7, accumulation: 4}", "sft", "micro_batch 8 x accumulation 4 x 1 workers is 32; leave accumulation out"),
+        (
+            "sft={global_batch: 7, accumulation: 4}",
+            "sft",
+            "micro_batch 8 x accumulation 4 x 1 workers is 32; leave accumulation out",
+        ),
         ("sft.accumulation=null", "sft", "give global_batch"),
         ("model.precision=fp8", "model.precision", "'bf16' or 'fp32'"),
         ("dpo.beta=0", "dpo.beta", "greater than 0"),
@@ -73,7 +88,9 @@ def test_bad_override_names_the_field(override, field, hint):
 def test_unknown_key_in_a_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("sft:\n  epoch: 3\n")
-    with pytest.raises(ConfigError, match=r"sft\.epoch: unknown field 'epoch', did you mean 'epochs'.*c\.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"sft\.epoch: unknown field 'epoch', did you mean 'epochs'.*c\.yaml"
+    ):
         load_config(SelfTrainingConfig, path)
 
 
@@ -117,9 +134,15 @@ def test_workers_without_a_sample_are_named():
     assert "24 of 32 workers would get no sample" in SftConfig(global_batch=8, num_workers=32).batch_line
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "medray/recipes").glob("*/*7b.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "medray/recipes").glob("*/*7b.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_more_workers_leave_the_batch_of_a_gpu_recipe(path):
-    kind = {"self_train": SelfTrainingConfig, "instruction_free": InstructionFreeConfig, "clinician_preference": ClinicianPreferenceConfig}[path.parent.name]
+    kind = {
+        "self_train": SelfTrainingConfig,
+        "instruction_free": InstructionFreeConfig,
+        "clinician_preference": ClinicianPreferenceConfig,
+    }[path.parent.name]
     as_written = load_config(kind, path)
     for name in (name for name in kind.model_fields if isinstance(getattr(as_written, name), LoopConfig)):
         wider = load_config(kind, path, [f"{name}.num_workers=32"])
@@ -138,12 +161,23 @@ def test_one_seed_reaches_every_stage():
         (["model.path=/no/such/model"], "model.path: /no/such/model does not exist"),
         (["model.path=testbed:huge"], "model.path: unknown bundled model"),
         (["data.source=/no/such/data"], "data.source: /no/such/data does not exist"),
-        (["sft.num_workers=4"], "sft.num_workers: 4 workers x 1 CPUs, 0.25 to encode (data.read_cpus) and a CPU to read data need more than the 4 CPUs here"),
+        (
+            ["sft.num_workers=4"],
+            "sft.num_workers: 4 workers x 1 CPUs, 0.25 to encode (data.read_cpus) and a CPU to read data "
+            "need more than the 4 CPUs here",
+        ),
         (["dpo.cpus_per_worker=3"], "dpo.num_workers: 1 workers x 3 CPUs"),
-        (["dpo.cpus_per_worker=2.5"], "dpo.reference_workers: 1 workers x 2.5 CPUs, and a CPU each to read data and to leave out what is done,"),
+        (
+            ["dpo.cpus_per_worker=2.5"],
+            "dpo.reference_workers: 1 workers x 2.5 CPUs, and a CPU each to read data and to leave out what "
+            "is done,",
+        ),
         (["engine.cpus_per_actor=2.5"], "engine.actors: 1 actors x 2.5 CPUs"),
         (["engine.actors=[3, 3]"], "engine.actors: 3 actors x 2 CPUs"),
-        (["judge.kind=api", "judge.scoring=scores"], "judge.key_env: the environment variable OPENAI_API_KEY is not set"),
+        (
+            ["judge.kind=api", "judge.scoring=scores"],
+            "judge.key_env: the environment variable OPENAI_API_KEY is not set",
+        ),
         (["judge.model=/no/judge"], "judge.model: /no/judge does not exist"),
         (["data.eval_split=train"], "data.eval_split: must differ"),
     ],
@@ -157,12 +191,30 @@ def test_preflight_names_the_field(overrides, message, monkeypatch):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["sft.gpus_per_worker=8"], "sft.gpus_per_worker: 1 x 8 GPUs (sft.num_workers) are 8, and there are 2 here; set sft.gpus_per_worker=0"),
-    (["engine.gpus_per_actor=4"], "engine.gpus_per_actor: 1 x 4 GPUs (engine.actors)"),
-    (["dpo.gpus_per_worker=1", "dpo.reference_workers=[3, 3]"], "dpo.gpus_per_worker: 3 x 1 GPUs (dpo.reference_workers)"),
-    (["dpo.gpus_per_worker=1", "sft.gpus_per_worker=2", "sft.num_workers=[1, 8]", "sft.cpus_per_worker=0.1"], None),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["sft.gpus_per_worker=8"],
+            "sft.gpus_per_worker: 1 x 8 GPUs (sft.num_workers) are 8, and there are 2 here; set "
+            "sft.gpus_per_worker=0",
+        ),
+        (["engine.gpus_per_actor=4"], "engine.gpus_per_actor: 1 x 4 GPUs (engine.actors)"),
+        (
+            ["dpo.gpus_per_worker=1", "dpo.reference_workers=[3, 3]"],
+            "dpo.gpus_per_worker: 3 x 1 GPUs (dpo.reference_workers)",
+        ),
+        (
+            [
+                "dpo.gpus_per_worker=1",
+                "sft.gpus_per_worker=2",
+                "sft.num_workers=[1, 8]",
+                "sft.cpus_per_worker=0.1",
+            ],
+            None,
+        ),
+    ],
+)
 def test_gpus_are_counted_as_cpus_are(overrides, message, monkeypatch):
     """Ray would wait forever for GPUs that this machine has not."""
     from medray.plan import preflight
@@ -170,7 +222,11 @@ def test_gpus_are_counted_as_cpus_are(overrides, message, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(preflight, "_ray_runs", lambda: False)
     monkeypatch.setattr(preflight, "local_gpus", lambda: 2)
-    config = load_config(SelfTrainingConfig, ROOT / "medray/recipes/self_train/tiny-cpu.yaml", ["cluster.num_cpus=64", *overrides])
+    config = load_config(
+        SelfTrainingConfig,
+        ROOT / "medray/recipes/self_train/tiny-cpu.yaml",
+        ["cluster.num_cpus=64", *overrides],
+    )
     if message is None:
         check_self_training(config)
     else:
@@ -184,13 +240,19 @@ def test_gpus_are_counted_as_cpus_are(overrides, message, monkeypatch):
 def test_splits_of_a_prepared_directory_are_checked_before_anything_starts(tmp_path):
     manifest = tmp_path / "manifest.json"
     manifest.write_text('{"kind": "medray-dataset", "splits": {"train": 313, "test": 203}}')
-    config = load_config(SelfTrainingConfig, ROOT / "medray/recipes/self_train/tiny-cpu.yaml", [f"data.source={tmp_path}"])
-    with pytest.raises(ConfigError, match=r"data\.eval_split: no image of split 'val' in .*; there are train \(313\), test \(203\)$"):
+    config = load_config(
+        SelfTrainingConfig, ROOT / "medray/recipes/self_train/tiny-cpu.yaml", [f"data.source={tmp_path}"]
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.eval_split: no image of split 'val' in .*; there are train \(313\), test \(203\)$",
+    ):
         check_self_training(config)
     config.data.eval_split = "test"
     check_self_training(config)
     config.data.eval_split = "val"
-    for other in ('{"kind": "medray-dataset", "splits": {"unknown": 9}}', '{"kind": "other"}', "[]", "cut"):  # drawn by hash, or another file of that name
+    # drawn by hash, or another file of that name
+    for other in ('{"kind": "medray-dataset", "splits": {"unknown": 9}}', '{"kind": "other"}', "[]", "cut"):
         manifest.write_text(other)
         check_self_training(config)
 
@@ -203,11 +265,19 @@ def test_hidden_gpus_do_not_count(monkeypatch):
     assert not local_gpus()
 
 
-@pytest.mark.parametrize(("override", "hint"), [
-    ("sft.lr=1", "did you mean 'lr_llm'?"), ("sft.lora_llm.r=8", "did you mean 'rank'?"), ("sft.per_device_train_batch_size=8", "did you mean 'micro_batch'?"),
-    ("beta=0.2", "did you mean dpo.beta?"), ("sft.beta=0.2", "did you mean dpo.beta?"), ("cutoff_len=9", "did you mean model.max_length?"),
-    ("engine.gpu_memory_utilization=1", "did you mean 'memory_utilization'?"), ("sft.zzz=1", "known: num_workers"),
-])
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("sft.lr=1", "did you mean 'lr_llm'?"),
+        ("sft.lora_llm.r=8", "did you mean 'rank'?"),
+        ("sft.per_device_train_batch_size=8", "did you mean 'micro_batch'?"),
+        ("beta=0.2", "did you mean dpo.beta?"),
+        ("sft.beta=0.2", "did you mean dpo.beta?"),
+        ("cutoff_len=9", "did you mean model.max_length?"),
+        ("engine.gpu_memory_utilization=1", "did you mean 'memory_utilization'?"),
+        ("sft.zzz=1", "known: num_workers"),
+    ],
+)
 def test_another_name_is_answered_with_ours(override, hint):
     with pytest.raises(ConfigError) as error:
         load_config(SelfTrainingConfig, None, [override])
@@ -231,7 +301,18 @@ def test_check_says_which_recipe_and_batch(capsys, tmp_path, monkeypatch):
     assert "sft: 16 samples per optimiser step at 1 worker(s)" in said and "warning" not in said
     assert main(["--check", "--data", str(tmp_path)]) == 0
     assert "warning: data.source is yours, and this recipe is the demo's" in capsys.readouterr().err
-    assert main(["--check", "--config", str(ROOT / "medray/recipes/self_train/tiny-cpu.yaml"), "--data", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "--check",
+                "--config",
+                str(ROOT / "medray/recipes/self_train/tiny-cpu.yaml"),
+                "--data",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert "recipe:" not in capsys.readouterr().err
 
 
@@ -243,7 +324,9 @@ def test_a_job_without_what_it_needs_prints_its_usage(job, capsys):
     assert importlib.import_module(f"jobs.{job}").main([]) == 2
     said = capsys.readouterr().err
     assert f"usage: jobs/{job}.py" in said
-    assert ("SOURCE: name what to prepare" if job == "prepare_data" else "name --model, --benchmark and --data") in said
+    assert (
+        "SOURCE: name what to prepare" if job == "prepare_data" else "name --model, --benchmark and --data"
+    ) in said
 
 
 def test_preflight_passes_the_demo():
@@ -251,7 +334,9 @@ def test_preflight_passes_the_demo():
     check_self_training(config)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "medray/recipes").glob("self_train/*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "medray/recipes").glob("self_train/*.yaml")), ids=lambda p: p.name
+)
 def test_every_recipe_loads(path):
     config = load_config(SelfTrainingConfig, path)
     assert yaml.safe_load(path.read_text())["model"]["path"] == config.model.path

@@ -1,4 +1,6 @@
-"""Image-description pairs to batches: the proxy's placeholders, this epoch's order of the parts, and that else they are plain SFT's."""
+"""Image-description pairs to batches: the proxy's placeholders, this epoch's order of the parts, and that
+else they are plain SFT's.
+"""
 
 import io
 
@@ -15,7 +17,11 @@ from medray.models.proxy_instruction import PLACEHOLDER
 from medray.models.vlm import load_processor
 
 MODEL = ModelConfig(system_prompt="", max_length=512)
-TEXTS = ("big cell, round nucleus, pink granules, light blue cytoplasm", "small cell, segmented nucleus, no granules", "A cell.")
+TEXTS = (
+    "big cell, round nucleus, pink granules, light blue cytoplasm",
+    "small cell, segmented nucleus, no granules",
+    "A cell.",
+)
 
 
 def png(seed=0, size=(40, 30)):
@@ -25,7 +31,12 @@ def png(seed=0, size=(40, 30)):
 
 
 def table(texts=TEXTS):
-    return pa.Table.from_pylist([{"sample_id": f"d{n}", "image": png(n, (40 + 30 * n, 60)), "description": text} for n, text in enumerate(texts)])
+    return pa.Table.from_pylist(
+        [
+            {"sample_id": f"d{n}", "image": png(n, (40 + 30 * n, 60)), "description": text}
+            for n, text in enumerate(texts)
+        ]
+    )
 
 
 def encoder_of(path, model=MODEL, **train):
@@ -42,11 +53,16 @@ def test_with_an_instruction_in_words_rows_are_those_of_plain_sft(path, system_p
     model = MODEL.model_copy(update={"system_prompt": system_prompt})
     encoder = encoder_of(path, model, instruction="Describe this image.", shuffling="none")
     rows = [encoder.in_order(row, 3) for row in encoder(table()).to_pylist()]
-    turns = [[{"role": "user", "text": "Describe this image."}, {"role": "assistant", "text": text}] for text in TEXTS]
+    turns = [
+        [{"role": "user", "text": "Describe this image."}, {"role": "assistant", "text": text}]
+        for text in TEXTS
+    ]
     plain = Encoder(path, model.model_dump(), DataConfig().model_dump(), "sft")
     expected = plain(table().drop(["description"]).append_column("turns", pa.array(turns))).to_pylist()
     for row, other in zip(rows, expected, strict=True):
-        assert {name: list(row[name]) if name in ("input_ids", "spans") else row[name] for name in other} == other
+        assert {
+            name: list(row[name]) if name in ("input_ids", "spans") else row[name] for name in other
+        } == other
         assert row["error"] is None
 
 
@@ -66,7 +82,9 @@ def test_every_sample_holds_the_placeholders_once_and_supervises_its_description
         assert images[-1] < places[0] and (labels[: places[-1] + 1] == IGNORE).all()
         said = tokenizer.decode(labels[labels != IGNORE])
         assert said.endswith(tokenizer.eos_token)
-        assert sorted(said.removesuffix(tokenizer.eos_token).split(", ")) == sorted(row["description"].split(", "))
+        assert sorted(said.removesuffix(tokenizer.eos_token).split(", ")) == sorted(
+            row["description"].split(", ")
+        )
 
 
 def said(encoder, row, epoch):
@@ -80,7 +98,11 @@ def test_parts_are_in_a_new_order_each_epoch_and_the_same_after_a_restart(path):
     encoder, again, other = encoder_of(path, seed=1), encoder_of(path, seed=1), encoder_of(path, seed=2)
     (row, *_) = encoder(table()).to_pylist()
     epochs = [said(encoder, row, epoch) for epoch in range(12)]
-    assert epochs == [said(again, row, epoch) for epoch in range(12)] != [said(other, row, epoch) for epoch in range(12)]
+    assert (
+        epochs
+        == [said(again, row, epoch) for epoch in range(12)]
+        != [said(other, row, epoch) for epoch in range(12)]
+    )
     assert len(set(epochs)) > 6
     assert {tuple(sorted(text.split(", "))) for text in epochs} == {tuple(sorted(TEXTS[0].split(", ")))}
     assert said(encoder, row, None) == TEXTS[0]  # evaluation
@@ -88,14 +110,20 @@ def test_parts_are_in_a_new_order_each_epoch_and_the_same_after_a_restart(path):
 
 
 def test_sentences_and_other_separators(tiny_llava):
-    (report, listed) = encoder_of(tiny_llava)(table(["The cell is big. The nucleus is round.", "big cell; round nucleus"])).to_pylist()
+    (report, listed) = encoder_of(tiny_llava)(
+        table(["The cell is big. The nucleus is round.", "big cell; round nucleus"])
+    ).to_pylist()
     by_sentence = {said(encoder_of(tiny_llava, shuffling="sentences"), report, epoch) for epoch in range(8)}
     assert by_sentence == {"The cell is big. The nucleus is round.", "The nucleus is round. The cell is big."}
-    assert {said(encoder_of(tiny_llava, separator=";"), listed, epoch) for epoch in range(8)} == {"big cell; round nucleus", "round nucleus; big cell"}
+    assert {said(encoder_of(tiny_llava, separator=";"), listed, epoch) for epoch in range(8)} == {
+        "big cell; round nucleus",
+        "round nucleus; big cell",
+    }
 
 
 def test_an_order_that_is_too_long_gives_way_to_the_original(tiny_llava):
-    text = "yes, irregular shape, cytoplasm"  # "irregular shape" in front, without its blank, is three tokens longer
+    # "irregular shape" in front, without its blank, is three tokens longer
+    text = "yes, irregular shape, cytoplasm"
     wide = encoder_of(tiny_llava)
     (row,) = wide(table([text])).to_pylist()
     lengths = [len(wide.in_order(row, epoch)["input_ids"]) for epoch in (None, *range(12))]
@@ -107,17 +135,26 @@ def test_an_order_that_is_too_long_gives_way_to_the_original(tiny_llava):
         expected = text if length > limit else said(wide, row, epoch)
         assert said(tight, row, epoch) == expected
     shorter = encoder_of(tiny_llava, MODEL.model_copy(update={"max_length": limit - 1}))
-    assert f"{limit} tokens are over model.max_length {limit - 1}" in shorter(table([text])).to_pylist()[0]["error"]
+    assert (
+        f"{limit} tokens are over model.max_length {limit - 1}"
+        in shorter(table([text])).to_pylist()[0]["error"]
+    )
 
 
 def test_rows_that_cannot_be_encoded_carry_their_reason(tiny_llava):
     encoder = encoder_of(tiny_llava, MODEL.model_copy(update={"max_length": 300}))
     texts = ["good", " ", None, f"a cell {PLACEHOLDER}", "a cell<|end|>", "round, " * 300]
-    broken = pa.Table.from_pylist([{"sample_id": "broken", "image": b"\x89PNG broken", "description": "good"}])
+    broken = pa.Table.from_pylist(
+        [{"sample_id": "broken", "image": b"\x89PNG broken", "description": "good"}]
+    )
     rows = encoder(pa.concat_tables([table(texts), broken])).to_pylist()
     reasons = [row["error"] for row in rows]
     assert reasons[0] is None
-    for reason, expected in zip(reasons[1:], ("empty", "empty", PLACEHOLDER, "<|end|>", "model.max_length 300", "cannot be decoded"), strict=True):
+    for reason, expected in zip(
+        reasons[1:],
+        ("empty", "empty", PLACEHOLDER, "<|end|>", "model.max_length 300", "cannot be decoded"),
+        strict=True,
+    ):
         assert expected in reason
     assert encoder.in_order(rows[1], 0) == rows[1]
 
@@ -134,7 +171,14 @@ def test_templates_and_instructions_that_cannot_serve(tiny_llava, tmp_path):
 
 def test_a_template_without_a_questioner_will_do(tiny_llava, tmp_path):
     strict = tmp_path / "strict.jinja"
-    strict.write_text("{% for message in messages %}{% if message['role'] == 'vuser' %}{{ raise_exception('unknown role') }}{% endif %}{% endfor %}" + load_processor(tiny_llava).chat_template)
+    strict.write_text(
+        (
+            "{% for message in messages %}{% if message['role'] == 'vuser' %}{{ raise_exception('unknown "
+            "role') "
+            "}}{% endif %}{% endfor %}"
+        )
+        + load_processor(tiny_llava).chat_template
+    )
     dialogues = Dialogues(load_processor(tiny_llava), MODEL.model_copy(update={"chat_template": str(strict)}))
     assert dialogues.info(questioner=False).questioner_prefix_ids == ()
     with pytest.raises(Exception, match="unknown role"):

@@ -25,35 +25,63 @@ def test_the_final_mark_stays_and_words_between_parts_belong_to_them():
     assert orders("Is it a, b?!") == {"Is it a, b?!", "b, Is it a?!"}
 
 
-@pytest.mark.parametrize(("text", "separator", "parts", "mark"), [
-    (CELL, ",", ["big cell size", "round cell shape", "light blue cytoplasm colour", "granularity", "Neutrophil"], ""),
-    (" a ,b,, c , ", ",", ["a", "b", "c"], ""),
-    ("nodule (2 cm, calcified), 1,200 cells, round", ",", ["nodule (2 cm, calcified)", "1,200 cells", "round"], ""),
-    ("size 1, 2, 3 cm.", ",", ["size 1", "2", "3 cm"], "."),
-    ("a; b, c; d", ";", ["a", "b, c", "d"], ""),
-    ("a\nb, c\nd", "\n", ["a", "b, c", "d"], ""),
-    ("alone.", ",", ["alone"], "."),
-    ("", ",", [], ""),
-])
+@pytest.mark.parametrize(
+    ("text", "separator", "parts", "mark"),
+    [
+        (
+            CELL,
+            ",",
+            ["big cell size", "round cell shape", "light blue cytoplasm colour", "granularity", "Neutrophil"],
+            "",
+        ),
+        (" a ,b,, c , ", ",", ["a", "b", "c"], ""),
+        (
+            "nodule (2 cm, calcified), 1,200 cells, round",
+            ",",
+            ["nodule (2 cm, calcified)", "1,200 cells", "round"],
+            "",
+        ),
+        ("size 1, 2, 3 cm.", ",", ["size 1", "2", "3 cm"], "."),
+        ("a; b, c; d", ";", ["a", "b, c", "d"], ""),
+        ("a\nb, c\nd", "\n", ["a", "b, c", "d"], ""),
+        ("alone.", ",", ["alone"], "."),
+        ("", ",", [], ""),
+    ],
+)
 def test_parts_of_lists(text, separator, parts, mark):
     assert separated(text, separator) == (parts, mark)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (REPORT, ["The lungs are clear.", "A nodule of 2.5 cm was seen by Dr. Smith.", "No effusion."]),
-    ("Effusion? No. Fracture of rib No. 3! See Fig. 2", ["Effusion?", "No.", "Fracture of rib No. 3!", "See Fig. 2."]),
-    ("Masses, e.g. Lymphoma. I.e. nothing new vs. March.", ["Masses, e.g. Lymphoma.", "I.e. nothing new vs. March."]),
-    ("Read by J. Doe. S. aureus grew.", ["Read by J. Doe.", "S. aureus grew."]),
-    ("Compared to ___. Heart size is\nnormal.", ["Compared to ___.", "Heart size is\nnormal."]),
-    ("FINDINGS:\n\nClear lungs.\n\nIMPRESSION: 1. Normal. 2. No mass.", ["FINDINGS:\n\nClear lungs.", "IMPRESSION: 1. Normal.", "2. No mass."]),
-    ("A nodule\n \nNo effusion", ["A nodule.", "No effusion."]),
-    ("Left tube. unchanged since March. New line.", ["Left tube. unchanged since March.", "New line."]),
-    ("the heart is normal . no effusion . a tube at 2.5 cm .", ["the heart is normal .", "no effusion .", "a tube at 2.5 cm ."]),
-    ('He said "clear." (It is.) Is it?', ['He said "clear."', "(It is.)", "Is it?"]),
-    ("Hmm... A mass", ["Hmm...", "A mass."]),
-    ("One sentence without a mark", ["One sentence without a mark"]),
-    ("  ", []),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (REPORT, ["The lungs are clear.", "A nodule of 2.5 cm was seen by Dr. Smith.", "No effusion."]),
+        (
+            "Effusion? No. Fracture of rib No. 3! See Fig. 2",
+            ["Effusion?", "No.", "Fracture of rib No. 3!", "See Fig. 2."],
+        ),
+        (
+            "Masses, e.g. Lymphoma. I.e. nothing new vs. March.",
+            ["Masses, e.g. Lymphoma.", "I.e. nothing new vs. March."],
+        ),
+        ("Read by J. Doe. S. aureus grew.", ["Read by J. Doe.", "S. aureus grew."]),
+        ("Compared to ___. Heart size is\nnormal.", ["Compared to ___.", "Heart size is\nnormal."]),
+        (
+            "FINDINGS:\n\nClear lungs.\n\nIMPRESSION: 1. Normal. 2. No mass.",
+            ["FINDINGS:\n\nClear lungs.", "IMPRESSION: 1. Normal.", "2. No mass."],
+        ),
+        ("A nodule\n \nNo effusion", ["A nodule.", "No effusion."]),
+        ("Left tube. unchanged since March. New line.", ["Left tube. unchanged since March.", "New line."]),
+        (
+            "the heart is normal . no effusion . a tube at 2.5 cm .",
+            ["the heart is normal .", "no effusion .", "a tube at 2.5 cm ."],
+        ),
+        ('He said "clear." (It is.) Is it?', ['He said "clear."', "(It is.)", "Is it?"]),
+        ("Hmm... A mass", ["Hmm...", "A mass."]),
+        ("One sentence without a mark", ["One sentence without a mark"]),
+        ("  ", []),
+    ],
+)
 def test_sentences(text, expected):
     assert sentences(text) == expected
 
@@ -62,7 +90,10 @@ def test_shuffled_sentences_are_the_same_sentences():
     found = orders(REPORT, parts="sentences")
     assert len(found) == 6
     assert {tuple(sorted(sentences(text))) for text in found} == {tuple(sorted(sentences(REPORT)))}
-    assert orders("It is big. It is round", parts="sentences") == {"It is big. It is round.", "It is round. It is big."}
+    assert orders("It is big. It is round", parts="sentences") == {
+        "It is big. It is round.",
+        "It is round. It is big.",
+    }
 
 
 def test_parts_are_neither_lost_nor_doubled():

@@ -13,10 +13,17 @@ from medray.data.collate import IGNORE, Encoder, apply_self_questioning, collate
 
 # <s> | <user> q1 . | <assistant> a1 a1 . | <user> q2 . | <assistant> a2 . | <user> q3 q3 . | <assistant> a3 .
 IDS = np.array([1, 10, 21, 9, 11, 31, 32, 9, 10, 22, 9, 11, 33, 9, 10, 23, 24, 9, 11, 34, 9])
-SPANS = np.array([
-    (ANSWER, 5, 8), (QUESTION_PREFIX, 8, 9), (QUESTION, 9, 11), (ANSWER, 12, 14),
-    (QUESTION_PREFIX, 14, 15), (QUESTION, 15, 18), (ANSWER, 19, 21),
-])
+SPANS = np.array(
+    [
+        (ANSWER, 5, 8),
+        (QUESTION_PREFIX, 8, 9),
+        (QUESTION, 9, 11),
+        (ANSWER, 12, 14),
+        (QUESTION_PREFIX, 14, 15),
+        (QUESTION, 15, 18),
+        (ANSWER, 19, 21),
+    ]
+)
 QUESTIONER = (50, 51)  # two tokens, so that a replaced prefix moves what follows
 X = IGNORE
 
@@ -35,7 +42,31 @@ def test_a_flipped_turn_gets_the_questioners_prefix_and_its_text_is_supervised()
 
 def test_both_flipped():
     ids, labels = apply_self_questioning(IDS, SPANS, [True, True], QUESTIONER)
-    assert ids.tolist() == [1, 10, 21, 9, 11, 31, 32, 9, 50, 51, 22, 9, 11, 33, 9, 50, 51, 23, 24, 9, 11, 34, 9]
+    assert ids.tolist() == [
+        1,
+        10,
+        21,
+        9,
+        11,
+        31,
+        32,
+        9,
+        50,
+        51,
+        22,
+        9,
+        11,
+        33,
+        9,
+        50,
+        51,
+        23,
+        24,
+        9,
+        11,
+        34,
+        9,
+    ]
     assert labels.tolist() == [X] * 5 + [31, 32, 9, X, X, 22, 9, X, 33, 9, X, X, 23, 24, 9, X, 34, 9]
 
 
@@ -63,9 +94,12 @@ def processor(request, tiny_llava, tiny_qwen):
 
 
 TURNS = [
-    {"role": "user", "text": "What is the shape?"}, {"role": "assistant", "text": "round"},
-    {"role": "user", "text": "Is it round?"}, {"role": "assistant", "text": "yes, it is round"},
-    {"role": "user", "text": "yes"}, {"role": "assistant", "text": "yes"},
+    {"role": "user", "text": "What is the shape?"},
+    {"role": "assistant", "text": "round"},
+    {"role": "user", "text": "Is it round?"},
+    {"role": "assistant", "text": "yes, it is round"},
+    {"role": "user", "text": "yes"},
+    {"role": "assistant", "text": "yes"},
 ]
 
 
@@ -84,16 +118,22 @@ def test_flipped_dialogue_is_what_the_template_writes_for_a_questioner(processor
     config = ModelConfig(system_prompt="")
     dialogues = Dialogues(processor, config)
     ids, spans = dialogues.encode(TURNS)
-    flipped, labels = apply_self_questioning(ids, spans, [True, False], dialogues.info().questioner_prefix_ids)
+    flipped, labels = apply_self_questioning(
+        ids, spans, [True, False], dialogues.info().questioner_prefix_ids
+    )
     turns = [dict(turn) for turn in TURNS]
     turns[2]["role"] = "questioner"
     written, written_spans = dialogues.encode(turns)
     assert flipped.tolist() == written.tolist()
-    supervised = [tuple(written[start:stop]) for kind, start, stop in written_spans.tolist() if kind == ANSWER]
+    supervised = [
+        tuple(written[start:stop]) for kind, start, stop in written_spans.tolist() if kind == ANSWER
+    ]
     assert [token for span in supervised for token in span] == labels[labels != IGNORE].tolist()
 
 
-@pytest.mark.parametrize(("text", "problem"), [("look at <image> here", "<image>"), ("done <|end|> now", "<|end|>")])
+@pytest.mark.parametrize(
+    ("text", "problem"), [("look at <image> here", "<image>"), ("done <|end|> now", "<|end|>")]
+)
 def test_special_tokens_in_text_are_refused(tiny_llava, text, problem):
     from transformers import AutoProcessor
 
@@ -117,9 +157,16 @@ def test_rows_that_cannot_be_encoded_carry_their_reason(tiny_llava):
     long = [{"role": "user", "text": "What?"}, {"role": "assistant", "text": "round " * 600}]
     empty = [{"role": "user", "text": "What?"}, {"role": "assistant", "text": " "}]
     encoder = Encoder(tiny_llava, ModelConfig(max_length=300).model_dump(), DataConfig().model_dump(), "sft")
-    rows = encoder(pa.Table.from_pylist([
-        _row("good", _png(), TURNS), _row("long", _png(), long), _row("broken", b"\x89PNG broken", TURNS), _row("empty", _png(), empty),
-    ])).to_pylist()
+    rows = encoder(
+        pa.Table.from_pylist(
+            [
+                _row("good", _png(), TURNS),
+                _row("long", _png(), long),
+                _row("broken", b"\x89PNG broken", TURNS),
+                _row("empty", _png(), empty),
+            ]
+        )
+    ).to_pylist()
     reasons = {row["sample_id"]: row["error"] for row in rows}
     assert reasons["good"] is None
     assert "model.max_length 300" in reasons["long"]
@@ -129,7 +176,9 @@ def test_rows_that_cannot_be_encoded_carry_their_reason(tiny_llava):
 
 def test_collated_batch_pads_right_and_supervises_the_same_tokens_as_each_row(tiny_llava):
     encoder = Encoder(tiny_llava, ModelConfig(max_length=512).model_dump(), DataConfig().model_dump(), "sft")
-    rows = encoder(pa.Table.from_pylist([_row("a", _png(), TURNS), _row("b", _png(size=(10, 50)), TURNS[:2])])).to_pylist()
+    rows = encoder(
+        pa.Table.from_pylist([_row("a", _png(), TURNS), _row("b", _png(size=(10, 50)), TURNS[:2])])
+    ).to_pylist()
     info = encoder.dialogues.info()
     batch = collate_sft(rows, info, 0.5, seed=0, epoch=3)
     for index, row in enumerate(rows):

@@ -16,7 +16,13 @@ from medray.running.actor_pools import map_options
 from medray.storage.resumable import write_resumable
 from tests.support.prometheus import told
 
-pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.whole_job,
+    pytest.mark.ray,
+    pytest.mark.vllm,
+    pytest.mark.faults,
+    pytest.mark.timeout(1200),
+]
 
 
 def engines(model, but=()):
@@ -24,7 +30,10 @@ def engines(model, but=()):
     found = {}
     for process in psutil.process_iter(["name"]):
         try:
-            if process.info["name"].startswith("VLLM::") and process.environ().get("MEDRAY_TEST_RUN") == model:
+            if (
+                process.info["name"].startswith("VLLM::")
+                and process.environ().get("MEDRAY_TEST_RUN") == model
+            ):
                 found[process.pid] = int(process.environ()[OWNER_ENV])
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -56,7 +65,9 @@ def gone(pid, seconds=120):
     return False
 
 
-def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray_cluster, talker, sections, play_config, png, tmp_path):
+def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(
+    ray_cluster, talker, sections, play_config, png, tmp_path
+):
     from medray.methods.self_train.self_play import SelfPlay
 
     marks = tmp_path / "marks"
@@ -68,8 +79,12 @@ def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray
             return await super().row(row)
 
     long = SamplingConfig(max_tokens=100)
-    config = play_config.model_copy(update={"ask": SamplingConfig(max_tokens=20), "answer": long, "questions": 4})
-    engine = EngineConfig.model_validate({**sections["engine_config"].model_dump(), "rows_per_task": 15, "rows_in_flight": 16})
+    config = play_config.model_copy(
+        update={"ask": SamplingConfig(max_tokens=20), "answer": long, "questions": 4}
+    )
+    engine = EngineConfig.model_validate(
+        {**sections["engine_config"].model_dump(), "rows_per_task": 15, "rows_in_flight": 16}
+    )
     rows = [{"sample_id": f"s{number}", "image": png(number)} for number in range(60)]
     kwargs = {"model": talker, **sections, "engine_config": engine, "config": config}
     source, out = tmp_path / "rows", tmp_path / "out"
@@ -79,14 +94,21 @@ def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray
 
     def stage(dataset):
         return dataset.map_batches(
-            Marked, fn_constructor_kwargs=kwargs, **map_options(engine), runtime_env={"env_vars": {"MEDRAY_TEST_RUN": talker}},
+            Marked,
+            fn_constructor_kwargs=kwargs,
+            **map_options(engine),
+            runtime_env={"env_vars": {"MEDRAY_TEST_RUN": talker}},
         )
 
     written, failures = [], []
 
     def work():
         try:
-            written.append(write_resumable(str(source), str(out), str(tmp_path / "checkpoint"), stage, engine.rows_per_task))
+            written.append(
+                write_resumable(
+                    str(source), str(out), str(tmp_path / "checkpoint"), stage, engine.rows_per_task
+                )
+            )
         except Exception as error:
             failures.append(error)
 
@@ -105,7 +127,9 @@ def test_rows_are_redone_once_after_the_actor_and_then_the_engine_are_killed(ray
     found = pyarrow.parquet.read_table(out).to_pylist()
     assert sorted(row["sample_id"] for row in found) == sorted(row["sample_id"] for row in rows)
     assert all(row["error"] is None for row in found)
-    assert written[0].rows == 60 and 2 <= written[0].again["rows done again"] <= 60, "each of the two had a batch in work, or two"
+    assert written[0].rows == 60 and 2 <= written[0].again["rows done again"] <= 60, (
+        "each of the two had a batch in work, or two"
+    )
     assert len(list(marks.iterdir())) == 3
     # The third engine came after both; it ends with the dataset's actors.
     assert all(gone(pid) for pid in engines(talker))

@@ -22,10 +22,34 @@ def server(talker, tmp_path_factory):
     log_path = tmp_path_factory.mktemp("server") / "log"
     log = log_path.open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", talker, "--served-model-name", "tiny", "--host", "127.0.0.1",
-         "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**28),
-         "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096", "--distributed-executor-backend", "uni"],
-        stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
+        [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            talker,
+            "--served-model-name",
+            "tiny",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-model-len",
+            "1024",
+            "--kv-cache-memory-bytes",
+            str(2**28),
+            "--no-enable-chunked-prefill",
+            "--max-num-batched-tokens",
+            "4096",
+            "--distributed-executor-backend",
+            "uni",
+        ],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
     )
     base = f"http://127.0.0.1:{port}"
     try:
@@ -53,12 +77,27 @@ def counted(base):
 def test_requests_and_usage_are_the_servers_own_numbers(server, png):
     from medray.inference.judges.api import ApiJudge
 
-    answers = [{"text": text, "seed": 1, "finish_reason": "stop", "tokens": 2} for text in ("one cell", "two cells")]
-    rows = [{
-        "sample_id": f"i{number}", "image": png(number), "description": "", "dropped_questions": [], "error": None,
-        "questions": [{"question_id": f"i{number}/r1/q{q}", "question": "What?", "seed": 1, "answers": answers} for q in range(2)],
-    } for number in range(3)]
-    judge = ApiJudge(JudgeConfig(kind="api", model="tiny", base_url=f"{server}/v1", key_env="MEDRAY_NO_KEY", max_tokens=8), DataConfig())
+    answers = [
+        {"text": text, "seed": 1, "finish_reason": "stop", "tokens": 2} for text in ("one cell", "two cells")
+    ]
+    rows = [
+        {
+            "sample_id": f"i{number}",
+            "image": png(number),
+            "description": "",
+            "dropped_questions": [],
+            "error": None,
+            "questions": [
+                {"question_id": f"i{number}/r1/q{q}", "question": "What?", "seed": 1, "answers": answers}
+                for q in range(2)
+            ],
+        }
+        for number in range(3)
+    ]
+    judge = ApiJudge(
+        JudgeConfig(kind="api", model="tiny", base_url=f"{server}/v1", key_env="MEDRAY_NO_KEY", max_tokens=8),
+        DataConfig(),
+    )
     before = counted(server)
     judged = judge(pa.Table.from_pylist(rows, schema=SELF_PLAY)).to_pylist()
     after = counted(server)
@@ -68,4 +107,7 @@ def test_requests_and_usage_are_the_servers_own_numbers(server, png):
     assert sum(row["completion_tokens"] for row in judged) == after[1] - before[1] > 0
     verdicts = [verdict for row in judged for verdict in row["verdicts"]]
     assert len(verdicts) == 6
-    assert all("first line" in verdict["error"] and verdict["first_score"] is None and len(verdict["raw"]) == 2 for verdict in verdicts)
+    assert all(
+        "first line" in verdict["error"] and verdict["first_score"] is None and len(verdict["raw"]) == 2
+        for verdict in verdicts
+    )

@@ -10,25 +10,48 @@ from medray.methods.clinician_preference.rate_prompt import RatingError, parse_s
 from medray.methods.self_train.self_play import keep_questions
 
 
-@pytest.mark.parametrize("text", [
-    "<think>No mass on the left... wait.</think>\n\nYes", "<thinking>No.</thinking>Yes", "<THINK>No</THINK>Yes", "<reasoning>no</reasoning>\nYes",
-    "[THINK]no[/THINK]Yes", "no mass</think>Yes", "<think>no</think>No<think>yes</think>Yes", "<think>a<think>b</think></think>Yes", "<think>\n\n</think>\n\nYes",
-    "<think>no</think><answer>Yes</answer>", "<think>no</think>\n<answer>Yes", "<seed:think>no</seed:think>Yes", "◁think▷no◁/think▷Yes",
-    "<|begin_of_thought|>no<|end_of_thought|>Yes", "<|START_THINKING|>no<|END_THINKING|>Yes", "<unused94>thought\nno<unused95>Yes",
-    "<|channel|>analysis<|message|>no<|end|><|start|>assistant<|channel|>final<|message|>Yes",
-    "<SUMMARY>x</SUMMARY><REASONING>no</REASONING>\n<CONCLUSION>Yes</CONCLUSION>", "<think>no</think>Yes</think>", "<think>no</think>Yes<|im_end|>\n",
-    "analysisno, since there is none.assistantfinalYes", "<think>no</think><answer>Yes</answer>.",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>No mass on the left... wait.</think>\n\nYes",
+        "<thinking>No.</thinking>Yes",
+        "<THINK>No</THINK>Yes",
+        "<reasoning>no</reasoning>\nYes",
+        "[THINK]no[/THINK]Yes",
+        "no mass</think>Yes",
+        "<think>no</think>No<think>yes</think>Yes",
+        "<think>a<think>b</think></think>Yes",
+        "<think>\n\n</think>\n\nYes",
+        "<think>no</think><answer>Yes</answer>",
+        "<think>no</think>\n<answer>Yes",
+        "<seed:think>no</seed:think>Yes",
+        "◁think▷no◁/think▷Yes",
+        "<|begin_of_thought|>no<|end_of_thought|>Yes",
+        "<|START_THINKING|>no<|END_THINKING|>Yes",
+        "<unused94>thought\nno<unused95>Yes",
+        "<|channel|>analysis<|message|>no<|end|><|start|>assistant<|channel|>final<|message|>Yes",
+        "<SUMMARY>x</SUMMARY><REASONING>no</REASONING>\n<CONCLUSION>Yes</CONCLUSION>",
+        "<think>no</think>Yes</think>",
+        "<think>no</think>Yes<|im_end|>\n",
+        "analysisno, since there is none.assistantfinalYes",
+        "<think>no</think><answer>Yes</answer>.",
+    ],
+)
 def test_the_answer_stands_after_the_last_closing_tag(text):
     assert said(text) == ("Yes", FINISHED)
 
 
-@pytest.mark.parametrize("text", ["<think>Is it yes?", "<think>", "[THINK]yes", "<think>no</think>Yes<think>or no", "<reasoning>\nyes"])
+@pytest.mark.parametrize(
+    "text",
+    ["<think>Is it yes?", "<think>", "[THINK]yes", "<think>no</think>Yes<think>or no", "<reasoning>\nyes"],
+)
 def test_thinking_that_is_never_closed_leaves_no_answer(text):
     assert said(text) == ("", UNFINISHED)
 
 
-@pytest.mark.parametrize("text", ["Yes", "I think yes", "3 < 5 and 7 > 6", "<b>Yes</b>", "x < think > y", "[1] Yes", ""])
+@pytest.mark.parametrize(
+    "text", ["Yes", "I think yes", "3 < 5 and 7 > 6", "<b>Yes</b>", "x < think > y", "[1] Yes", ""]
+)
 def test_a_text_without_thinking_stays_as_it_is(text):
     assert said(text) == (text, None) and without_blocks(text) == (text, None)
 
@@ -42,7 +65,15 @@ def test_an_answer_in_tags_is_taken_out_of_them():
     assert said("see <answer>B</answer>").answer == "see <answer>B</answer>"
 
 
-@pytest.mark.parametrize(("prompt", "opened"), [("<|assistant|>\n<think>\n", True), ("assistant:", False), ("<think>\n\n</think>\n\n", False), ("use <think> tags", False)])
+@pytest.mark.parametrize(
+    ("prompt", "opened"),
+    [
+        ("<|assistant|>\n<think>\n", True),
+        ("assistant:", False),
+        ("<think>\n\n</think>\n\n", False),
+        ("use <think> tags", False),
+    ],
+)
 def test_a_template_may_open_the_thinking(prompt, opened):
     assert opens(prompt) is opened
 
@@ -57,7 +88,10 @@ def test_scores_are_read_after_the_judges_thinking():
 
 
 def test_no_thinking_becomes_part_of_a_dialogue():
-    turns = parse_dialogue("<think>User: perhaps this?\nAssistant: no</think>User: What?\nAssistant: <think>hm</think>A cell.\nUser: Big?\nAssistant: Yes.")
+    turns = parse_dialogue(
+        "<think>User: perhaps this?\nAssistant: no</think>User: What?\nAssistant: <think>hm</think>A "
+        "cell.\nUser: Big?\nAssistant: Yes."
+    )
     assert [turn["text"] for turn in turns] == ["What?", "A cell.", "Big?", "Yes."]
     with pytest.raises(DialogueError, match="unfinished thinking"):
         parse_dialogue("User: What?\nAssistant: A cell.\nUser: Big?\nAssistant: <think>is it")
@@ -103,10 +137,19 @@ def test_thinking_that_the_prompt_opens_is_seen(worker):
 
 def test_an_answer_is_without_its_thinking_and_empty_where_that_is_unfinished(worker):
     prompt = worker.engine.chat.tokenizer("what is it?", add_special_tokens=False)["input_ids"]
-    answers = [worker._candidate(worker._without_thinking(prompt, output(worker, text, finish))) for text, finish in (
-        ("<think> no </think> yes", "stop"), ("<think> no", "length"), ("yes", "stop"))]
-    assert [(answer["text"], answer["finish_reason"]) for answer in answers] == [("yes", "stop"), ("", "unfinished thinking"), ("yes", "stop")]
-    asked = [worker._without_thinking(prompt, output(worker, text, finish)) for text, finish in (("<think> what ? </think> where is it ?", "stop"), ("<think> what", "length"))]
+    answers = [
+        worker._candidate(worker._without_thinking(prompt, output(worker, text, finish)))
+        for text, finish in (("<think> no </think> yes", "stop"), ("<think> no", "length"), ("yes", "stop"))
+    ]
+    assert [(answer["text"], answer["finish_reason"]) for answer in answers] == [
+        ("yes", "stop"),
+        ("", "unfinished thinking"),
+        ("yes", "stop"),
+    ]
+    asked = [
+        worker._without_thinking(prompt, output(worker, text, finish))
+        for text, finish in (("<think> what ? </think> where is it ?", "stop"), ("<think> what", "length"))
+    ]
     kept, dropped = keep_questions(asked, worker.engine.chat.has_special_text)
     assert [text for _, text in kept] == [asked[0].text] and "what" not in asked[0].text
     assert dropped == [{"question": "", "reason": "unfinished thinking"}]

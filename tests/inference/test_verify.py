@@ -9,17 +9,29 @@ pytestmark = pytest.mark.vllm
 
 def rows(png):
     questions = ["What is the shape of the nucleus?", "Describe.", "Is it big?"]
-    return [{"sample_id": f"v{number}", "image": png(number), "question": text} for number, text in enumerate(questions)]
+    return [
+        {"sample_id": f"v{number}", "image": png(number), "question": text}
+        for number, text in enumerate(questions)
+    ]
 
 
 def test_qwen_export_decodes_alike_and_bad_rows_are_skipped(ray_cluster, tiny_qwen, png, sections):
     model = sections["model_config"].model_copy(update={"pad_to_square": False})
     bad = {"sample_id": "bad", "image": b"", "question": "?"}
-    report = verify_on_cluster(tiny_qwen, [bad, *rows(png)], VerifyConfig(rows=3), model, sections["data_config"], sections["engine_config"])
+    report = verify_on_cluster(
+        tiny_qwen,
+        [bad, *rows(png)],
+        VerifyConfig(rows=3),
+        model,
+        sections["data_config"],
+        sections["engine_config"],
+    )
     assert (report["rows"], report["skipped"]) == (3, 1)
     assert report["equal_rows"] + report["near_ties"] == 3 and report["tokens"] > 3
     with pytest.raises(StageError, match="none of 1 rows"):
-        verify_on_cluster(tiny_qwen, [bad], VerifyConfig(), model, sections["data_config"], sections["engine_config"])
+        verify_on_cluster(
+            tiny_qwen, [bad], VerifyConfig(), model, sections["data_config"], sections["engine_config"]
+        )
 
 
 def test_llava_decodes_alike_and_differences_are_named(player, talker, png, sections):

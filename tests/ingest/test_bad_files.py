@@ -44,9 +44,17 @@ def unreadable(root):
     (root / "self.png").symlink_to("self.png")
     (root / "null.png").symlink_to("/dev/zero")
     return {
-        "x" * 300 + ".png": "name that is too long", "film.png/a.png": "a part of its path is a file", "a\0b.png": "a name that no file can have",
-        "gone.png": "does not exist", "dangling.png": "does not exist", "self.png": "a link that leads to itself", "folder.png": "is a folder",
-        "pipe.png": "is a pipe or a device", "null.png": "is a pipe or a device", ".": "is a folder", "deep/" * 900 + "a.png": "",
+        "x" * 300 + ".png": "name that is too long",
+        "film.png/a.png": "a part of its path is a file",
+        "a\0b.png": "a name that no file can have",
+        "gone.png": "does not exist",
+        "dangling.png": "does not exist",
+        "self.png": "a link that leads to itself",
+        "folder.png": "is a folder",
+        "pipe.png": "is a pipe or a device",
+        "null.png": "is a pipe or a device",
+        ".": "is a folder",
+        "deep/" * 900 + "a.png": "",
     }
 
 
@@ -78,15 +86,22 @@ class Failing(fsspec.AbstractFileSystem):
     cachable = False
 
     def size(self, path):
-        raise {"permission": PermissionError("arn:aws:iam::123456"), "gone": FileNotFoundError(path)}.get(path, ConnectionResetError(104, "reset"))
+        raise {"permission": PermissionError("arn:aws:iam::123456"), "gone": FileNotFoundError(path)}.get(
+            path, ConnectionResetError(104, "reset")
+        )
 
     def info(self, path, **kwargs):
         return {"name": path, "size": 1, "type": "file"}
 
 
-@pytest.mark.parametrize(("name", "reason"), [
-    ("permission", "cannot be read: permission denied"), ("gone", "does not exist"), ("reset", "cannot be read: reset"),
-])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("permission", "cannot be read: permission denied"),
+        ("gone", "does not exist"),
+        ("reset", "cannot be read: reset"),
+    ],
+)
 def test_a_store_that_fails_sets_the_row_aside(name, reason):
     fsspec.register_implementation("failing", Failing, clobber=True)
     with pytest.raises(ImageError, match=f"^image file '{name}' {reason}$"):
@@ -95,15 +110,28 @@ def test_a_store_that_fails_sets_the_row_aside(name, reason):
 
 def test_errors_name_the_row_and_the_path_in_the_image_folder(tmp_path):
     """SLAKE's images are all called source.jpg: the name alone tells none from the others."""
-    records = [{"id": str(n), "image": f"xmlab{n}/source.jpg", "conversations": [
-        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A lung."}]} for n in range(3)]
+    records = [
+        {
+            "id": str(n),
+            "image": f"xmlab{n}/source.jpg",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat?"},
+                {"from": "gpt", "value": "A lung."},
+            ],
+        }
+        for n in range(3)
+    ]
     (tmp_path / "sub").mkdir()
     (tmp_path / "llava.jsonl").write_text("\n".join(map(json.dumps, records)))
     (tmp_path / "images").mkdir()
     good, bad = good_and_set_aside(samples_of(tmp_path, images=str(tmp_path / "images")))
     assert not good
-    assert sorted(row["reason"] for row in bad) == [f"image file 'xmlab{n}/source.jpg' does not exist" for n in range(3)]
-    assert all(row["file"].startswith("llava.jsonl byte ") and row["file"].endswith("/source.jpg") for row in bad)
+    assert sorted(row["reason"] for row in bad) == [
+        f"image file 'xmlab{n}/source.jpg' does not exist" for n in range(3)
+    ]
+    assert all(
+        row["file"].startswith("llava.jsonl byte ") and row["file"].endswith("/source.jpg") for row in bad
+    )
     assert str(tmp_path) not in str(bad)
 
 
@@ -128,7 +156,14 @@ def test_an_image_folder_with_things_that_are_no_images(tmp_path):
     (tmp_path / "sub" / "b.PPM").write_bytes(saved(noise(), "PPM"))
     good, bad = good_and_set_aside(samples_of(tmp_path))
     assert sorted(row["sample_id"] for row in good) == ["film.png", "sub/b.PPM"]
-    assert {row["file"] for row in bad} == {"dangling.png", "null.png", "pipe.png", "self.png", "sub/up", "text.png"}
+    assert {row["file"] for row in bad} == {
+        "dangling.png",
+        "null.png",
+        "pipe.png",
+        "self.png",
+        "sub/up",
+        "text.png",
+    }
 
 
 def test_a_page_a_row(tmp_path):
@@ -137,7 +172,10 @@ def test_a_page_a_row(tmp_path):
     pages[0].save(tmp_path / "one.tif")
     (tmp_path / "cut.tif").write_bytes((tmp_path / "stack.TIF").read_bytes()[:200])
     good, bad = good_and_set_aside(samples_of(tmp_path))
-    assert sorted(row["sample_id"] for row in good) == ["one.tif", *(f"stack.TIF/p{page:04d}" for page in range(4))]
+    assert sorted(row["sample_id"] for row in good) == [
+        "one.tif",
+        *(f"stack.TIF/p{page:04d}" for page in range(4)),
+    ]
     assert len({row["image_hash"] for row in good}) == 4
     assert [row["file"] for row in bad] == ["cut.tif"]
 
@@ -145,14 +183,19 @@ def test_a_page_a_row(tmp_path):
 def test_other_frames_of_a_named_file_are_a_warning(tmp_path):
     noise().save(tmp_path / "a.gif", save_all=True, append_images=[noise(seed=1)])
     noise().save(tmp_path / "b.tif", save_all=True, append_images=[noise(seed=1)])
-    (tmp_path / "c.bin").write_bytes(dicom(tagged(np.zeros((2, 8, 8), "uint8"), frames=2, BurnedInAnnotation="NO")))
+    (tmp_path / "c.bin").write_bytes(
+        dicom(tagged(np.zeros((2, 8, 8), "uint8"), frames=2, BurnedInAnnotation="NO"))
+    )
     (tmp_path / "metadata.csv").write_text("file_name,text\na.gif,A\nb.tif,B\nc.bin,C\n")
     good, bad = good_and_set_aside(samples_of(tmp_path))
     assert not bad
     assert {row["sample_id"]: row["warnings"] for row in good} == {
-        "a.gif": ["first-frame-of-animated-GIF"], "b.tif": ["first-page-of-TIFF"], "c.bin": ["first-frame-of-DICOM"],
+        "a.gif": ["first-frame-of-animated-GIF"],
+        "b.tif": ["first-page-of-TIFF"],
+        "c.bin": ["first-frame-of-DICOM"],
     }
-    assert {row["image_format"] for row in good} == {"GIF", "TIFF", "PNG"}  # what a file holds decides, not its name
+    # what a file holds decides, not its name
+    assert {row["image_format"] for row in good} == {"GIF", "TIFF", "PNG"}
 
 
 def test_a_dicom_folder_guards_each_file(tmp_path):
@@ -166,7 +209,9 @@ def test_a_dicom_folder_guards_each_file(tmp_path):
     (tmp_path / "._a.dcm").write_bytes(b"\0\5\x16\7")
     good, bad = good_and_set_aside(samples_of(tmp_path))
     assert len(good) == 7 and len(bad) == 3
-    assert all(row["file"].startswith("dcm-") for row in bad) and not any(name in str(bad) for name in ("cut.dcm", "pipe.dcm", "dangling"))
+    assert all(row["file"].startswith("dcm-") for row in bad) and not any(
+        name in str(bad) for name in ("cut.dcm", "pipe.dcm", "dangling")
+    )
 
 
 def test_a_table_that_cannot_be_read_on_is_one_error(tmp_path, monkeypatch):
@@ -185,7 +230,15 @@ def test_a_table_that_cannot_be_read_on_is_one_error(tmp_path, monkeypatch):
 
 def test_a_tar_of_odd_members(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as out:
-        for name, data in (("1.png", PNG), ("1.txt", b"A text."), ("2.png", b"hello"), ("2.txt", b"B"), ("3.txt", b"no image"), ("4.jpe", saved(noise(), "JPEG")), ("4.txt", b"\xff")):
+        for name, data in (
+            ("1.png", PNG),
+            ("1.txt", b"A text."),
+            ("2.png", b"hello"),
+            ("2.txt", b"B"),
+            ("3.txt", b"no image"),
+            ("4.jpe", saved(noise(), "JPEG")),
+            ("4.txt", b"\xff"),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             out.addfile(member, io.BytesIO(data))
@@ -194,7 +247,11 @@ def test_a_tar_of_odd_members(tmp_path):
         out.addfile(link)
     good, bad = good_and_set_aside(samples_of(tmp_path))
     assert [row["sample_id"] for row in good] == ["x/1"]
-    assert sorted((row["sample_id"], row["file"]) for row in bad) == [("x/2", "x.tar 2"), ("x/3", "x.tar 3"), ("x/4", "x.tar 4")]
+    assert sorted((row["sample_id"], row["file"]) for row in bad) == [
+        ("x/2", "x.tar 2"),
+        ("x/3", "x.tar 3"),
+        ("x/4", "x.tar 4"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tar", "a.parquet"])
@@ -208,9 +265,19 @@ def test_a_pipe_beside_a_table_is_never_opened(tmp_path, name):
 
 def test_folders_of_a_table_that_no_file_system_can_name(tmp_path):
     """CBIS-DDSM's series are looked for in folders: a name that is too long is a series that is not there."""
-    columns = ["patient_id", "abnormality type", "pathology", "image file path", "cropped image file path", "ROI mask file path", "abnormality id"]
+    columns = [
+        "patient_id",
+        "abnormality type",
+        "pathology",
+        "image file path",
+        "cropped image file path",
+        "ROI mask file path",
+        "abnormality id",
+    ]
     values = ["P_1", "mass", "BENIGN", "x" * 300 + "/b/c/1.dcm", "y" * 300 + "/b/c/1.dcm", "", "1"]
-    (tmp_path / "mass_case_description_train_set.csv").write_text(f"{','.join(columns)}\n{','.join(values)}\n")
+    (tmp_path / "mass_case_description_train_set.csv").write_text(
+        f"{','.join(columns)}\n{','.join(values)}\n"
+    )
     good, bad = good_and_set_aside(samples_of(tmp_path))
     assert not good and "neither its crop nor its mammogram is there" in bad[0]["reason"]
 

@@ -13,16 +13,33 @@ from tests.ingest.test_source_index import rows_of
 
 PNG, JPEG = saved(noise((30, 20))), saved(noise((20, 30)), "JPEG")
 TURNS = [
-    {"role": "system", "text": "Be short."}, {"role": "user", "text": "What is it?"}, {"role": "assistant", "text": "Une cellule, 细胞."},
-    {"role": "questioner", "text": "Is it big?"}, {"role": "assistant", "text": "Yes."},
+    {"role": "system", "text": "Be short."},
+    {"role": "user", "text": "What is it?"},
+    {"role": "assistant", "text": "Une cellule, 细胞."},
+    {"role": "questioner", "text": "Is it big?"},
+    {"role": "assistant", "text": "Yes."},
 ]
-QUESTION = {"question": "Which?\nA. one\nB. two\nAnswer with the letter.", "reference": "B", "answer_type": "mcq", "attribute": "x", "choices": ["one", "two"]}
+QUESTION = {
+    "question": "Which?\nA. one\nB. two\nAnswer with the letter.",
+    "reference": "B",
+    "answer_type": "mcq",
+    "attribute": "x",
+    "choices": ["one", "two"],
+}
 PAIR = {"prompt": "What is it?", "chosen": "A cell.", "rejected": "A bone."}
 
 
 def test_webdataset_round_trip(tmp_path):
     rows = [
-        {"sample_id": "a.b/1", "image": PNG, "image_format": "PNG", "caption": "A lung.", "context": "See figure 1.", "split": "val", "modality": "ct"},
+        {
+            "sample_id": "a.b/1",
+            "image": PNG,
+            "image_format": "PNG",
+            "caption": "A lung.",
+            "context": "See figure 1.",
+            "split": "val",
+            "modality": "ct",
+        },
         {"sample_id": "2", "image_id": "i", "image": JPEG, "turns": TURNS, "group_id": "0123456789abcdef"},
         {"sample_id": "3", "image_id": "i", "image": JPEG, **QUESTION, "context": "Figure 2: a cell."},
         {"sample_id": "4", "image": PNG, **PAIR},
@@ -36,13 +53,23 @@ def test_webdataset_round_trip(tmp_path):
         assert second.getnames() == ["000000004.png", "000000004.json", "000000005.png", "000000005.json"]
     found = [row for path in tars for row in index_rows(str(path), 0, 0, "webdataset", "")]
     assert [row["error"] for row in found] == [None] * 6
-    assert [(row["sample_id"], row["image_id"], row["split"], row["modality"], row["group_id"]) for row in found] == [
-        ("a.b/1", "a.b/1", "val", "ct", None), ("2", "i", None, None, "0123456789abcdef"), ("3", "i", None, None, None), ("4", "4", None, None, None),
-        ("5", "5", None, None, None), ("6", "6", None, None, None),
+    assert [
+        (row["sample_id"], row["image_id"], row["split"], row["modality"], row["group_id"]) for row in found
+    ] == [
+        ("a.b/1", "a.b/1", "val", "ct", None),
+        ("2", "i", None, None, "0123456789abcdef"),
+        ("3", "i", None, None, None),
+        ("4", "4", None, None, None),
+        ("5", "5", None, None, None),
+        ("6", "6", None, None, None),
     ]
     assert [json.loads(row["payload"]) for row in found] == [
-        {"caption": "A lung.", "context": "See figure 1."}, {"turns": TURNS}, {"qa": QUESTION | {"language": None, "context": "Figure 2: a cell."}},
-        {"preference": PAIR}, {"attributes": {"mass_shape": "oval"}}, {},
+        {"caption": "A lung.", "context": "See figure 1."},
+        {"turns": TURNS},
+        {"qa": QUESTION | {"language": None, "context": "Figure 2: a cell."}},
+        {"preference": PAIR},
+        {"attributes": {"mass_shape": "oval"}},
+        {},
     ]
     assert [read_image_bytes(row["image_file"], 10**6) for row in found] == [row["image"] for row in rows]
 
@@ -65,15 +92,21 @@ def test_llava_round_trip(tmp_path):
     assert (first["sample_id"], first["split"], second["split"]) == ("1", "train", None)
     assert json.loads(first["payload"]) == {"turns": TURNS}
     assert [turn["text"] for turn in json.loads(second["payload"])["turns"]] == [QUESTION["question"], "B"]
-    assert [turn["text"] for turn in json.loads(third["payload"])["turns"]] == ["Describe the image in detail.", "A lung."]
+    assert [turn["text"] for turn in json.loads(third["payload"])["turns"]] == [
+        "Describe the image in detail.",
+        "A lung.",
+    ]
     assert first["image_file"] == second["image_file"]
     assert sorted(path.suffix for path in (tmp_path / "images").iterdir()) == [".jpg", ".png"]
     assert read_image_bytes(third["image_file"], 10**6) == JPEG
 
 
 def test_preference_round_trip(tmp_path):
-    assert write_preferences(iter([{"sample_id": "p", "image": JPEG, **PAIR, "split": "val"}]), str(tmp_path)) == 1
-    row, = rows_of(tmp_path / "preferences.jsonl", "preference")
+    assert (
+        write_preferences(iter([{"sample_id": "p", "image": JPEG, **PAIR, "split": "val"}]), str(tmp_path))
+        == 1
+    )
+    (row,) = rows_of(tmp_path / "preferences.jsonl", "preference")
     assert (row["sample_id"], row["split"], row["error"]) == ("p", "val", None)
     assert json.loads(row["payload"]) == {"preference": PAIR}
     assert read_image_bytes(row["image_file"], 10**6) == JPEG
@@ -87,11 +120,18 @@ def test_no_rows_are_an_empty_list_and_no_tar(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
 
 
-@pytest.mark.parametrize(("write", "row", "reason"), [
-    (write_webdataset, {"image": b"hello"}, "s7: image format 'unknown'"),
-    (write_llava, {"image": PNG}, "s7: LLaVA JSON holds dialogues"),
-    (write_preferences, {"image": PNG, "prompt": "p", "chosen": "c"}, "s7: a preference row needs rejected"),
-])
+@pytest.mark.parametrize(
+    ("write", "row", "reason"),
+    [
+        (write_webdataset, {"image": b"hello"}, "s7: image format 'unknown'"),
+        (write_llava, {"image": PNG}, "s7: LLaVA JSON holds dialogues"),
+        (
+            write_preferences,
+            {"image": PNG, "prompt": "p", "chosen": "c"},
+            "s7: a preference row needs rejected",
+        ),
+    ],
+)
 def test_rows_that_a_format_cannot_hold_are_named(tmp_path, write, row, reason):
     with pytest.raises(DataError, match=reason):
         write([{"sample_id": "s7", **row}], str(tmp_path))

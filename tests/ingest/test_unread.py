@@ -24,7 +24,9 @@ def account(source, notes, **fields):
         seen = Notes()
         rows += index_rows(**piece, notes=seen)
         seen.write(str(notes), number)
-    return account_of(config, str(notes), lambda: iter([[row["image_file"] for row in rows]]), len(rows)), rows
+    return account_of(
+        config, str(notes), lambda: iter([[row["image_file"] for row in rows]]), len(rows)
+    ), rows
 
 
 def picture(path):
@@ -33,7 +35,17 @@ def picture(path):
 
 
 def test_image_folder_counts_what_it_leaves(tmp_path):
-    for name in ("a.png", "train/b.PNG", "c.heic", "C.HEIC", "notes.xyz", ".DS_Store", "LICENSE", "train/README.md", "deep/er/slides.pptx"):
+    for name in (
+        "a.png",
+        "train/b.PNG",
+        "c.heic",
+        "C.HEIC",
+        "notes.xyz",
+        ".DS_Store",
+        "LICENSE",
+        "train/README.md",
+        "deep/er/slides.pptx",
+    ):
         picture(tmp_path / "in" / name)
     found, rows = account(tmp_path / "in", tmp_path / "notes")
     assert found["unread"] == {"(none)": 2, ".heic": 2, ".md": 1, ".pptx": 1, ".xyz": 1}
@@ -43,7 +55,9 @@ def test_image_folder_counts_what_it_leaves(tmp_path):
 def test_table_counts_images_that_no_record_names(tmp_path):
     for name in ("a.png", "b.png", "more/a.png", "more/c#frame=3.png"):
         picture(tmp_path / "in" / name)
-    records = [{"file_name": name, "text": "A text."} for name in ("a.png", "a.png", "gone.png", "./more/../b.png")]
+    records = [
+        {"file_name": name, "text": "A text."} for name in ("a.png", "a.png", "gone.png", "./more/../b.png")
+    ]
     (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
     (tmp_path / "in" / "metadata.tsv").write_text("x")
     found, _ = account(tmp_path / "in", tmp_path / "notes")
@@ -113,10 +127,13 @@ def test_notes_are_bounded_and_added_up(tmp_path):
     assert read_notes(str(tmp_path / "none")).total(UNREAD) == {}
 
 
-@pytest.mark.parametrize(("counts", "line"), [
-    ({}, ""),
-    ({".md": 70, "(none)": 5, ".heic": 12}, "files not read: 12 .heic, 5 without a suffix, 70 .md"),
-    ({f".s{n}": 1 for n in range(20)}, "and 8 of other kinds"),
-])
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        ({}, ""),
+        ({".md": 70, "(none)": 5, ".heic": 12}, "files not read: 12 .heic, 5 without a suffix, 70 .md"),
+        ({f".s{n}": 1 for n in range(20)}, "and 8 of other kinds"),
+    ],
+)
 def test_line_names_data_before_companions(counts, line):
     assert unread_line(counts).endswith(line)

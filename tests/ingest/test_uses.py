@@ -68,7 +68,8 @@ def test_images_are_counted_once_however_much_is_known_of_them():
         (
             ["train"] * 3 + ["test"] * 2,
             "val",
-            "data.eval_split: no image of split 'val' in there; there are train (3), test (2): --set data.eval_split=test",
+            "data.eval_split: no image of split 'val' in there; there are train (3), test (2): --set "
+            "data.eval_split=test",
         ),
         (
             ["train", "test", "test", "validation"],
@@ -78,12 +79,14 @@ def test_images_are_counted_once_however_much_is_known_of_them():
         (
             ["train"] * 3,
             "val",
-            "there are train (3); give a source with another split, or one without splits, of which data.testbed_val_fraction",
+            "there are train (3); give a source with another split, or one without splits, of which "
+            "data.testbed_val_fraction",
         ),
         (
             ["training"] * 3 + ["val"],
             "val",
-            "data.train_split: there has no image in its split 'train'; there are training (3), val (1): --set data.train_split=training",
+            "data.train_split: there has no image in its split 'train'; there are training (3), val (1): "
+            "--set data.train_split=training",
         ),
     ],
 )
@@ -103,7 +106,8 @@ def test_a_split_that_is_not_there(splits, eval_split, words):
         (
             [CAPTION],
             NEEDS,
-            "data.source: all 2 images of split 'train' in there have captions; self_train needs dialogues or questions with answers or attribute records: jobs/instruction_free.py",
+            "data.source: all 2 images of split 'train' in there have captions; self_train needs dialogues "
+            "or questions with answers or attribute records: jobs/instruction_free.py",
         ),
         ([{}], NEEDS, "have nothing but the image; self_train needs"),
         ([{"preference": {"prompt": "p"}}], NEEDS, "have preference pairs; self_train needs"),
@@ -131,7 +135,8 @@ def test_a_share_that_leaves_no_label():
     )
     with pytest.raises(
         DataError,
-        match=r"data\.label_fraction: 0 leaves none of the 1 images of split 'train' labelled.*--set data\.label_fraction=1",
+        match=r"data\.label_fraction: 0 leaves none of the 1 images of split 'train' labelled.*--set "
+        r"data\.label_fraction=1",
     ):
         found.check(config, NEEDS)
 
@@ -157,7 +162,8 @@ def test_what_serves_for_what_is_a_table():
     lines = {tuple(line.split()[:2]): " ".join(line.split()[2:]) for line in text.splitlines()}
     assert lines["train", "labelled"] == f"{labelled} with dialogues"
     assert lines["train", "unlabelled"] == (
-        f"{unlabelled} 2 taken (data.max_unlabelled), {unlabelled - 2} not read; {unlabelled - 3} have labels that data.label_fraction=0.5 leaves unused"
+        f"{unlabelled} 2 taken (data.max_unlabelled), {unlabelled - 2} not read; {unlabelled - 3} have "
+        "labels that data.label_fraction=0.5 leaves unused"
     )
     assert lines["val", "eval"] == "2" and lines["test", "unused"] == "1 not read"
 

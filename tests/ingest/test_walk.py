@@ -9,11 +9,24 @@ from medray.errors import DataError
 from medray.ingest.files.walk import NO_SUFFIX, subfolders, suffix_of, walk_files
 
 
-@pytest.mark.parametrize(("name", "suffix"), [
-    ("a.JPG", ".jpg"), ("a.b/c", NO_SUFFIX), (".DS_Store", NO_SUFFIX), ("._a.Png", ".png"), ("brain.nii.gz", ".nii.gz"), ("x.gz", ".gz"),
-    ("1.2.840.113619", NO_SUFFIX), ("scan.00012345", NO_SUFFIX), ("a.7z", ".7z"), ("IM_0001", NO_SUFFIX), ("a.", NO_SUFFIX),
-    ("a.much-too-long-for-one", NO_SUFFIX), ("study.12345678.gz", ".gz"),
-])
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("a.JPG", ".jpg"),
+        ("a.b/c", NO_SUFFIX),
+        (".DS_Store", NO_SUFFIX),
+        ("._a.Png", ".png"),
+        ("brain.nii.gz", ".nii.gz"),
+        ("x.gz", ".gz"),
+        ("1.2.840.113619", NO_SUFFIX),
+        ("scan.00012345", NO_SUFFIX),
+        ("a.7z", ".7z"),
+        ("IM_0001", NO_SUFFIX),
+        ("a.", NO_SUFFIX),
+        ("a.much-too-long-for-one", NO_SUFFIX),
+        ("study.12345678.gz", ".gz"),
+    ],
+)
 def test_suffix_is_no_part_of_an_id(name, suffix):
     assert suffix_of(name) == suffix
 
@@ -54,12 +67,14 @@ def test_a_part_of_a_source_knows_the_whole(tmp_path):
     (root / "one" / "up").symlink_to(root)
     found = list(walk_files(f"{root}/one", part_of=str(root)))
     assert [path.removeprefix(f"{root}/") for path, problem in found if problem] == ["one/up"]
-    assert list(walk_files(f"{root}/gone", part_of=str(root))) == [(f"{root}/gone", "the folder cannot be read: No such file or directory")]
+    assert list(walk_files(f"{root}/gone", part_of=str(root))) == [
+        (f"{root}/gone", "the folder cannot be read: No such file or directory")
+    ]
 
 
 def test_pipes_are_named_and_never_opened(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    (path, problem), = walk_files(str(tmp_path))
+    ((path, problem),) = walk_files(str(tmp_path))
     assert path.endswith("a.png") and "pipe" in problem
 
 
@@ -68,13 +83,18 @@ def test_folders_without_permission_are_named(tmp_path):
     root = folder(tmp_path)
     (root / "one").chmod(0)
     try:
-        assert [problem for path, problem in walk_files(str(root)) if problem] == ["the folder cannot be read: Permission denied"]
+        assert [problem for path, problem in walk_files(str(root)) if problem] == [
+            "the folder cannot be read: Permission denied"
+        ]
     finally:
         (root / "one").chmod(0o700)
 
 
 def test_a_source_that_cannot_be_read_is_an_error(tmp_path):
-    for read in (lambda: list(walk_files(str(tmp_path / "none"))), lambda: subfolders(str(tmp_path / "none"))):
+    for read in (
+        lambda: list(walk_files(str(tmp_path / "none"))),
+        lambda: subfolders(str(tmp_path / "none")),
+    ):
         with pytest.raises(DataError, match="cannot be read"):
             read()
 

@@ -31,7 +31,10 @@ def answer_of(url):
 
 
 def wait_until_served(process, url, seconds=600, log=None):
-    """Until a GET of it is answered with 200 by the process, which must not end before; the file `log` is what it says."""
+    """Until a GET of it is answered with 200 by the process, which must not end before; the file `log` is
+    what it says.
+    """
+
     def served():
         assert process.poll() is None, log and log.read_text()[-3000:]
         answer = answer_of(url)
@@ -42,19 +45,31 @@ def wait_until_served(process, url, seconds=600, log=None):
 
 @pytest.fixture(scope="session")
 def s3():
-    """A local S3-compatible server with one empty bucket; yields the environment that leads to it, and its filesystem."""
+    """A local S3-compatible server with one empty bucket; yields the environment that leads to it, and
+    its filesystem.
+    """
     import s3fs
 
     port = free_port()
-    server = subprocess.Popen([BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    # fsspec keeps file systems by their arguments, which do not say the server: one of another module's server is not ours.
+    # fsspec keeps file systems by their arguments, which do not say the server: one of another module's
+    # server is not ours.
     s3fs.S3FileSystem.clear_instance_cache()
     try:
-        fs = s3fs.S3FileSystem(key="test", secret="test", endpoint_url=environment["AWS_ENDPOINT_URL"], use_listings_cache=False)
+        fs = s3fs.S3FileSystem(
+            key="test", secret="test", endpoint_url=environment["AWS_ENDPOINT_URL"], use_listings_cache=False
+        )
         wait_until_served(server, environment["AWS_ENDPOINT_URL"])
         fs.mkdir(BUCKET)
         yield environment, fs

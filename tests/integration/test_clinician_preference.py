@@ -1,4 +1,6 @@
-"""The whole job on the bundled tiny models: every stage for real, in its own process, as a user runs it, killed on the way."""
+"""The whole job on the bundled tiny models: every stage for real, in its own process, as a user runs it,
+killed on the way.
+"""
 
 import json
 import os
@@ -11,22 +13,56 @@ from medray.clinicians.simulated import is_right
 from medray.rating_model.model import RatingModel
 from tests.support.jobs import Job, check_ready_to_serve, manifest, rows, summary_of
 
-pytestmark = [pytest.mark.whole_job, pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.whole_job,
+    pytest.mark.ray,
+    pytest.mark.vllm,
+    pytest.mark.faults,
+    pytest.mark.timeout(1800),
+]
 
 SMALL = [
-    "data.testbed_rows=60", "data.max_labelled=30", "demonstrations.clusters=4", "demonstrations.draw=16", "generate.rounds=[2, 3]", "pairs.max_pairs=60",
-    "rater.epochs=2", "rater.micro_batch=16", "rater.hidden=[16]", "rater.checkpoint_every=1", "tune.epochs=1", "tune.eval_rows=2", "evaluate.arms=[selected]",
-    "evaluate.max_images=2", "evaluate.bootstrap=50", "verify.rows=0", "engine.rows_per_task=4",
-    "weights=[1, 10]", "select.aggregate=mean", "judge={kind: vllm, scoring: likelihood, model: testbed:expert, model_settings: {precision: fp32}, engine: {max_model_len: 512}}",
+    "data.testbed_rows=60",
+    "data.max_labelled=30",
+    "demonstrations.clusters=4",
+    "demonstrations.draw=16",
+    "generate.rounds=[2, 3]",
+    "pairs.max_pairs=60",
+    "rater.epochs=2",
+    "rater.micro_batch=16",
+    "rater.hidden=[16]",
+    "rater.checkpoint_every=1",
+    "tune.epochs=1",
+    "tune.eval_rows=2",
+    "evaluate.arms=[selected]",
+    "evaluate.max_images=2",
+    "evaluate.bootstrap=50",
+    "verify.rows=0",
+    "engine.rows_per_task=4",
+    "weights=[1, 10]",
+    "select.aggregate=mean",
+    "judge={kind: vllm, scoring: likelihood, model: testbed:expert, model_settings: {precision: fp32}, "
+    "engine: {max_model_len: 512}}",
 ]
-# By stage what is there when it is killed: its beginning, rows, or a checkpoint. A start of the job takes half a minute: all are killed where
-# MEDRAY_KILL_ALL is set; else one, when some of its rows are there (tests/rating_model/test_training.py kills the rating model's training).
+# By stage what is there when it is killed: its beginning, rows, or a checkpoint. A start of the job takes
+# half a minute: all are killed where MEDRAY_KILL_ALL is set; else one, when some of its rows are there
+# (tests/rating_model/test_training.py kills the rating model's training).
 KILLED = {"05-generate": "committed/*"}
 if os.environ.get("MEDRAY_KILL_ALL"):
     KILLED = {
-        "00-data": "inputs.json", "01-embed": "committed/*", "02-draw": "inputs.json", "03-candidates": "committed/*", "04-clinicians": "inputs.json", **KILLED, "06-rate": "committed/*",
-        "07-pairs": "inputs.json", "08-rater-w1": "train/training/checkpoint_*/progress.json", "09-score": "committed/*", "10-select-selected": "inputs.json",
-        "11-tune-selected": "train/training/checkpoint_*/progress.json", "90-evaluate-selected": "committed/*",
+        "00-data": "inputs.json",
+        "01-embed": "committed/*",
+        "02-draw": "inputs.json",
+        "03-candidates": "committed/*",
+        "04-clinicians": "inputs.json",
+        **KILLED,
+        "06-rate": "committed/*",
+        "07-pairs": "inputs.json",
+        "08-rater-w1": "train/training/checkpoint_*/progress.json",
+        "09-score": "committed/*",
+        "10-select-selected": "inputs.json",
+        "11-tune-selected": "train/training/checkpoint_*/progress.json",
+        "90-evaluate-selected": "committed/*",
     }
 
 
@@ -51,7 +87,18 @@ def ids(run, *parts, column="sample_id"):
 def test_summary_line_and_resume(finished):
     run, done = finished
     summary = summary_of(done)
-    assert {"run", "base", "selected", "rater", "clinicians", "truth", "seconds", "report", "model", "rating_model"} <= set(summary)
+    assert {
+        "run",
+        "base",
+        "selected",
+        "rater",
+        "clinicians",
+        "truth",
+        "seconds",
+        "report",
+        "model",
+        "rating_model",
+    } <= set(summary)
     assert summary["run"] == str(run)
     check_ready_to_serve(run, summary["model"])
     assert summary["clinicians"]["kind"] == "simulated"
@@ -87,11 +134,19 @@ def test_clinicians_shape_the_dialogues_and_the_rating_model(finished):
     judged = rows(run, "04-clinicians/judgements")
     assert {row["item_id"] for row in judged} == asked
     assert all(row["simulated"] for row in judged)
-    one_tick = {row["item_id"] for row in judged if row["status"] == "judged" and row["good_a"] != row["good_b"]}
+    one_tick = {
+        row["item_id"] for row in judged if row["status"] == "judged" and row["good_a"] != row["good_b"]
+    }
     pairs = rows(run, "04-clinicians/pairs", columns=["sample_id", "origin", "chosen_image_id"])
     assert {row["sample_id"].rpartition("/")[0] for row in pairs} == one_tick
-    accepted = {row["dialogue_id"] for row in rows(run, "04-clinicians/demonstrations", columns=["dialogue_id"])}
-    shown = {name for row in rows(run, "05-generate/rows", columns=["demonstrations"]) for name in row["demonstrations"] or []}
+    accepted = {
+        row["dialogue_id"] for row in rows(run, "04-clinicians/demonstrations", columns=["dialogue_id"])
+    }
+    shown = {
+        name
+        for row in rows(run, "05-generate/rows", columns=["demonstrations"])
+        for name in row["demonstrations"] or []
+    }
     assert shown
     assert shown <= accepted
     counts = manifest(run, "08-rater-w1")["outputs"]["counts"]
@@ -106,14 +161,22 @@ def test_rating_models_of_two_weights_are_trained_and_the_better_aligned_goes_on
         assert rater["weight"] == weight
         assert rater["best_epoch"] in (0, 1)
         assert rater["counts"]["samples"] == 2 * rater["counts"]["trained"]
-        alignment[weight] = (rater["quality"]["clinician"] or rater["quality"]["model"])["pair_accuracy"]["value"]
-        assert "The clinicians were 3 simulated clinicians, error rate 0.1: " in (run / f"stages/08-rater-w{weight}/model/README.md").read_text()
+        alignment[weight] = (rater["quality"]["clinician"] or rater["quality"]["model"])["pair_accuracy"][
+            "value"
+        ]
+        assert (
+            "The clinicians were 3 simulated clinicians, error rate 0.1: "
+            in (run / f"stages/08-rater-w{weight}/model/README.md").read_text()
+        )
         loaded = RatingModel.from_pretrained(rater["model"])
         assert loaded.hidden == (16,)
         logits[weight] = loaded.mlp[0].weight.detach()
     assert not logits[1].equal(logits[10])
     found = json.loads((run / "results.json").read_text())["rater"]
-    assert {one["weight"]: (one["clinician"] or one["model"])["pair_accuracy"]["value"] for one in found["weights"]} == alignment
+    assert {
+        one["weight"]: (one["clinician"] or one["model"])["pair_accuracy"]["value"]
+        for one in found["weights"]
+    } == alignment
     light, heavy = (one["clinicians_share"] for one in found["weights"])
     assert 0 < light < heavy < 1 and heavy / (1 - heavy) == pytest.approx(10 * light / (1 - light))
     best = max(alignment, key=alignment.get)  # of equal ones the first
@@ -147,7 +210,9 @@ def test_the_judge_compared_both_models_on_open_questions(finished):
     run, _ = finished
     (found,) = json.loads((run / "results.json").read_text())["win_rates"].items()
     assert found[0] == "selected against base"
-    open_questions = [row for row in rows(run, "00-data/questions", columns=["answer_type"]) if row["answer_type"] == "open"]
+    open_questions = [
+        row for row in rows(run, "00-data/questions", columns=["answer_type"]) if row["answer_type"] == "open"
+    ]
     assert (found[1]["asked"], found[1]["n"]) == (len(open_questions),) * 2
     assert sum(found[1][outcome]["value"] for outcome in ("win", "tie", "loss")) == pytest.approx(1)
 
@@ -156,7 +221,10 @@ def test_the_truth_is_that_of_the_cells(finished):
     """The share of right answers, counted anew from the records the cells were drawn from."""
     run, _ = finished
     results = json.loads((run / "results.json").read_text())
-    records = {row["img_name"]: row for row in map(json.loads, (run / "stages/00-data/cells/records.jsonl").read_text().splitlines())}
+    records = {
+        row["img_name"]: row
+        for row in map(json.loads, (run / "stages/00-data/cells/records.jsonl").read_text().splitlines())
+    }
     exchanges = rows(run, "05-generate/exchanges", columns=["image_id", "question", "answer"])
     checked = [is_right(row["question"], row["answer"], records[row["image_id"]]) for row in exchanges]
     known = [right for right in checked if right is not None]
@@ -167,8 +235,16 @@ def test_report_opens_offline_and_shows_what_it_must(finished):
     run, _ = finished
     page = (run / "report.html").read_text()
     for heading in (
-        "Before and after", "simulated clinicians, error rate 0.1", "Images drawn for the clinicians", "What the clinicians were shown", "The rating model",
-        "Against the true attributes", "Selection: modalities and variety before and after", "Training", "Rows: kept", "Time",
+        "Before and after",
+        "simulated clinicians, error rate 0.1",
+        "Images drawn for the clinicians",
+        "What the clinicians were shown",
+        "The rating model",
+        "Against the true attributes",
+        "Selection: modalities and variety before and after",
+        "Training",
+        "Rows: kept",
+        "Time",
     ):
         assert heading in page
     assert "data:image/jpeg;base64" in page

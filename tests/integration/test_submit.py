@@ -1,5 +1,7 @@
-"""On an autoscaling cluster, with token authentication and the run on S3: `ray job submit`; a training machine dies, the job is stopped,
-submitted again; `serve deploy` of what it made, from no replica; and the machines go when nobody needs them."""
+"""On an autoscaling cluster, with token authentication and the run on S3: `ray job submit`; a training
+machine dies, the job is stopped, submitted again; `serve deploy` of what it made, from no replica; and
+the machines go when nobody needs them.
+"""
 
 import json
 import os
@@ -27,12 +29,33 @@ class Cluster(FakeCluster):
     """Runs `ray job ...` against itself, and knows the most nodes each group has had."""
 
     def __init__(self, home, variables):
-        super().__init__(Path(home, "cluster"), GROUPS, environment={**variables, "HOME": home, "RAY_AUTH_MODE": "token", "PATH": f"{BIN}:{os.environ['PATH']}"})
-        subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=self.environment, check=True, capture_output=True)
+        super().__init__(
+            Path(home, "cluster"),
+            GROUPS,
+            environment={
+                **variables,
+                "HOME": home,
+                "RAY_AUTH_MODE": "token",
+                "PATH": f"{BIN}:{os.environ['PATH']}",
+            },
+        )
+        subprocess.run(
+            [BIN / "ray", "get-auth-token", "--generate"],
+            env=self.environment,
+            check=True,
+            capture_output=True,
+        )
         self.most, self.over = dict.fromkeys(GROUPS, 0), threading.Event()
 
     def command(self, *words, check=True, **variables):
-        done = subprocess.run([BIN / words[0], *words[1:]], cwd=ROOT, env=self.environment | variables, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [BIN / words[0], *words[1:]],
+            cwd=ROOT,
+            env=self.environment | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 
@@ -53,7 +76,10 @@ class Cluster(FakeCluster):
 
 @pytest.fixture(scope="module")
 def cluster(s3):
-    with tempfile.TemporaryDirectory(prefix="mr", dir="/tmp", ignore_cleanup_errors=True) as home, Cluster(home, s3[0]) as made:
+    with (
+        tempfile.TemporaryDirectory(prefix="mr", dir="/tmp", ignore_cleanup_errors=True) as home,
+        Cluster(home, s3[0]) as made,
+    ):
         watcher = threading.Thread(target=made.watch)
         watcher.start()
         try:
@@ -81,14 +107,43 @@ def run(cluster, s3, cells, tmp_path_factory):
     run = f"s3://{place}"
     places = {"cluster.data_labels": "data", "sft.place.labels": "train", "engine.place.labels": "generate"}
     overrides = [
-        *SMALL, "rounds=0", "sft.epochs=6", "sft.micro_batch=2", "sft.accumulation=1", "sft.checkpoint_every=6", "sft.num_workers=[1,2]", "sft.threads=1", "engine.cpus_per_actor=1", "data.read_cpus=0.5", "evaluate.arms=[sft]",
-        "cluster.num_cpus=null", *(f"{field}={{medray-group: {group}}}" for field, group in places.items()),
+        *SMALL,
+        "rounds=0",
+        "sft.epochs=6",
+        "sft.micro_batch=2",
+        "sft.accumulation=1",
+        "sft.checkpoint_every=6",
+        "sft.num_workers=[1,2]",
+        "sft.threads=1",
+        "engine.cpus_per_actor=1",
+        "data.read_cpus=0.5",
+        "evaluate.arms=[sft]",
+        "cluster.num_cpus=null",
+        *(f"{field}={{medray-group: {group}}}" for field, group in places.items()),
     ]
-    entry = ["python", "jobs/self_train.py", "--data", str(cells), "--run", run, *(part for override in overrides for part in ("--set", override))]
+    entry = [
+        "python",
+        "jobs/self_train.py",
+        "--data",
+        str(cells),
+        "--run",
+        run,
+        *(part for override in overrides for part in ("--set", override)),
+    ]
 
     # A key, and two variables that the job would set by itself.
     variables = tmp_path_factory.mktemp("environment") / "env.yaml"
-    variables.write_text(yaml.safe_dump({"env_vars": {"OPENAI_API_KEY": "sk-none", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "RAY_TRAIN_V2_ENABLED": "1"}}))
+    variables.write_text(
+        yaml.safe_dump(
+            {
+                "env_vars": {
+                    "OPENAI_API_KEY": "sk-none",
+                    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                    "RAY_TRAIN_V2_ENABLED": "1",
+                }
+            }
+        )
+    )
     submission = ["--working-dir", ".", "--runtime-env", str(variables), "--", *entry]
 
     def state(identity):
@@ -98,7 +153,9 @@ def run(cluster, s3, cells, tmp_path_factory):
 
     def submitted():
         """The id of the job; None while the head's job agent is not up yet."""
-        return re.search(r"'(raysubmit_\w+)'", cluster.job("submit", "--no-wait", *submission, check=False).stdout)
+        return re.search(
+            r"'(raysubmit_\w+)'", cluster.job("submit", "--no-wait", *submission, check=False).stdout
+        )
 
     def written(what):
         return set(fs.glob(f"{place}/stages/01-sq_sft/{what}"))
@@ -114,9 +171,15 @@ def run(cluster, s3, cells, tmp_path_factory):
     wait_for(checkpoints, "checkpoint", 900)
     wait_for(cluster.lose_trainer, "training worker")
     starts, before = written("train/starts/*.json"), checkpoints()
-    wait_for(lambda: written("train/starts/*.json") - starts and checkpoints() - before, "checkpoint after the loss of a machine", 900)
+    wait_for(
+        lambda: written("train/starts/*.json") - starts and checkpoints() - before,
+        "checkpoint after the loss of a machine",
+        900,
+    )
     cluster.job("stop", first)
-    assert "was stopped" in wait_for(lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job", pause=5), cluster.job("logs", first).stdout[-4000:]
+    assert "was stopped" in wait_for(
+        lambda: "RUNNING" not in state(first) and state(first), "end of the stopped job", pause=5
+    ), cluster.job("logs", first).stdout[-4000:]
     assert not fs.exists(f"{place}/results.json")
 
     second = cluster.job("submit", *submission, check=False)
@@ -139,21 +202,45 @@ def test_nothing_is_lost_with_a_machine(run, s3, cluster):
 
 
 def test_the_run_is_served_from_no_replica(run, cluster, tmp_path):
-    """`serve deploy` of a file like serve/config.yaml. The first request brings a machine, which fetches the model from S3."""
+    """`serve deploy` of a file like serve/config.yaml. The first request brings a machine, which fetches
+    the model from S3.
+    """
     wait_for(lambda: not cluster.nodes()["generate"], "end of a machine nobody needs")
     port, key = free_port(), add_holder(str(tmp_path / "keys.txt"), "tests")
-    config = yaml.safe_load((ROOT / "serve/config.yaml").read_text()) | {"http_options": {"host": "127.0.0.1", "port": port}, "proxy_location": "HeadOnly"}
+    config = yaml.safe_load((ROOT / "serve/config.yaml").read_text()) | {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "proxy_location": "HeadOnly",
+    }
     config["applications"][0]["args"] = {
-        "run": run, "base": False, "keys": str(tmp_path / "keys.txt"), "replicas": [0, 1], "place": {"labels": {"medray-group": "generate"}}, "upscale_delay_s": 0, "downscale_delay_s": 5,
+        "run": run,
+        "base": False,
+        "keys": str(tmp_path / "keys.txt"),
+        "replicas": [0, 1],
+        "place": {"labels": {"medray-group": "generate"}},
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 5,
         "limits": {"seconds": 1150},
     }
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     cluster.command("serve", "deploy", str(tmp_path / "serve.yaml"), "--address", cluster.dashboard)
 
-    wait_for(lambda: (answer := answer_of(f"http://127.0.0.1:{port}/ready")) is not None and answer.status_code in (200, 503), "endpoint", 900, pause=2)
+    wait_for(
+        lambda: (
+            (answer := answer_of(f"http://127.0.0.1:{port}/ready")) is not None
+            and answer.status_code in (200, 503)
+        ),
+        "endpoint",
+        900,
+        pause=2,
+    )
     assert not cluster.nodes()["generate"]
     body = {"model": "tuned", "messages": [{"role": "user", "content": "What is this?"}], "max_tokens": 4}
-    answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=1200)
+    answer = httpx.post(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json=body,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=1200,
+    )
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] <= 4
     assert cluster.nodes()["generate"]

@@ -1,6 +1,7 @@
 """Every field of every job's configuration changes the keys of exactly the stages that depend on it.
 
-The jobs' own code asks for their stages; only a run that works nothing off and notes the keys stands in for the real one.
+The jobs' own code asks for their stages; only a run that works nothing off and notes the keys stands in for
+the real one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ class Outputs(dict):
         self.stage = stage
 
     def __missing__(self, name: str) -> Any:
-        return Counts() if name in ("counts", "quality", "account", "tallies", "digests") else f"{self.stage}/{name}"
+        return (
+            Counts()
+            if name in ("counts", "quality", "account", "tallies", "digests")
+            else f"{self.stage}/{name}"
+        )
 
 
 class Counts(dict):
@@ -54,14 +59,17 @@ class KeyRun:
     """Notes the key of every stage that a job asks for, and does none.
 
     Args:
-        upstream: whether a stage's key reaches the stages after it; else only what a stage itself reads changes its key.
+        upstream: whether a stage's key reaches the stages after it; else only what a stage itself reads
+            changes its key.
     """
 
     def __init__(self, known: dict[str, Any], upstream: bool = False):
         self.keys: dict[str, str] = {}
         self.uri, self.timeline, self._known, self._upstream = "run", [], known, upstream
 
-    def stage(self, name: str, inputs: dict[str, Any], work: Any, parts: dict[str, str] | None = None) -> dict[str, Any]:
+    def stage(
+        self, name: str, inputs: dict[str, Any], work: Any, parts: dict[str, str] | None = None
+    ) -> dict[str, Any]:
         self.keys[name] = digest({"inputs": inputs, "parts": parts})
         made = self.keys[name] if self._upstream else name
         return {"hash": made, "outputs": Outputs(made, self._known.get(name, {})), "seconds": 0.0}
@@ -86,7 +94,15 @@ def stop(*_: Any, **__: Any) -> None:
 def questions(tmp_path_factory):
     """A folder with one open question: judges are asked about open ones only."""
     folder = tmp_path_factory.mktemp("questions")
-    row = {"sample_id": "q", "image_id": "i", "question": "What?", "reference": "That.", "answer_type": "open", "benchmark": "vqa-rad", "key": "q"}
+    row = {
+        "sample_id": "q",
+        "image_id": "i",
+        "question": "What?",
+        "reference": "That.",
+        "answer_type": "open",
+        "benchmark": "vqa-rad",
+        "key": "q",
+    }
     pq.write_table(pa.Table.from_pylist([row], schema=records.BENCHMARK_QUESTION), folder / "part.parquet")
     return str(folder)
 
@@ -101,7 +117,13 @@ def places(tmp_path_factory):
     config = folder / "encoder/config.json"
     config.write_text(config.read_text().replace("{", '{"another": 1,', 1))
     (folder / "template.jinja").write_text("{{ messages }}")
-    return {"encoder": str(folder / "encoder"), "chat_template": str(folder / "template.jinja"), "model": "testbed:base", "path": "testbed:expert", "source": str(folder)}
+    return {
+        "encoder": str(folder / "encoder"),
+        "chat_template": str(folder / "template.jinja"),
+        "model": "testbed:base",
+        "path": "testbed:expert",
+        "source": str(folder),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +143,32 @@ def keys_of(questions):
     patch.setattr(vlm, "model_hash", functools.cache(vlm.model_hash))
     patch.setattr(judged_models, "win_rate", lambda *_: {})
     patch.setattr(chat_score, "chat_score", lambda *_: {})
-    methods = {"self_training": self_training, "instruction_free": instruction_free, "clinician_preference": clinician_preference}
+    methods = {
+        "self_training": self_training,
+        "instruction_free": instruction_free,
+        "clinician_preference": clinician_preference,
+    }
     for name, module in methods.items():
         patch.setattr(module, "write_report", stop)
         patch.setattr(module, f"check_{name}", lambda _: None)
 
     def evaluate(config: EvaluateJobConfig) -> None:
-        models = [benchmark_answers.Asked("local", path="testbed:base"), benchmark_answers.Asked("remote", api="gpt-4o")]
+        models = [
+            benchmark_answers.Asked("local", path="testbed:base"),
+            benchmark_answers.Asked("remote", api="gpt-4o"),
+        ]
         benchmarking.evaluate_models(config, models, {"vqa-rad": questions}, "run")
 
     jobs = {
         "self_train": (self_training, lambda config: self_training.self_train(config, "run")),
-        "instruction_free": (instruction_free, lambda config: instruction_free.instruction_free(config, "run")),
-        "clinician_preference": (clinician_preference, lambda config: clinician_preference.clinician_preference(config, "run")),
+        "instruction_free": (
+            instruction_free,
+            lambda config: instruction_free.instruction_free(config, "run"),
+        ),
+        "clinician_preference": (
+            clinician_preference,
+            lambda config: clinician_preference.clinician_preference(config, "run"),
+        ),
         "evaluate": (benchmarking, evaluate),
         "prepare_data": (data_preparation, lambda config: data_preparation.prepare_dataset(config, "run")),
     }
@@ -154,21 +189,37 @@ def keys_of(questions):
 
 LOCAL = {"kind": "vllm", "model": "testbed:expert"}
 CONFIGS: dict[str, Section] = {
-    "self_train": SelfTrainingConfig.model_validate({"rounds": 2, "judge": LOCAL, "data": {"unlabelled_per_round": "fresh"}}),
+    "self_train": SelfTrainingConfig.model_validate(
+        {"rounds": 2, "judge": LOCAL, "data": {"unlabelled_per_round": "fresh"}}
+    ),
     "instruction_free": InstructionFreeConfig.model_validate({"data": {"label_fraction": 0.5}}),
-    "clinician_preference": ClinicianPreferenceConfig.model_validate({
-        "data": {"label_fraction": 0.5}, "generate": LOCAL, "rate": LOCAL, "judge": LOCAL, "weights": [1, 2], "rater": {"train_on": "mixture"}}),
+    "clinician_preference": ClinicianPreferenceConfig.model_validate(
+        {
+            "data": {"label_fraction": 0.5},
+            "generate": LOCAL,
+            "rate": LOCAL,
+            "judge": LOCAL,
+            "weights": [1, 2],
+            "rater": {"train_on": "mixture"},
+        }
+    ),
     "evaluate": EvaluateJobConfig.model_validate({"judge": LOCAL}),
     "prepare_data": PrepareDataConfig(),
 }
 NONE = ""
-LOOP = "num_workers cpus_per_worker gpus_per_worker place.* threads zero_stage gradient_checkpointing checkpoint_every keep_checkpoints max_failures"
-ENGINE = "actors cpus_per_actor gpus_per_actor place.* tensor_parallel_size memory_utilization kv_cache_gib enforce_eager max_num_seqs rows_per_task rows_in_flight"
+LOOP = (
+    "num_workers cpus_per_worker gpus_per_worker place.* threads zero_stage gradient_checkpointing "
+    "checkpoint_every keep_checkpoints max_failures"
+)
+ENGINE = (
+    "actors cpus_per_actor gpus_per_actor place.* tensor_parallel_size memory_utilization kv_cache_gib "
+    "enforce_eager max_num_seqs rows_per_task rows_in_flight"
+)
 OWN_ENGINE = ENGINE.replace("place.*", "place")
 ENDPOINT = "key_env concurrency retries give_up timeout rename usd_per_million_input usd_per_million_output"
-# The limits say which images are set aside when the source is read; what trains and answers reads the images that are left.
-# For each job: fields (the first pattern that fits counts) -> the stages whose own key changes ("among": some of them do). A stage after those
-# gets another key by theirs.
+# The limits say which images are set aside when the source is read; what trains and answers reads the images
+# that are left. For each job: fields (the first pattern that fits counts) -> the stages whose own key changes
+# ("among": some of them do). A stage after those gets another key by theirs.
 TABLE: dict[str, dict[str, str]] = {
     "self_train": {
         "cluster.* max_quarantined": NONE,
@@ -200,7 +251,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "instruction_free": {
         "cluster.* max_quarantined": NONE,
-        "data.unlabelled_per_round data.max_unlabelled data.turns": NONE,  # the method reads no unlabelled image and makes no dialogue
+        # the method reads no unlabelled image and makes no dialogue
+        "data.unlabelled_per_round data.max_unlabelled data.turns": NONE,
         "data.read_cpus data.encoders": NONE,
         "data.*": "00-data",
         "model.path": "01-warm_up 02-tune 90-evaluate-base",
@@ -215,7 +267,10 @@ TABLE: dict[str, dict[str, str]] = {
         " ".join(f"engine.{name}" for name in ENGINE.split()): NONE,
         "engine.*": "03-verify 90-evaluate-*",
         "verify.*": "03-verify",
-        "evaluate.kinds evaluate.seed evaluate.max_images evaluate.describe_prompt evaluate.general evaluate.general_split evaluate.max_general": "00-data 90-evaluate-*",
+        (
+            "evaluate.kinds evaluate.seed evaluate.max_images evaluate.describe_prompt evaluate.general "
+            "evaluate.general_split evaluate.max_general"
+        ): "00-data 90-evaluate-*",
         "evaluate.arms": NONE,  # of self-training; this method always evaluates base and tuned
         "evaluate.*": "90-evaluate-*",
         "seed": "00-data 01-warm_up 02-tune",
@@ -229,11 +284,20 @@ TABLE: dict[str, dict[str, str]] = {
         "model.*": "11-tune-* 12-verify-* 90-evaluate-*",
         "demonstrations.encoder": "01-embed",
         "demonstrations.precision": "01-embed",
-        "demonstrations.batch demonstrations.actors demonstrations.cpus_per_actor demonstrations.gpus_per_actor demonstrations.place.*": NONE,
+        (
+            "demonstrations.batch demonstrations.actors demonstrations.cpus_per_actor "
+            "demonstrations.gpus_per_actor demonstrations.place.*"
+        ): NONE,
         "demonstrations.*": "02-draw",
         "clinicians.*": "04-clinicians",
-        **{" ".join(f"{section}.{name}" for name in ENDPOINT.split()): NONE for section in ("generate", "rate", "judge")},
-        **{" ".join(f"{section}.engine.{name}" for name in OWN_ENGINE.split()): NONE for section in ("generate", "rate", "judge")},
+        **{
+            " ".join(f"{section}.{name}" for name in ENDPOINT.split()): NONE
+            for section in ("generate", "rate", "judge")
+        },
+        **{
+            " ".join(f"{section}.engine.{name}" for name in OWN_ENGINE.split()): NONE
+            for section in ("generate", "rate", "judge")
+        },
         "generate.answers": "05-generate",
         "generate.seed": "00-data 03-candidates 05-generate",
         "generate.*": "03-candidates 05-generate",
@@ -264,20 +328,25 @@ TABLE: dict[str, dict[str, str]] = {
         "judge.*": "30-*",
         "with_demonstrations": "05-generate",
         "weights": "among *",
-        "seed": "00-data 02-draw 03-candidates 04-clinicians 05-generate 06-rate 07-pairs 08-rater* 10-select-* 11-tune-*",
+        "seed": "00-data 02-draw 03-candidates 04-clinicians 05-generate 06-rate 07-pairs 08-rater* "
+        "10-select-* 11-tune-*",
     },
     "evaluate": {
         "cluster.* max_quarantined": NONE,
         "model.path": NONE,  # --model names the models
         "model.*": "05-answers-local 10-vqa-rad-local",
         "data.source data.format data.testbed_val_fraction": NONE,  # --data and --benchmark give them
-        "data.read_cpus data.encoders data.label_fraction data.max_labelled data.max_unlabelled data.unlabelled_per_round data.turns": NONE,
+        (
+            "data.read_cpus data.encoders data.label_fraction data.max_labelled data.max_unlabelled "
+            "data.unlabelled_per_round data.turns"
+        ): NONE,
         "data.max_image_bytes data.max_image_pixels data.max_aspect data.min_image_side data.rows_per_shard": "01-vqa-rad-samples",
         "data.*": "00-vqa-rad-index",
         " ".join(f"engine.{name}" for name in ENGINE.split()): NONE,
         "engine.*": "05-answers-local 10-vqa-rad-local",
         " ".join(f"judge.engine.{name}" for name in OWN_ENGINE.split()): NONE,
-        "evaluate.kinds evaluate.arms": NONE,  # a benchmark's definition has its kinds; --model names the arms
+        # a benchmark's definition has its kinds; --model names the arms
+        "evaluate.kinds evaluate.arms": NONE,
         "evaluate.max_images": "02-vqa-rad-questions 20-*",
         "evaluate.max_tokens": "05-answers-* 10-vqa-rad-* 20-*",
         "evaluate.seed": "02-vqa-rad-questions 05-answers-remote 10-vqa-rad-remote 20-*",
@@ -293,7 +362,10 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "prepare_data": {
         "cluster.* max_quarantined": NONE,
-        "data.read_cpus data.encoders data.label_fraction data.max_labelled data.max_unlabelled data.unlabelled_per_round data.turns": NONE,
+        (
+            "data.read_cpus data.encoders data.label_fraction data.max_labelled data.max_unlabelled "
+            "data.unlabelled_per_round data.turns"
+        ): NONE,
         "data.max_image_bytes data.max_image_pixels data.max_aspect data.min_image_side data.rows_per_shard": "02-shards",
         "data.*": "01-index",
         "leaks.*": "04-leaks",
@@ -329,7 +401,11 @@ def another(annotation: Any, value: Any, path: str, places: dict[str, str]) -> A
     if isinstance(value, dict):
         return {**value, "another": 1}
     if isinstance(value, tuple):
-        return value[:-1] if len(value) > 1 and not isinstance(value[0], int) else tuple(one + 1 for one in value) or ("another",)
+        return (
+            value[:-1]
+            if len(value) > 1 and not isinstance(value[0], int)
+            else tuple(one + 1 for one in value) or ("another",)
+        )
     kinds = [kind for kind in arguments if kind is not type(None)]
     kind = kinds[0] if kinds else annotation
     while typing.get_origin(kind) is typing.Annotated:
@@ -338,11 +414,15 @@ def another(annotation: Any, value: Any, path: str, places: dict[str, str]) -> A
         return kind()
     if typing.get_origin(kind) is typing.Literal:
         return typing.get_args(kind)[0]
-    return {int: 7, float: 0.7, str: "another", bool: True, dict: {"another": 1}, tuple: (2, 3)}[typing.get_origin(kind) or kind]
+    return {int: 7, float: 0.7, str: "another", bool: True, dict: {"another": 1}, tuple: (2, 3)}[
+        typing.get_origin(kind) or kind
+    ]
 
 
 def changed(config: Section, path: str, places: dict[str, str]) -> Section:
-    """The configuration with one field changed; where other fields then contradict it, as it is, unchecked."""
+    """The configuration with one field changed; where other fields then contradict it, as it is,
+    unchecked.
+    """
     copy = config.model_copy(deep=True)
     section, *names = copy, *path.split(".")
     for name in names[:-1]:
@@ -362,10 +442,18 @@ def stages_of(job: str, path: str, names: set[str]) -> tuple[set[str], bool]:
     """The stages whose own key a field changes, by the table, and whether it may be some of them only."""
     for patterns, stages in TABLE[job].items():
         if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns.split()):
-            return {name for name in names for stage in stages.removeprefix("").split() if fnmatch.fnmatchcase(name, stage)}, stages.startswith("among")
+            return {
+                name
+                for name in names
+                for stage in stages.removeprefix("").split()
+                if fnmatch.fnmatchcase(name, stage)
+            }, stages.startswith("among")
     raise AssertionError(
-        f"{job}: the field {path} is in no line of TABLE. Does it change what a stage makes? Then name those stages there. If it only says how, where or at what price "
-        f"work is done, add it to `execution_only` of its section (medray/config) and give it a line with NONE.")
+        f"{job}: the field {path} is in no line of TABLE. Does it change what a stage makes? Then name those "
+        "stages there. If it only says how, where or at what price "
+        "work is done, add it to `execution_only` of its section (medray/config) and give it a line with "
+        "NONE."
+    )
 
 
 @pytest.mark.parametrize("job", list(CONFIGS))
@@ -386,25 +474,66 @@ def test_every_field_changes_the_keys_of_the_stages_that_depend_on_it(job, keys_
 @pytest.mark.parametrize("job", list(CONFIGS))
 def test_no_line_of_the_table_is_left_over(job):
     paths = leaves(CONFIGS[job])
-    unused = [pattern for patterns in TABLE[job] for pattern in patterns.split() if not any(fnmatch.fnmatchcase(path, pattern) for path in paths)]
+    unused = [
+        pattern
+        for patterns in TABLE[job]
+        for pattern in patterns.split()
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths)
+    ]
     assert unused == []
 
 
 @pytest.mark.parametrize(
     ("job", "path", "same"),
     [
-        ("self_train", "data.source", ()), ("self_train", "model.path", ("00-data",)), ("self_train", "dpo.beta", ("00-data", "01-sq_sft", "01-verify", "11-self_play",
-         "12-judge", "13-pairs", "14-reference", "90-evaluate-base", "90-evaluate-sft")),
-        ("instruction_free", "data.source", ()), ("clinician_preference", "data.source", ()),
-        ("clinician_preference", "select.seed", ("00-data", "01-embed", "02-draw", "03-candidates", "04-clinicians", "05-generate", "06-rate", "07-pairs", "08-rater-w1", "08-rater-w2",
-         "09-score", "90-evaluate-base")),
-        ("evaluate", "data.images", ()), ("prepare_data", "data.source", ()),
+        ("self_train", "data.source", ()),
+        ("self_train", "model.path", ("00-data",)),
+        (
+            "self_train",
+            "dpo.beta",
+            (
+                "00-data",
+                "01-sq_sft",
+                "01-verify",
+                "11-self_play",
+                "12-judge",
+                "13-pairs",
+                "14-reference",
+                "90-evaluate-base",
+                "90-evaluate-sft",
+            ),
+        ),
+        ("instruction_free", "data.source", ()),
+        ("clinician_preference", "data.source", ()),
+        (
+            "clinician_preference",
+            "select.seed",
+            (
+                "00-data",
+                "01-embed",
+                "02-draw",
+                "03-candidates",
+                "04-clinicians",
+                "05-generate",
+                "06-rate",
+                "07-pairs",
+                "08-rater-w1",
+                "08-rater-w2",
+                "09-score",
+                "90-evaluate-base",
+            ),
+        ),
+        ("evaluate", "data.images", ()),
+        ("prepare_data", "data.source", ()),
     ],
 )
 def test_a_stage_that_changes_changes_all_that_come_of_it(job, path, same, keys_of, places):
     """With the hashes of models as the real stages return them: those of what they were made of."""
     config = CONFIGS[job]
-    before, after = keys_of(job, config, upstream=True), keys_of(job, changed(config, path, places), upstream=True)
+    before, after = (
+        keys_of(job, config, upstream=True),
+        keys_of(job, changed(config, path, places), upstream=True),
+    )
     assert {name for name in before if before[name] == after[name]} == set(same)
 
 

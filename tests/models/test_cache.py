@@ -47,9 +47,15 @@ def test_nothing_there(store):
 def test_a_remote_model_loads_like_a_local_one(store, tiny_llava):
     store.put(tiny_llava + "/", "/bucket/llava/", recursive=True)
     assert model_hash("memory://bucket/llava") == model_hash(tiny_llava)
-    assert load_processor("memory://bucket/llava").tokenizer.eos_token == load_processor(tiny_llava).tokenizer.eos_token
+    assert (
+        load_processor("memory://bucket/llava").tokenizer.eos_token
+        == load_processor(tiny_llava).tokenizer.eos_token
+    )
     remote, local = load_vlm("memory://bucket/llava", "fp32"), load_vlm(tiny_llava, "fp32")
-    assert all(bool((a == b).all()) for a, b in zip(remote.state_dict().values(), local.state_dict().values(), strict=True))
+    assert all(
+        bool((a == b).all())
+        for a, b in zip(remote.state_dict().values(), local.state_dict().values(), strict=True)
+    )
 
 
 def test_a_model_in_a_bucket_is_hashed_where_it_is(store, s3, monkeypatch, tiny_llava, tmp_path):  # noqa: F811
@@ -69,5 +75,7 @@ def test_a_model_in_a_bucket_is_hashed_where_it_is(store, s3, monkeypatch, tiny_
     assert first == put("models/a", README_md=b"no weights"), "what is no part of the model"
     assert first != put("models/a", extra_safetensors=b"more")
     weights = Path(tiny_llava, "model.safetensors").read_bytes()
-    assert first != put("models/b", model_safetensors=weights[:-1] + bytes([weights[-1] ^ 1])), "as many bytes, others"
+    assert first != put("models/b", model_safetensors=weights[:-1] + bytes([weights[-1] ^ 1])), (
+        "as many bytes, others"
+    )
     assert not (tmp_path / "cache").exists(), "nothing was copied"

@@ -1,4 +1,6 @@
-"""Tiny models of many families: each gives what transformers gives (ids, pixels, losses, gradients, export), or is refused by name."""
+"""Tiny models of many families: each gives what transformers gives (ids, pixels, losses, gradients,
+export), or is refused by name.
+"""
 
 import io
 import json
@@ -137,7 +139,9 @@ def test_ids_pixels_and_sft_loss_are_transformers_own(family, folder_of):
 
 @names(TUNED)
 def test_dpo_is_that_of_separate_rows(family, folder_of):
-    """Packed only where each layer is full causal attention; as the modules say, and as measured; gradients too."""
+    """Packed only where each layer is full causal attention; as the modules say, and as measured;
+    gradients too.
+    """
     path = folder_of(family)
     encoder, model = encoder_of(path, "dpo"), load_vlm(path, "fp32")
     assert (packing_problem(model) is None) == (family in PACKED)
@@ -246,7 +250,9 @@ def test_other_families_are_refused_by_name_before_anything_starts(family, folde
         "model.precision=fp32",
     ]
     with pytest.raises(ConfigError, match=family.__name__):
-        check_self_training(load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", settings))
+        check_self_training(
+            load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", settings)
+        )
     if family.__name__ != "llama":
         with pytest.raises(ConfigError, match=family.__name__):
             encoder_of(path, "dpo")
@@ -279,7 +285,9 @@ def test_every_parameter_has_a_part_and_gets_gradients_when_it_is_named(family, 
 @names([*TUNED, internvl, gemma3])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_export_is_read_back_whole(family, dtype, folder_of, tmp_path):
-    """After adapters have moved and are merged: transformers finds every tensor, and each as it was in memory."""
+    """After adapters have moved and are merged: transformers finds every tensor, and each as it was in
+    memory.
+    """
     path = folder_of(family)
     model = prepare_trainable(load_vlm(path, "fp32"), DpoConfig(**SMALL, gradient_checkpointing=False))
     with torch.no_grad():
@@ -338,11 +346,15 @@ def test_pickled_weights_are_refused(tiny_llava, tmp_path):
         load_vlm(str(folder), "fp32")
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin"):
         check_self_training(
-            load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", [f"model.path={folder}"])
+            load_config(
+                SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", [f"model.path={folder}"]
+            )
         )
     with pytest.raises(ConfigError, match=r"judge\.model.*pytorch_model\.bin"):
         settings = ["judge.kind=vllm", f"judge.model={folder}", "rounds=1"]
-        check_self_training(load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", settings))
+        check_self_training(
+            load_config(SelfTrainingConfig, "medray/recipes/self_train/tiny-cpu.yaml", settings)
+        )
 
 
 def test_parameters_without_a_part_fail_by_name():
@@ -366,7 +378,10 @@ def test_a_rate_for_a_part_without_parameters_is_an_error(tiny_llava):
 
 
 def test_a_template_that_refuses_the_questioner_is_named(tiny_llava, tmp_path):
-    strict = "{% for m in messages %}{% if m['role'] == 'vuser' %}{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}"
+    strict = (
+        "{% for m in messages %}{% if m['role'] == 'vuser' %}{{ raise_exception('Roles must alternate') "
+        "}}{% endif %}{% endfor %}"
+    )
     template = tmp_path / "strict.jinja"
     template.write_text(strict + AutoProcessor.from_pretrained(tiny_llava).chat_template)
     model = MODEL.model_copy(update={"chat_template": str(template)})
@@ -437,7 +452,11 @@ def test_a_leftover_adapter_is_refused(folder_of, tmp_path):
 def test_a_quantised_model_is_refused(folder_of, tmp_path):
     shutil.copytree(folder_of(TUNED[0]), tmp_path / "model")
     config = tmp_path / "model/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    config.write_text(
+        json.dumps(
+            json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        )
+    )
     with pytest.raises(ConfigError, match=r"quantised .gptq."):
         check_support(str(tmp_path / "model"), MODEL, questioner=True)
 

@@ -1,4 +1,6 @@
-"""A model's hash follows all that decides its answers, and nothing else; a model that is not the recorded one is named."""
+"""A model's hash follows all that decides its answers, and nothing else; a model that is not the recorded
+one is named.
+"""
 
 import shutil
 

@@ -1,4 +1,6 @@
-"""The proxy instruction: where its vectors go, what each mode does to them in a step, and that nothing else changes."""
+"""The proxy instruction: where its vectors go, what each mode does to them in a step, and that nothing
+else changes.
+"""
 
 import re
 import textwrap
@@ -42,7 +44,15 @@ def collated(processor, instruction, texts=TEXTS, side="right"):
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
     images = [Image.new("RGB", (64, 64), (40 * n, 90, 200)) for n in range(len(texts))]
-    batch = dict(processor(text=[prompt + text for text in texts], images=images, padding=True, padding_side=side, return_tensors="pt"))
+    batch = dict(
+        processor(
+            text=[prompt + text for text in texts],
+            images=images,
+            padding=True,
+            padding_side=side,
+            return_tensors="pt",
+        )
+    )
     length = processor(text=[prompt], images=images[:1], return_tensors="pt")["input_ids"].shape[1]
     labels = batch["input_ids"].clone()
     for row, mask in enumerate(batch["attention_mask"]):
@@ -54,7 +64,9 @@ def collated(processor, instruction, texts=TEXTS, side="right"):
 def by_hand(model, batch, placeholder_id, vectors):
     """The model's output on input embeddings into which `vectors` were written, sample by sample."""
     ids = batch["input_ids"]
-    embeds = model.get_input_embeddings()(ids.clamp(max=model.get_input_embeddings().num_embeddings - 1)).detach()
+    embeds = model.get_input_embeddings()(
+        ids.clamp(max=model.get_input_embeddings().num_embeddings - 1)
+    ).detach()
     rows = []
     for row, tokens in enumerate(ids):
         places = (tokens == placeholder_id).nonzero()[:, 0].tolist()
@@ -66,12 +78,18 @@ def by_hand(model, batch, placeholder_id, vectors):
     given = {name: value for name, value in batch.items() if name not in ("input_ids", "mm_token_type_ids")}
     if "mm_token_type_ids" in batch:
         given["position_ids"], _ = model.model.get_rope_index(
-            ids, mm_token_type_ids=batch["mm_token_type_ids"], image_grid_thw=batch["image_grid_thw"], attention_mask=batch["attention_mask"])
+            ids,
+            mm_token_type_ids=batch["mm_token_type_ids"],
+            image_grid_thw=batch["image_grid_thw"],
+            attention_mask=batch["attention_mask"],
+        )
     return model(inputs_embeds=torch.stack(rows), **given)
 
 
 def check_pass(model, proxy, placeholder, batch, leaf):
-    """With the proxy attached a pass is the one with `leaf` put in by hand, and the vectors get its gradient; returns the pass."""
+    """With the proxy attached a pass is the one with `leaf` put in by hand, and the vectors get its
+    gradient; returns the pass.
+    """
     expected = by_hand(model, batch, placeholder, leaf)
     expected.loss.backward()
     proxy.attach(model, placeholder)
@@ -93,7 +111,8 @@ def test_every_sample_holds_the_vectors_in_order(path, processor, side):
     found = check_pass(model, proxy, placeholder, batch, leaf)
     assert (leaf.grad.norm(dim=1) > 0).all()
     other = proxy.vectors.detach().flip(0)
-    assert not torch.allclose(by_hand(model, batch, placeholder, other).logits, found.logits, atol=1e-4)  # the order counts
+    # the order counts
+    assert not torch.allclose(by_hand(model, batch, placeholder, other).logits, found.logits, atol=1e-4)
 
 
 def test_qwen3_vl():
@@ -107,7 +126,8 @@ def test_qwen3_vl():
     proxy.attach(model, placeholder)
     found = model(**batch).logits
     proxy.detach()
-    # Deepstack adds vision features at the image tokens, which need ids: rows of a larger embedding are the hand's way here.
+    # Deepstack adds vision features at the image tokens, which need ids: rows of a larger embedding are the
+    # hand's way here.
     model.resize_token_embeddings(600 + K, mean_resizing=False)
     model.get_input_embeddings().weight[600:] = proxy.vectors.detach()
     batch["input_ids"][:, 9 : 9 + K] = 600 + torch.arange(K)
@@ -174,7 +194,11 @@ def test_casting_what_holds_the_proxy_does_not_round_it():
 def test_a_pass_without_placeholders_is_the_models_own(path, processor):
     model = fresh(path)
     batch = collated(processor, "Describe this image.")
-    prompt = {name: value[:1] for name, value in batch.items() if name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
+    prompt = {
+        name: value[:1]
+        for name, value in batch.items()
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+    }
     prompt["pixel_values"] = batch["pixel_values"][: len(batch["pixel_values"]) // 2]
     logits, answer = model(**batch).logits, model.generate(**prompt, max_new_tokens=8)
     proxy = proxy_of(model)
@@ -187,7 +211,10 @@ def test_a_pass_without_placeholders_is_the_models_own(path, processor):
         proxy.vectors.fill_(float("nan"))
     assert torch.equal(model(**batch).logits, logits)
     proxy.detach()
-    assert not model.get_input_embeddings()._forward_hooks and not model.get_input_embeddings()._forward_pre_hooks
+    assert (
+        not model.get_input_embeddings()._forward_hooks
+        and not model.get_input_embeddings()._forward_pre_hooks
+    )
 
 
 @pytest.mark.parametrize(("instruction", "found"), [(PLACEHOLDER, 1), (PLACEHOLDER * (K + 1), K + 1)])
@@ -224,7 +251,9 @@ def test_training_without_placeholders_is_an_error(tiny_llava):
 
 
 def ones(mode, momentum=0.9):
-    """One vector (1, 1), and SGD of rate 0.5 on the loss |v|^2 / 2 of the vector v that a pass uses: its gradient is v."""
+    """One vector (1, 1), and SGD of rate 0.5 on the loss |v|^2 / 2 of the vector v that a pass uses: its
+    gradient is v.
+    """
     proxy = ProxyInstruction(1, 2)
     with torch.no_grad():
         proxy.vectors.fill_(1.0)
@@ -232,14 +261,19 @@ def ones(mode, momentum=0.9):
     return proxy
 
 
-@pytest.mark.parametrize(("mode", "used", "average", "vectors"), [
-    # P 1 -> 0.5; Pbar = 0.9 + 0.05; reset; P 0.95 -> 0.475; Pbar = 0.855 + 0.0475; reset; P 0.9025 -> 0.45125; ...
-    ("released", [1, 0.95, 0.9025], [0.95, 0.9025, 0.857375], [0.95, 0.9025, 0.857375]),
-    # P 1 -> 0.5 (gradient 1); Pbar 0.95; P 0.5 - 0.475 = 0.025; Pbar 0.855 + 0.0025; P 0.025 - 0.42875 = -0.40375; ...
-    ("textbook", [1, 0.95, 0.8575], [0.95, 0.8575, 0.731375], [0.5, 0.025, -0.40375]),
-    ("free", [1, 0.5, 0.25], [0.5, 0.25, 0.125], [0.5, 0.25, 0.125]),
-    ("frozen", [1, 1, 1], [1, 1, 1], [1, 1, 1]),
-])
+@pytest.mark.parametrize(
+    ("mode", "used", "average", "vectors"),
+    [
+        # P 1 -> 0.5; Pbar = 0.9 + 0.05; reset; P 0.95 -> 0.475; Pbar = 0.855 + 0.0475; reset; P 0.9025 ->
+        # 0.45125; ...
+        ("released", [1, 0.95, 0.9025], [0.95, 0.9025, 0.857375], [0.95, 0.9025, 0.857375]),
+        # P 1 -> 0.5 (gradient 1); Pbar 0.95; P 0.5 - 0.475 = 0.025; Pbar 0.855 + 0.0025; P 0.025 - 0.42875 =
+        # -0.40375; ...
+        ("textbook", [1, 0.95, 0.8575], [0.95, 0.8575, 0.731375], [0.5, 0.025, -0.40375]),
+        ("free", [1, 0.5, 0.25], [0.5, 0.25, 0.125], [0.5, 0.25, 0.125]),
+        ("frozen", [1, 1, 1], [1, 1, 1], [1, 1, 1]),
+    ],
+)
 def test_three_steps_of_each_mode_by_hand(mode, used, average, vectors):
     proxy = ones(mode)
     optimizer = torch.optim.SGD(proxy.parameters(), lr=0.5)
@@ -256,10 +290,14 @@ def test_three_steps_of_each_mode_by_hand(mode, used, average, vectors):
         proxy.after_step()
         seen["average"].append(proxy.average[0, 1].item())
         seen["vectors"].append(proxy.vectors[0, 1].item())
-    assert seen["used"] == pytest.approx(used) and seen["average"] == pytest.approx(average) and seen["vectors"] == pytest.approx(vectors)
+    assert (
+        seen["used"] == pytest.approx(used)
+        and seen["average"] == pytest.approx(average)
+        and seen["vectors"] == pytest.approx(vectors)
+    )
     metrics = proxy.metrics()
     assert metrics["proxy_momentum"] == {"free": 0.0, "frozen": 1.0}.get(mode, 0.9)
-    root = 2 ** 0.5  # both places of the vector are equal
+    root = 2**0.5  # both places of the vector are equal
     assert metrics["proxy_norm"] == pytest.approx(average[-1] * root)
     assert metrics["proxy_moved"] == pytest.approx((1 - average[-1]) * root, abs=1e-6)
     assert metrics["proxy_gap"] == pytest.approx((average[-1] - vectors[-1]) * root, abs=1e-6)
@@ -277,17 +315,22 @@ def test_textbook_uses_the_average_exactly_and_its_gradient_goes_to_the_vectors(
     check_pass(model, proxy, placeholder, batch, leaf)
 
 
-@pytest.mark.parametrize(("lr", "momentum", "steps", "atol"), [
-    (0.1, 0.9, 20, 1e-6),
-    (2e-5, 0.999, 20, 20 * 2 ** -28),  # the paper's; a step of 2e-8 is rounded to the spacing of fp32 near 0.03, 2**-28
-])
+@pytest.mark.parametrize(
+    ("lr", "momentum", "steps", "atol"),
+    [
+        (0.1, 0.9, 20, 1e-6),
+        # the paper's; a step of 2e-8 is rounded to the spacing of fp32 near 0.03, 2**-28
+        (2e-5, 0.999, 20, 20 * 2**-28),
+    ],
+)
 def test_released_equals_an_ordinary_step_of_lr_times_one_minus_m(lr, momentum, steps, atol):
     """With AdamW too, whose decay is decoupled and whose moments do not know the rate."""
     proxy = ProxyInstruction(8, 64, mode="released", momentum=momentum, seed=3)
     plain = torch.nn.Parameter(proxy.vectors.detach().clone())
     target = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     optimizers = [
-        torch.optim.AdamW(proxy.parameters(), lr=lr, weight_decay=0.01), torch.optim.AdamW([plain], lr=lr * (1 - momentum), weight_decay=0.01),
+        torch.optim.AdamW(proxy.parameters(), lr=lr, weight_decay=0.01),
+        torch.optim.AdamW([plain], lr=lr * (1 - momentum), weight_decay=0.01),
     ]
     for _ in range(steps):
         for optimizer, value in zip(optimizers, (proxy.current(), plain), strict=True):
@@ -295,7 +338,8 @@ def test_released_equals_an_ordinary_step_of_lr_times_one_minus_m(lr, momentum, 
             (value - target).square().sum().backward()
             optimizer.step()
         proxy.after_step()
-    assert (plain - proxy.start).abs().mean() > 0.5 * steps * lr * (1 - momentum)  # AdamW steps by about its rate
+    # AdamW steps by about its rate
+    assert (plain - proxy.start).abs().mean() > 0.5 * steps * lr * (1 - momentum)
     torch.testing.assert_close(proxy.average, plain.detach(), rtol=0, atol=atol)
 
 
@@ -336,7 +380,12 @@ def test_warm_up_trains_the_proxy_alone(path, processor):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert losses[2] < losses[0] and proxy.metrics()["proxy_moved"] > 0
     proxy.begin_stage("frozen")
-    assert proxy.metrics() == {"proxy_momentum": 1.0, "proxy_norm": pytest.approx(proxy.vectors.norm().item()), "proxy_moved": 0.0, "proxy_gap": 0.0}
+    assert proxy.metrics() == {
+        "proxy_momentum": 1.0,
+        "proxy_norm": pytest.approx(proxy.vectors.norm().item()),
+        "proxy_moved": 0.0,
+        "proxy_gap": 0.0,
+    }
     assert not model(**batch).loss.requires_grad
 
 
@@ -344,16 +393,21 @@ def test_initial_values():
     first, again, other = (ProxyInstruction(8, 4096, seed=seed).vectors.detach() for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.abs().max() <= INIT_BOUND == pytest.approx(0.0360844)
-    assert first.std().item() == pytest.approx(INIT_BOUND / 3 ** 0.5, rel=0.01)
+    assert first.std().item() == pytest.approx(INIT_BOUND / 3**0.5, rel=0.01)
     state = torch.random.get_rng_state()
     ProxyInstruction(8, 16, seed=5)
     assert torch.equal(torch.random.get_rng_state(), state)  # the model's own seeds are not disturbed
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"count": 0, "width": 4}, "at least 1"), ({"count": 1, "width": 4, "momentum": 1.0}, "use mode frozen"),
-    ({"count": 1, "width": 4, "momentum": -0.1}, "must be in"), ({"count": 1, "width": 4, "mode": "ema"}, "allowed values: released, textbook, frozen, free"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"count": 0, "width": 4}, "at least 1"),
+        ({"count": 1, "width": 4, "momentum": 1.0}, "use mode frozen"),
+        ({"count": 1, "width": 4, "momentum": -0.1}, "must be in"),
+        ({"count": 1, "width": 4, "mode": "ema"}, "allowed values: released, textbook, frozen, free"),
+    ],
+)
 def test_settings_that_cannot_be(given, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         ProxyInstruction(**given)
@@ -378,7 +432,11 @@ def test_file_round_trip_goes_on_as_before(tmp_path):
             step(proxy)
         proxy.save(tmp_path / "proxy.safetensors", base_model="tiny")
         again = ProxyInstruction.load(tmp_path / "proxy.safetensors")
-        assert (again.mode, again.momentum, again.vectors.requires_grad) == (mode, proxy.momentum, mode != "frozen")
+        assert (again.mode, again.momentum, again.vectors.requires_grad) == (
+            mode,
+            proxy.momentum,
+            mode != "frozen",
+        )
         if mode != "frozen":
             step(proxy)
             step(again)
@@ -388,7 +446,13 @@ def test_file_round_trip_goes_on_as_before(tmp_path):
     from safetensors import safe_open
 
     with safe_open(tmp_path / "proxy.safetensors", framework="pt") as handle:
-        assert handle.metadata() == {"format": "medray.proxy_instruction", "mode": "free", "momentum": "0.0", "placeholder": PLACEHOLDER, "base_model": "tiny"}
+        assert handle.metadata() == {
+            "format": "medray.proxy_instruction",
+            "mode": "free",
+            "momentum": "0.0",
+            "placeholder": PLACEHOLDER,
+            "base_model": "tiny",
+        }
 
 
 def test_files_of_another_kind_are_refused(tmp_path):
@@ -396,7 +460,11 @@ def test_files_of_another_kind_are_refused(tmp_path):
 
     save_file({"vectors": torch.ones(1, 2)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    for name, message in (("other", "holds no proxy instruction"), ("text", "cannot be read"), ("missing", "cannot be read")):
+    for name, message in (
+        ("other", "holds no proxy instruction"),
+        ("text", "cannot be read"),
+        ("missing", "cannot be read"),
+    ):
         with pytest.raises(DataError, match=message):
             ProxyInstruction.load(tmp_path / f"{name}.safetensors")
 
@@ -407,15 +475,30 @@ def test_the_example_in_the_docs_runs(tiny_llava, tmp_path):
 
     example = textwrap.dedent(re.search(r"::\n\n(.*?)\n\nLabels", module.__doc__, re.S)[1])
     assert len(example.splitlines()) <= 20
-    config = SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True, bf16=False, per_device_train_batch_size=2, num_train_epochs=1, report_to="none", save_strategy="no", max_length=None)
+    config = SFTConfig(
+        output_dir=str(tmp_path / "run"),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+        report_to="none",
+        save_strategy="no",
+        max_length=None,
+    )
     pairs = [(Image.new("RGB", (64, 64), (40 * n, 80, 90)), text) for n, text in enumerate([*TEXTS, *TEXTS])]
     names = {"path": tiny_llava, "pairs": pairs, "sft_config": config, "out": str(tmp_path / "out")}
     exec(example, names)
 
     assert names["trainer"].state.global_step == 2
     assert names["proxy"].metrics()["proxy_moved"] > 0
-    before, after = fresh(tiny_llava).state_dict(), AutoModelForImageTextToText.from_pretrained(tmp_path / "out").state_dict()
+    before, after = (
+        fresh(tiny_llava).state_dict(),
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "out").state_dict(),
+    )
     assert before.keys() == after.keys()  # the export knows no proxy
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("vision_tower" in name for name in changed)
-    assert torch.equal(ProxyInstruction.load(tmp_path / "out" / "proxy_instruction.safetensors").average, names["proxy"].average)
+    assert torch.equal(
+        ProxyInstruction.load(tmp_path / "out" / "proxy_instruction.safetensors").average,
+        names["proxy"].average,
+    )

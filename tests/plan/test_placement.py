@@ -31,9 +31,16 @@ def test_training_workers_take_custom_resources():
     """Ray Train counts room for workers by resources, and not by labels."""
     from medray.train.worker import scaling_of
 
-    config = SftConfig(num_workers=(1, 4), cpus_per_worker=2, place=Placement(labels={"medray-group": "train"}, resources={"medray-train": 1}))
+    config = SftConfig(
+        num_workers=(1, 4),
+        cpus_per_worker=2,
+        place=Placement(labels={"medray-group": "train"}, resources={"medray-train": 1}),
+    )
     scaling = scaling_of(config)
-    assert (scaling.resources_per_worker, scaling.label_selector) == ({"CPU": 2, "medray-train": 1}, {"medray-group": "train"})
+    assert (scaling.resources_per_worker, scaling.label_selector) == (
+        {"CPU": 2, "medray-train": 1},
+        {"medray-group": "train"},
+    )
 
 
 @pytest.mark.parametrize("name", ["CPU", "GPU", "memory", "object_store_memory"])
@@ -43,11 +50,21 @@ def test_resources_with_fields_of_their_own_are_refused(name):
 
 
 def test_the_configuration_takes_places():
-    config = load_config(SelfTrainingConfig, None, ["sft.place.labels={medray-group: train}", "engine.place.accelerator=L4", "dpo.place.memory_gib=8"])
-    assert (config.sft.place.selector, config.engine.place.selector, config.dpo.place.memory_gib) == ({"medray-group": "train"}, {"ray.io/accelerator-type": "L4"}, 8)
+    config = load_config(
+        SelfTrainingConfig,
+        None,
+        ["sft.place.labels={medray-group: train}", "engine.place.accelerator=L4", "dpo.place.memory_gib=8"],
+    )
+    assert (config.sft.place.selector, config.engine.place.selector, config.dpo.place.memory_gib) == (
+        {"medray-group": "train"},
+        {"ray.io/accelerator-type": "L4"},
+        8,
+    )
 
 
-@pytest.mark.parametrize("value", ["{zone: 'in()'}", "{zone: '-a'}", "{zone: 'a b'}", "{'-zone': a}", "{zone: '!!a'}"])
+@pytest.mark.parametrize(
+    "value", ["{zone: 'in()'}", "{zone: '-a'}", "{zone: 'a b'}", "{'-zone': a}", "{zone: '!!a'}"]
+)
 def test_what_is_no_selector_is_refused_before_anything_starts(value):
     """Ray itself says so only when the first worker is asked for."""
     from ray._private.label_utils import validate_label_selector
@@ -73,13 +90,24 @@ def test_a_place_is_no_part_of_a_stages_inputs(cls):
     before = {name: value for name, value in cls().model_dump(mode="json").items() if name != "place"}
     assert digest({"train": cls()}) == digest({"train": before})
     assert digest({"train": cls(place=PLACE)}) == digest({"train": before})
-    assert cls(place=PLACE).model_dump()["place"]["labels"] == {"medray-group": "train"}, "the run's config.yaml has it all the same"
+    assert cls(place=PLACE).model_dump()["place"]["labels"] == {"medray-group": "train"}, (
+        "the run's config.yaml has it all the same"
+    )
 
 
 def test_nor_where_a_stage_names_the_fields_it_depends_on():
     here = ClinicianPreferenceConfig()
-    there = load_config(ClinicianPreferenceConfig, None, ["rater.place.accelerator=L4", "score.place.accelerator=L4", "demonstrations.place.accelerator=L4"])
-    for inputs in (steps.embed_inputs, steps.draw_inputs, steps.score_inputs, lambda config: steps.rater_inputs(config.rater)):
+    there = load_config(
+        ClinicianPreferenceConfig,
+        None,
+        ["rater.place.accelerator=L4", "score.place.accelerator=L4", "demonstrations.place.accelerator=L4"],
+    )
+    for inputs in (
+        steps.embed_inputs,
+        steps.draw_inputs,
+        steps.score_inputs,
+        lambda config: steps.rater_inputs(config.rater),
+    ):
         assert digest(inputs(here)) == digest(inputs(there))
 
 
@@ -87,7 +115,12 @@ def test_training_workers():
     from medray.train.worker import scaling_of
 
     default = scaling_of(SftConfig(num_workers=2, cpus_per_worker=3))
-    assert (default.num_workers, default.use_gpu, default.resources_per_worker, default.label_selector) == (2, False, {"CPU": 3}, None)
+    assert (default.num_workers, default.use_gpu, default.resources_per_worker, default.label_selector) == (
+        2,
+        False,
+        {"CPU": 3},
+        None,
+    )
     placed = scaling_of(SftConfig(num_workers=(1, 4), gpus_per_worker=1, cpus_per_worker=0, place=PLACE))
     assert placed.label_selector == SELECTOR and placed.use_gpu
     assert placed.resources_per_worker == {"CPU": 0, "GPU": 1, "memory": 1_610_612_736}
@@ -99,9 +132,13 @@ def test_engines_and_those_who_wait_for_an_endpoint():
     default = map_options(EngineConfig())
     assert "label_selector" not in default and "memory" not in default
     placed = EngineConfig(gpus_per_actor=1, place=PLACE)
-    assert map_options(placed)["label_selector"] == SELECTOR and map_options(placed)["memory"] == 1_610_612_736
+    assert (
+        map_options(placed)["label_selector"] == SELECTOR and map_options(placed)["memory"] == 1_610_612_736
+    )
     client = client_options(placed)
-    assert "label_selector" not in client and "memory" not in client and client["num_gpus"] == 0, "waiting needs no GPU node"
+    assert "label_selector" not in client and "memory" not in client and client["num_gpus"] == 0, (
+        "waiting needs no GPU node"
+    )
 
 
 def test_the_session_places_reading_and_writing(ray_cluster):

@@ -32,10 +32,16 @@ def test_best_worst_and_constant_ratings():
     best, worst = np.arange(4) + 10.0, np.arange(4.0)
     flat = np.ones(4)
     assert [auc(best, worst), auc(worst, best), auc(flat, flat)] == [1.0, 0.0, 0.5]
-    assert [mean_rank(best, worst), mean_rank(worst, best), mean_rank(flat, flat)] == [1.5 / 8, 5.5 / 8, 3.5 / 8]
+    assert [mean_rank(best, worst), mean_rank(worst, best), mean_rank(flat, flat)] == [
+        1.5 / 8,
+        5.5 / 8,
+        3.5 / 8,
+    ]
     assert mean_average_precision(best, worst) == 1.0 and mean_average_precision(flat, flat) == 0.5
     constant = rating_metrics(flat, flat, list("abcd"), 50)
-    assert constant["pair_accuracy"]["value"] == 0.5 and constant["ties"] == 1.0, "a model that says nothing is no better than chance"
+    assert constant["pair_accuracy"]["value"] == 0.5 and constant["ties"] == 1.0, (
+        "a model that says nothing is no better than chance"
+    )
 
 
 def test_against_brute_force():
@@ -44,9 +50,14 @@ def test_against_brute_force():
     wins = [(c > r) + 0.5 * (c == r) for c in chosen for r in rejected]
     assert auc(chosen, rejected) == pytest.approx(np.mean(wins))
     everyone = np.concatenate([chosen, rejected])
-    places = [np.mean([place for place, value in enumerate(sorted(everyone, reverse=True)) if value == c]) for c in chosen]
+    places = [
+        np.mean([place for place, value in enumerate(sorted(everyone, reverse=True)) if value == c])
+        for c in chosen
+    ]
     assert mean_rank(chosen, rejected) == pytest.approx(np.mean(places) / 120)
-    assert mean_average_precision(chosen, rejected) == pytest.approx(np.mean([(chosen >= c).sum() / (everyone >= c).sum() for c in chosen]))
+    assert mean_average_precision(chosen, rejected) == pytest.approx(
+        np.mean([(chosen >= c).sum() / (everyone >= c).sum() for c in chosen])
+    )
 
 
 def test_calibration_bins():
@@ -55,7 +66,11 @@ def test_calibration_bins():
     chosen = np.array([margin, margin, 0.0, 0.0, 800.0])
     rejected = np.array([0.0, 0.0, margin, 0.0, -800.0])
     bins = calibration(chosen, rejected, bins=4)
-    assert [(b["low"], b["high"], b["n"]) for b in bins] == [(0.5, 0.625, 1), (0.75, 0.875, 3), (0.875, 1.0, 1)]
+    assert [(b["low"], b["high"], b["n"]) for b in bins] == [
+        (0.5, 0.625, 1),
+        (0.75, 0.875, 3),
+        (0.875, 1.0, 1),
+    ]
     assert [b["predicted"] for b in bins] == pytest.approx([0.5, 3.01 / 4.01, 1.0])
     assert [b["observed"] for b in bins] == pytest.approx([0.5, 2 / 3, 1.0])
     assert expected_calibration_error(bins) == pytest.approx(3 / 5 * (3.01 / 4.01 - 2 / 3))
@@ -74,10 +89,16 @@ def test_interval_resamples_images():
     """Ten pairs of one image are no more certain than one."""
     rng = np.random.default_rng(2)
     rated = rng.normal(0.3, 1, 20)
-    chosen, rejected, images = np.repeat(rated, 10), np.zeros(200), [str(number // 10) for number in range(200)]
+    chosen, rejected, images = (
+        np.repeat(rated, 10),
+        np.zeros(200),
+        [str(number // 10) for number in range(200)],
+    )
     wide = rating_metrics(chosen, rejected, images, 400)["pair_accuracy"]
     narrow = rating_metrics(chosen, rejected, [str(number) for number in range(200)], 400)["pair_accuracy"]
-    assert wide["value"] == narrow["value"] and wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"])
+    assert wide["value"] == narrow["value"] and wide["high"] - wide["low"] > 2 * (
+        narrow["high"] - narrow["low"]
+    )
 
 
 def test_the_plot_names_its_lines():

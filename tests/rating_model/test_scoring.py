@@ -35,7 +35,11 @@ def plain_scores(rater, rows):
     inputs = model.inputs(DATA)
     scores = []
     for row in rows:
-        batch = inputs.batch([inputs.text(row["question"], row["answer"], row["context"]).ids], [inputs.pixels(row["image"])], [0])
+        batch = inputs.batch(
+            [inputs.text(row["question"], row["answer"], row["context"]).ids],
+            [inputs.pixels(row["image"])],
+            [0],
+        )
         batch["pixel_values"] = normalise_pixels(batch["pixel_values"], inputs.image_processor)
         with torch.no_grad():
             scores.append(float(model(**batch)))
@@ -43,19 +47,33 @@ def plain_scores(rater, rows):
 
 
 def test_every_turn_gets_its_own_score_in_its_own_place(rater):
-    """Not the dialogue's first alone; and a bad row is missing a score rather than taking over its neighbour's."""
-    rows = [exchange(number, turn, answer) for number in range(3) for turn, answer in enumerate(("red", "blue, and a good deal longer than that", "I do not know"))]
+    """Not the dialogue's first alone; and a bad row is missing a score rather than taking over its
+    neighbour's.
+    """
+    rows = [
+        exchange(number, turn, answer)
+        for number in range(3)
+        for turn, answer in enumerate(("red", "blue, and a good deal longer than that", "I do not know"))
+    ]
     rows[4] |= {"answer": " "}
-    rows += [exchange(9, 0, "red", image=b"no image"), exchange(9, 1, "blue", image=b"no image"), exchange(8, 0, "red " * 90)]
+    rows += [
+        exchange(9, 0, "red", image=b"no image"),
+        exchange(9, 1, "blue", image=b"no image"),
+        exchange(8, 0, "red " * 90),
+    ]
     found = Score(rater, CONFIG, DATA)(pa.Table.from_pylist(rows, schema=EXCHANGE))
     assert found.schema == SCORED_ROW and SCORED_ROW.names[: len(SCORED.names)] == SCORED.names
     found = found.to_pylist()
     assert [row["sample_id"] for row in found] == [row["sample_id"] for row in rows]
     bad = [4, 9, 10]
     assert [place for place, row in enumerate(found) if row["score"] is None] == bad
-    assert found[4]["error"] == "empty answer" and all("cannot be decoded" in found[place]["error"] for place in bad[1:])
+    assert found[4]["error"] == "empty answer" and all(
+        "cannot be decoded" in found[place]["error"] for place in bad[1:]
+    )
     good = [place for place in range(len(rows)) if place not in bad]
-    assert [found[place]["score"] for place in good] == pytest.approx(plain_scores(rater, [rows[place] for place in good]), abs=1e-5)
+    assert [found[place]["score"] for place in good] == pytest.approx(
+        plain_scores(rater, [rows[place] for place in good]), abs=1e-5
+    )
     assert len({round(found[place]["score"], 6) for place in good}) == len(good)
     assert (found[11]["cut"], found[0]["cut"]) == (["answer", "context"], [])
 
@@ -65,7 +83,11 @@ def test_an_image_is_decoded_once_a_batch(rater, monkeypatch):
     seen = []
     decode = scorer.inputs.pixels
     monkeypatch.setattr(scorer.inputs, "pixels", lambda image: seen.append(image) or decode(image))
-    scorer(pa.Table.from_pylist([exchange(number % 2, turn, "red") for turn in range(3) for number in range(2)], schema=EXCHANGE))
+    scorer(
+        pa.Table.from_pylist(
+            [exchange(number % 2, turn, "red") for turn in range(3) for number in range(2)], schema=EXCHANGE
+        )
+    )
     assert sorted(seen) == sorted(cell(number)[0] for number in range(2))
 
 
@@ -77,9 +99,16 @@ def test_without_a_rating_model_it_says_so(tiny_clip):
 @pytest.mark.ray
 @pytest.mark.faults
 def test_a_killed_actor_costs_no_row_and_doubles_none(ray_cluster, rater, tmp_path):
-    """kill -9 of the scoring actor, then the same call again: each exchange of both folders has one score, and nothing runs anew."""
-    rows = [exchange(number, turn, answer) for number in range(40) for turn, answer in enumerate(("red", "blue"))]
-    sources = [exchanges(rows[:60], tmp_path / "a"), exchanges([*rows[60:], exchange(99, 0, "")], tmp_path / "b")]
+    """kill -9 of the scoring actor, then the same call again: each exchange of both folders has one
+    score, and nothing runs anew.
+    """
+    rows = [
+        exchange(number, turn, answer) for number in range(40) for turn, answer in enumerate(("red", "blue"))
+    ]
+    sources = [
+        exchanges(rows[:60], tmp_path / "a"),
+        exchanges([*rows[60:], exchange(99, 0, "")], tmp_path / "b"),
+    ]
     target, committed = str(tmp_path / "rows"), str(tmp_path / "committed")
 
     killed: list[int] = []
@@ -89,7 +118,9 @@ def test_a_killed_actor_costs_no_row_and_doubles_none(ray_cluster, rater, tmp_pa
     found = {row["sample_id"]: row for row in stored_rows(target)}
     assert len(found) == 81 and set(found) == {row["sample_id"] for row in rows} | {"cell-0099/d0#0"}
     sample = rows[::9]
-    assert [found[row["sample_id"]]["score"] for row in sample] == pytest.approx(plain_scores(rater, sample), abs=1e-5)
+    assert [found[row["sample_id"]]["score"] for row in sample] == pytest.approx(
+        plain_scores(rater, sample), abs=1e-5
+    )
     before = sorted((path.name, path.stat().st_mtime_ns) for path in Path(target).glob("*.parquet"))
     assert score_exchanges(sources, target, committed, rater, CONFIG, DATA) == counts
     assert sorted((path.name, path.stat().st_mtime_ns) for path in Path(target).glob("*.parquet")) == before

@@ -1,4 +1,6 @@
-"""Files of finished stages: whatever is cut, emptied, deleted, changed or added is made again, and never taken for what the stage wrote."""
+"""Files of finished stages: whatever is cut, emptied, deleted, changed or added is made again, and never
+taken for what the stage wrote.
+"""
 
 import json
 import os
@@ -141,7 +143,9 @@ def test_weights_that_rotted_on_the_disk_are_noticed(job, caplog):
 
 @pytest.mark.parametrize("manifest_too", [False, True])
 def test_other_rows_make_later_stages_again(job, manifest_too):
-    """A judge gives other verdicts the second time: what was made of the former ones is made again, though the manifest is lost too."""
+    """A judge gives other verdicts the second time: what was made of the former ones is made again,
+    though the manifest is lost too.
+    """
     Path(job.folder, ROWS).unlink()
     if manifest_too:
         Path(job.folder, "stages/a/manifest.json").unlink()
@@ -153,7 +157,9 @@ def test_other_rows_make_later_stages_again(job, manifest_too):
 
 
 def test_a_lost_manifest_and_damaged_rows(job, caplog):
-    """The record of the files is there still: what is flipped is made again, whether or not the stage looks at it."""
+    """The record of the files is there still: what is flipped is made again, whether or not the stage
+    looks at it.
+    """
     Path(job.folder, "stages/a/manifest.json").unlink()
     flip(Path(job.folder, ROWS))
     with caplog.at_level("WARNING"):
@@ -163,7 +169,9 @@ def test_a_lost_manifest_and_damaged_rows(job, caplog):
 
 
 def test_lost_inputs_and_manifest_make_later_stages_again_if_the_outcome_differs(job):
-    """Nothing says what the folder was made of, so it is made anew; the record says that later stages were made of other rows."""
+    """Nothing says what the folder was made of, so it is made anew; the record says that later stages
+    were made of other rows.
+    """
     for name in ("manifest.json", "inputs.json"):
         Path(job.folder, "stages/a", name).unlink()
     job.text = "y"
@@ -222,7 +230,9 @@ def test_outputs_at_the_top_of_the_run_are_held_too(tmp_path):
 
 
 def test_former_inputs_with_another_outcome_reach_the_stages_after(job):
-    """Other inputs, stopped before the next stage, then the former ones again: what that stage holds is of the first outcome."""
+    """Other inputs, stopped before the next stage, then the former ones again: what that stage holds is
+    of the first outcome.
+    """
     run = Run(job.folder)
     run.stage("a", {"x": 2}, job.first)
     job.text = "z"
@@ -235,7 +245,9 @@ def test_former_inputs_with_another_outcome_reach_the_stages_after(job):
 
 @pytest.mark.parametrize("damage", [cut, empty, flip, delete])
 def test_an_outcome_that_was_forgotten_is_not_taken_for_the_former_one(job, damage):
-    """The file that remembers it is damaged, or of a version that had none; the stage's own record is emptied with its folder."""
+    """The file that remembers it is damaged, or of a version that had none; the stage's own record is
+    emptied with its folder.
+    """
     damage(Path(job.folder, "results/a.json"))
     run = Run(job.folder)
     run.stage("a", {"x": 2}, job.first)

@@ -22,7 +22,9 @@ def test_variables_that_the_job_was_submitted_with_are_left_to_it(monkeypatch, g
     assert merged["env_vars"] == VARIABLES | given
 
 
-@pytest.mark.parametrize("config", [None, "{}", '{"runtime_env": {}}', '{"runtime_env": {"working_dir": "."}}'])
+@pytest.mark.parametrize(
+    "config", [None, "{}", '{"runtime_env": {}}', '{"runtime_env": {"working_dir": "."}}']
+)
 def test_a_job_without_variables(monkeypatch, config):
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     if config is not None:
@@ -48,8 +50,14 @@ print(json.dumps({**found, "kept": {name: os.environ.get(name) for name in ("TOK
 
 def test_workers_of_its_own_ray_are_quiet_and_start_by_one_interpreter():
     """With a runtime environment Ray starts each of them by way of a second one."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "TOKENIZERS_PARALLELISM")}
-    done = subprocess.run([sys.executable, "-c", SESSION], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RAY_ADDRESS", "TOKENIZERS_PARALLELISM")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION], env=environment, capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["level"] == 30, "WARNING"
     assert (found["train"], found["watcher"]) == ("1", "0")

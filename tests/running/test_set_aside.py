@@ -139,7 +139,9 @@ def result(steps, trained, quarantined):
 
 
 def test_a_training_on_nothing_is_no_training():
-    """Eleven of eleven rows too long: 0 steps was once a success, and the base model was exported as the tuned one."""
+    """Eleven of eleven rows too long: 0 steps was once a success, and the base model was exported as the
+    tuned one.
+    """
     for limit in (0.05, 1.0):
         with pytest.raises(
             StageError, match=r"made no step[\s\S]*11 x 9010 tokens are over model\.max_length 4096"
@@ -297,7 +299,9 @@ def test_preparing_data_names_few_bad_records_and_fails_for_many(tmp_path):
     ],
 )
 def test_a_data_stage_that_loses_its_source(tmp_path, bad_records, bad_images, limit, words):
-    """Images are read of some records only, so these are held against those: 5 of 100 read is not 5 of a million."""
+    """Images are read of some records only, so these are held against those: 5 of 100 read is not 5 of a
+    million.
+    """
     stage = Stage(Run(tmp_path / "run"), "stages/00-data")
     numbers = {
         "records": 100,

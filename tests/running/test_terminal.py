@@ -39,7 +39,9 @@ KeyError: 1"""
 @pytest.mark.parametrize("trace", [CREATION, VLLM, RETRY, THREAD])
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_tracebacks_go_into_the_runs_log(monkeypatch, trace, batch):
-    """However Ray divides the lines; those before and after, and those of other processes meanwhile, are shown."""
+    """However Ray divides the lines; those before and after, and those of other processes meanwhile, are
+    shown.
+    """
     kept, shown = [], []
     log = logging.Handler()
     log.emit = lambda record: kept.append(record.getMessage())
@@ -56,5 +58,7 @@ def test_tracebacks_go_into_the_runs_log(monkeypatch, trace, batch):
 def test_tracebacks_are_shown_where_no_run_has_a_log(monkeypatch):
     monkeypatch.setattr(run_log, "_open", [])
     shown = []
-    WorkerLines(lambda data: shown.extend(data["lines"]))({"pid": 7, "lines": ["loading", *THREAD.split("\n")]})
+    WorkerLines(lambda data: shown.extend(data["lines"]))(
+        {"pid": 7, "lines": ["loading", *THREAD.split("\n")]}
+    )
     assert shown == ["loading", *THREAD.split("\n")]

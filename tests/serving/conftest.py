@@ -16,7 +16,10 @@ from medray.records import CLINICIAN_ITEM
 from medray.serving.tokens import add_holder
 from medray.testbed.fake_cluster import free_port
 
-NASTY = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> '); DROP TABLE judgement; --"
+NASTY = (
+    "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> '); DROP "
+    "TABLE judgement; --"
+)
 
 
 def ramp():
@@ -33,13 +36,25 @@ def encoded(pixels, kind="PNG"):
 @pytest.fixture(scope="session")
 def write_items():
     """Writes so many clinician items into a folder."""
+
     def write(folder, number, **changes):
-        rows = [{
-            "item_id": f"cell/{index}?&#", "image_id": f"image-{index}", "image": encoded(ramp()), "modality": "blood smear",
-            "caption": f"Peripheral smear, field {index}.", "context": "In-text mention: a large cell with a lobed nucleus.",
-            "dialogue_id": f"d{index}", "turn": 0, "question": f"Which cell is this? ({index})", "answer_a": "A neutrophil: the nucleus has lobes.",
-            "answer_b": "A lymphocyte: the nucleus is round.", **changes,
-        } for index in range(number)]
+        rows = [
+            {
+                "item_id": f"cell/{index}?&#",
+                "image_id": f"image-{index}",
+                "image": encoded(ramp()),
+                "modality": "blood smear",
+                "caption": f"Peripheral smear, field {index}.",
+                "context": "In-text mention: a large cell with a lobed nucleus.",
+                "dialogue_id": f"d{index}",
+                "turn": 0,
+                "question": f"Which cell is this? ({index})",
+                "answer_a": "A neutrophil: the nucleus has lobes.",
+                "answer_b": "A lymphocyte: the nucleus is round.",
+                **changes,
+            }
+            for index in range(number)
+        ]
         folder.mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows, schema=CLINICIAN_ITEM), folder / "part-0.parquet")
         return str(folder)
@@ -52,12 +67,16 @@ def clinicians(tmp_path_factory):
     """(tokens file, name -> token): clinicians of every test, and a lead."""
     file = str(tmp_path_factory.mktemp("tokens") / "clinicians.txt")
     names = ("ann", "ben", "eve", "kim", "tab", "mob", "html", "key", "down", "r0", "r1", "r2", "r3")
-    return file, {name: add_holder(file, name) for name in names} | {"head": add_holder(file, "head", lead=True)}
+    return file, {name: add_holder(file, name) for name in names} | {
+        "head": add_holder(file, "head", lead=True)
+    }
 
 
 @pytest.fixture(scope="package")
 def serve_address(ray_cluster):
-    """Ray Serve on a free port of this machine; gone, with the CPUs of its replicas, before the same process runs tests of another kind."""
+    """Ray Serve on a free port of this machine; gone, with the CPUs of its replicas, before the same
+    process runs tests of another kind.
+    """
     from ray import serve
     from ray.serve._private import api, client
 
@@ -72,16 +91,31 @@ def serve_address(ray_cluster):
 
 @pytest.fixture(scope="package")
 def served(serve_address, tmp_path_factory, write_items, clinicians):
-    """(address, database URL, name -> token) of the page on Ray Serve: twelve items, everybody judges all of them, first the one whose texts
-    try to be more than text."""
+    """(address, database URL, name -> token) of the page on Ray Serve: twelve items, everybody judges all
+    of them, first the one whose texts try to be more than text.
+    """
     from ray import serve
 
     from medray.serving.clinician_page.app import PageConfig, build
 
     folder = tmp_path_factory.mktemp("page")
     url = f"sqlite:///{folder}/judgements.db"
-    import_items(write_items(folder / "nasty", 1, item_id="nasty?&#", question="What is wrong here?", caption=NASTY), url, priority=1)
-    serve.run(build(PageConfig(items=write_items(folder / "items", 11), database=url, tokens=clinicians[0], judgements_per_item=99)), name="page")
+    import_items(
+        write_items(folder / "nasty", 1, item_id="nasty?&#", question="What is wrong here?", caption=NASTY),
+        url,
+        priority=1,
+    )
+    serve.run(
+        build(
+            PageConfig(
+                items=write_items(folder / "items", 11),
+                database=url,
+                tokens=clinicians[0],
+                judgements_per_item=99,
+            )
+        ),
+        name="page",
+    )
     return serve_address, url, clinicians[1]
 
 
@@ -91,7 +125,11 @@ def client(served):
     opened = []
 
     def make(name):
-        opened.append(httpx.Client(base_url=served[0], headers={"Authorization": f"Bearer {served[2][name]}"}, timeout=60))
+        opened.append(
+            httpx.Client(
+                base_url=served[0], headers={"Authorization": f"Bearer {served[2][name]}"}, timeout=60
+            )
+        )
         return opened[-1]
 
     yield make
@@ -111,8 +149,19 @@ def browser(tmp_path_factory):
 
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync",
-                 "disable-dev-shm-usage", "window-size=1280,900", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "window-size=1280,900",
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))

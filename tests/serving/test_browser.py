@@ -41,24 +41,37 @@ class Page:
 
     def ready(self):
         """An item with its image, or the end, and no request under way."""
-        self.until(lambda: self.at("done").is_displayed() or (self.at("work").is_displayed() and not self.at("save").get_attribute("disabled") and self.image_shown()))
+        self.until(
+            lambda: (
+                self.at("done").is_displayed()
+                or (
+                    self.at("work").is_displayed()
+                    and not self.at("save").get_attribute("disabled")
+                    and self.image_shown()
+                )
+            )
+        )
 
     def image_shown(self):
         return self.pixel(0.9) > 200  # the ramp's bright end; black until there is an image
 
     def pixel(self, across):
-        """The red value in the middle of the canvas's height, `across` of the image's width from its left (view reset).
+        """The red value in the middle of the canvas's height, `across` of the image's width from its left
+        (view reset).
 
         Read in a frame, after what the page draws in it.
         """
-        return self.browser.execute_async_script("""
+        return self.browser.execute_async_script(
+            """
             const [across, answer] = arguments;
             requestAnimationFrame(() => {
               const canvas = document.getElementById("view");
               const scale = Math.min(canvas.width / 256, canvas.height / 128);
               const x = (canvas.width - 256 * scale) / 2 + (Math.floor(across * 256) + 0.5) * scale;
               answer(canvas.getContext("2d").getImageData(Math.floor(x), Math.floor(canvas.height / 2), 1, 1).data[0]);
-            });""", across)
+            });""",
+            across,
+        )
 
     def press(self, *keys):
         for key in keys:
@@ -68,7 +81,10 @@ class Page:
         return self.at("question-text").text
 
     def answers(self):
-        return [box.find_element(By.CLASS_NAME, "shown").text for box in self.browser.find_elements(By.CSS_SELECTOR, "fieldset.answer")]
+        return [
+            box.find_element(By.CLASS_NAME, "shown").text
+            for box in self.browser.find_elements(By.CSS_SELECTOR, "fieldset.answer")
+        ]
 
     def progress(self):
         return self.at("progress-text").text
@@ -102,7 +118,8 @@ def test_a_session_with_the_keyboard_alone(page, served):
     assert page.progress() == "0 judged, 0 skipped, 12 left"
     screenshot(page.browser, "item")
     page.press(Keys.ENTER)
-    page.until(lambda: "each answer" in page.at("status").text)  # nothing is stored while an answer is not judged
+    # nothing is stored while an answer is not judged
+    page.until(lambda: "each answer" in page.at("status").text)
     first_question, first_answers = page.question(), page.answers()
     page.saved("1", Keys.ENTER)  # only the first
     assert page.browser.switch_to.active_element == page.at("question-text")
@@ -125,11 +142,19 @@ def test_a_session_with_the_keyboard_alone(page, served):
     page.ready()
     page.saved("4", Keys.ENTER)
     assert page.progress() == "3 judged, 0 skipped, 9 left"
-    assert sum(row["good_a"] is False and row["good_b"] is False for row in stored(served[1], "key").values()) == 1
+    assert (
+        sum(row["good_a"] is False and row["good_b"] is False for row in stored(served[1], "key").values())
+        == 1
+    )
 
     # A key that is held down says nothing of the items that come next.
-    held = "return document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], repeat: true, bubbles: true, cancelable: true}))"
-    left_alone = {key: page.browser.execute_script(held, key) for key in ("1", "s", "n", "u", "e", "Enter", "+")}
+    held = (
+        "return document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], "
+        "repeat: true, bubbles: true, cancelable: true}))"
+    )
+    left_alone = {
+        key: page.browser.execute_script(held, key) for key in ("1", "s", "n", "u", "e", "Enter", "+")
+    }
     assert left_alone == dict.fromkeys(("1", "s", "n", "u", "e", "Enter"), True) | {"+": False}
 
     # In a text, keys write.
@@ -148,7 +173,13 @@ def test_a_session_with_the_keyboard_alone(page, served):
     screenshot(page.browser, "help")
     page.press(Keys.ESCAPE)
     page.saved(Keys.CONTROL + Keys.ENTER)
-    assert sum("n2s" in ((row["edited_a"] or "") + (row["edited_b"] or "")) for row in stored(served[1], "key").values()) == 1
+    assert (
+        sum(
+            "n2s" in ((row["edited_a"] or "") + (row["edited_b"] or ""))
+            for row in stored(served[1], "key").values()
+        )
+        == 1
+    )
 
 
 def _alert(browser):
@@ -161,7 +192,9 @@ def _alert(browser):
 
 
 def test_window_and_level_are_linear(page, served):
-    """The image is a ramp, so what a grey value is shown as can be read off: (v - (level - window / 2)) / window * 255."""
+    """The image is a ramp, so what a grey value is shown as can be read off: (v - (level - window / 2)) /
+    window * 255.
+    """
     page.open(served[2]["ann"])
     assert abs(page.pixel(0.5) - 128) <= 1
     page.browser.execute_script("""
@@ -192,11 +225,15 @@ def test_html_and_sql_in_texts_are_inert(page, served):
     page.press(NASTY)
     page.press(Keys.ESCAPE)
     screenshot(page.browser, "html")
-    assert page.browser.title != "owned" and not page.browser.find_elements(By.CSS_SELECTOR, "main img, main script")
+    assert page.browser.title != "owned" and not page.browser.find_elements(
+        By.CSS_SELECTOR, "main img, main script"
+    )
     page.saved("1", Keys.ENTER)
     page.press("u")
     page.until(lambda: NASTY in page.question())  # what was stored comes back as it was
-    assert page.browser.title != "owned" and not page.browser.find_elements(By.CSS_SELECTOR, "main img, main script")
+    assert page.browser.title != "owned" and not page.browser.find_elements(
+        By.CSS_SELECTOR, "main img, main script"
+    )
     page.ready()
     page.press("1", Keys.ENTER)
     page.ready()
@@ -211,7 +248,9 @@ def test_html_and_sql_in_texts_are_inert(page, served):
 
 
 def test_a_save_without_an_answer_is_stored_once(page, served):
-    """The network goes away for the answer of a save that the server has stored; the clinician saves again."""
+    """The network goes away for the answer of a save that the server has stored; the clinician saves
+    again.
+    """
     page.open(served[2]["down"])
     question = page.question()
     page.browser.execute_script("""
@@ -234,12 +273,16 @@ def test_a_save_without_an_answer_is_stored_once(page, served):
     assert page.progress() == "1 judged, 0 skipped, 11 left"
     engine = open_database(served[1])
     with engine.connect() as connection:
-        assert connection.execute(text("select count(*) from judgement where clinician = 'down'")).scalar() == 1
+        assert (
+            connection.execute(text("select count(*) from judgement where clinician = 'down'")).scalar() == 1
+        )
     engine.dispose()
 
 
 def test_signed_out_in_the_middle_of_an_item(page, served):
-    """The cookie is gone when a clinician saves: they sign in again, and their ticks and edits are still there."""
+    """The cookie is gone when a clinician saves: they sign in again, and their ticks and edits are still
+    there.
+    """
     page.open(served[2]["eve"])
     question = page.question()
     page.at("second").find_element(By.CLASS_NAME, "edit").click()
@@ -264,28 +307,47 @@ def test_signed_out_in_the_middle_of_an_item(page, served):
 
 
 def test_on_a_tablet(page, served):
-    """A screen of 820 x 1180 touched with fingers: nothing overflows, everything is large enough to hit, two fingers zoom."""
-    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 820, "height": 1180, "deviceScaleFactor": 2, "mobile": True})
+    """A screen of 820 x 1180 touched with fingers: nothing overflows, everything is large enough to hit,
+    two fingers zoom.
+    """
+    page.browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 820, "height": 1180, "deviceScaleFactor": 2, "mobile": True},
+    )
     page.browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True, "maxTouchPoints": 5})
     try:
         page.open(served[2]["tab"])
         screenshot(page.browser, "tablet")
-        wide, shown = page.browser.execute_script("return [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+        wide, shown = page.browser.execute_script(
+            "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        )
         assert wide <= shown
         for element in page.browser.find_elements(By.CSS_SELECTOR, "button, .ticks label, input[type=range]"):
             if element.is_displayed():
-                assert element.size["height"] >= 44 and element.size["width"] >= 44, element.get_attribute("outerHTML")
+                assert element.size["height"] >= 44 and element.size["width"] >= 44, element.get_attribute(
+                    "outerHTML"
+                )
         box = page.at("view").rect
         middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
 
         def touch(kind, *points):
-            page.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": middle[0] + dx, "y": middle[1], "id": number} for number, dx in enumerate(points)]})
+            page.browser.execute_cdp_cmd(
+                "Input.dispatchTouchEvent",
+                {
+                    "type": kind,
+                    "touchPoints": [
+                        {"x": middle[0] + dx, "y": middle[1], "id": number}
+                        for number, dx in enumerate(points)
+                    ],
+                },
+            )
 
         touch("touchStart", -50, 50)
         for apart in (60, 80, 100):
             touch("touchMove", -apart, apart)
         touch("touchEnd")
-        # From 50 to 100 pixels apart, or to 80: the emulation may hold the last movement back until the next frame.
+        # From 50 to 100 pixels apart, or to 80: the emulation may hold the last movement back until the next
+        # frame.
         page.until(lambda: page.at("zoom-text").text in ("1.6×", "2.0×"))
         for side in ("first", "second"):
             label = page.at(side).find_element(By.CSS_SELECTOR, ".ticks label")
@@ -299,15 +361,23 @@ def test_on_a_tablet(page, served):
 
 
 def test_everything_has_a_name_and_enough_contrast(page, served):
-    """Against the browser's own accessibility tree, and WCAG 2's 4.5 to 1 computed from the styles, in both colour schemes."""
+    """Against the browser's own accessibility tree, and WCAG 2's 4.5 to 1 computed from the styles, in
+    both colour schemes.
+    """
     page.open(served[2]["ben"])
     nodes = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     wanted = {"button", "radio", "slider", "textbox", "image", "group", "progressbar", "checkbox", "link"}
-    named = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"] and node["role"]["value"] in wanted]
+    named = [
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in nodes
+        if not node["ignored"] and node["role"]["value"] in wanted
+    ]
     assert len(named) >= 17 and all(name for _, name in named), named
     assert {name for role, name in named if role == "group"} >= {"Answer 1", "Answer 2"}
     for scheme in ("light", "dark"):
-        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        page.browser.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
         low = page.browser.execute_script(CONTRAST)
         assert low["checked"] > 25 and not low["low"], (scheme, low)
     screenshot(page.browser, "dark")
@@ -336,7 +406,13 @@ def test_a_lead_sees_agreement_and_may_export(page, served, client):
         with client(name) as http:
             for number in range(3):
                 shown = http.get("/api/next").json()["item"]
-                said = {"item_id": shown["item_id"], "save_key": f"{number:032x}", "status": "judged", "good_first": True, "good_second": number == 0}
+                said = {
+                    "item_id": shown["item_id"],
+                    "save_key": f"{number:032x}",
+                    "status": "judged",
+                    "good_first": True,
+                    "good_second": number == 0,
+                }
                 assert http.post("/api/judgements", json=said).json() == {"stored": True}
     page.open(served[2]["kim"])
     assert not page.at("study").is_displayed()
@@ -346,4 +422,10 @@ def test_a_lead_sees_agreement_and_may_export(page, served, client):
     page.browser.execute_script("arguments[0].scrollIntoView()", page.at("study"))
     assert "kim, mob" in page.at("study-body").text and "Fleiss" in page.at("study-body").text
     screenshot(page.browser, "study")
-    assert page.browser.find_element(By.LINK_TEXT, "Download judgements, preference pairs and demonstrations (zip of Parquet files)").get_attribute("href").endswith("/api/export")
+    assert (
+        page.browser.find_element(
+            By.LINK_TEXT, "Download judgements, preference pairs and demonstrations (zip of Parquet files)"
+        )
+        .get_attribute("href")
+        .endswith("/api/export")
+    )

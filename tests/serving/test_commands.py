@@ -32,14 +32,23 @@ def commands(page):
 
 @contextlib.contextmanager
 def served(words, folder, log):
-    """What a `serve run` command serves on port 8000, started anew where the machine was too busy; ended by Ctrl-C."""
+    """What a `serve run` command serves on port 8000, started anew where the machine was too busy; ended
+    by Ctrl-C.
+    """
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", 8000)) == 0:
             pytest.skip("something listens on port 8000 already")
 
     def start():
         with log.open("w") as handle:
-            return subprocess.Popen([BIN / words[0], *words[1:]], cwd=folder, env=environment(), stdout=handle, stderr=handle, start_new_session=True)
+            return subprocess.Popen(
+                [BIN / words[0], *words[1:]],
+                cwd=folder,
+                env=environment(),
+                stdout=handle,
+                stderr=handle,
+                start_new_session=True,
+            )
 
     process, starts = start(), 1
 
@@ -47,7 +56,8 @@ def served(words, folder, log):
         nonlocal process, starts
         if process.poll() is not None:
             said = log.read_text()
-            assert starts < STARTS and (SLOW_START in said or "not available after" in said), said[-3000:]  # Ray, or Serve's proxy, on a machine at work
+            # Ray, or Serve's proxy, on a machine at work
+            assert starts < STARTS and (SLOW_START in said or "not available after" in said), said[-3000:]
             process, starts = start(), starts + 1
         answer = answer_of(ADDRESS)
         return answer is not None and answer.status_code == 200
@@ -70,7 +80,14 @@ def environment():
 
 
 def token(words, folder):
-    return subprocess.run([sys.executable, *words[1:]], cwd=folder, env=environment(), capture_output=True, text=True, check=True).stdout.split()[-1]
+    return subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()[-1]
 
 
 def test_the_clinician_page_begins_as_documented(tmp_path, write_items):
@@ -88,7 +105,9 @@ def demo_run(folder):
     """A finished run with the engine settings of the demo's recipe."""
     make_run(folder, "generalist")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["engine"] |= yaml.safe_load((ROOT / "medray/recipes/self_train/tiny-cpu.yaml").read_text())["engine"]
+    config["engine"] |= yaml.safe_load((ROOT / "medray/recipes/self_train/tiny-cpu.yaml").read_text())[
+        "engine"
+    ]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
@@ -102,21 +121,55 @@ def test_the_endpoint_begins_as_documented(tmp_path, monkeypatch):
     with served(serve_run, tmp_path, tmp_path / "log"):
         wait_for(lambda: answer_of(f"{ADDRESS}/ready").status_code == 200, "models", pause=1)
         assert answer_of(f"{ADDRESS}/ready").json()["models"] == {"tuned": True, "base": True}
-        body = json.dumps({"model": "tuned", "messages": [{"role": "user", "content": "What is this?"}], "max_tokens": 4, "stream": True})
-        command = ["curl", "-sN", f"{ADDRESS}/v1/chat/completions", "-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json", "-d", body]
-        lines = [line for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() if line]
+        body = json.dumps(
+            {
+                "model": "tuned",
+                "messages": [{"role": "user", "content": "What is this?"}],
+                "max_tokens": 4,
+                "stream": True,
+            }
+        )
+        command = [
+            "curl",
+            "-sN",
+            f"{ADDRESS}/v1/chat/completions",
+            "-H",
+            f"Authorization: Bearer {key}",
+            "-H",
+            "Content-Type: application/json",
+            "-d",
+            body,
+        ]
+        lines = [
+            line
+            for line in subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.splitlines()
+            if line
+        ]
         assert lines[-1] == "data: [DONE]"
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-        assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+        assert "".join(
+            chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"]
+        )
 
 
 def test_what_cannot_be_placed_is_said_before_anything_starts(tmp_path, monkeypatch):
-    """The command ends with a sentence that names the field, and a word more than documented asks for too much."""
+    """The command ends with a sentence that names the field, and a word more than documented asks for too
+    much.
+    """
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2}')
     demo_run(tmp_path / "runs/demo")
     made, serve_run = commands("docs/serving.md")
     token(made, tmp_path)
-    done = subprocess.run([BIN / serve_run[0], *serve_run[1:], "engine_cpus=2"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [BIN / serve_run[0], *serve_run[1:], "engine_cpus=2"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 1 and "lower engine_cpus" in said and "this machine (2 CPUs" in said, said
     assert "Traceback" not in said and "Started a local Ray" not in said

@@ -51,19 +51,39 @@ def endpoint(engine_cpus=None, run_cpus=2, **options):
 
 def test_the_demos_run_fits_two_cpus_and_what_does_not_is_said(run):
     assert run(lambda: check_fits(endpoint(), "")) == (0, "")
-    for wanted in (endpoint(engine_cpus=1), endpoint(engine_cpus=4), endpoint(engine={"cpus_per_actor": 2}), endpoint(replicas=(3, 3)), endpoint(place={"memory_gib": 10**6}),
-                   endpoint(engine={"gpus_per_actor": 64}), endpoint(place={"labels": {"medray-group": "generate"}}), endpoint(replicas=(0, 1), engine_cpus=4)):
+    for wanted in (
+        endpoint(engine_cpus=1),
+        endpoint(engine_cpus=4),
+        endpoint(engine={"cpus_per_actor": 2}),
+        endpoint(replicas=(3, 3)),
+        endpoint(place={"memory_gib": 10**6}),
+        endpoint(engine={"gpus_per_actor": 64}),
+        endpoint(place={"labels": {"medray-group": "generate"}}),
+        endpoint(replicas=(0, 1), engine_cpus=4),
+    ):
         code, said = run(lambda wanted=wanted: check_fits(wanted, "lower engine_cpus"))
-        assert code == 1 and said.startswith("Error: serving: ") and "this machine (2 CPUs" in said and said.endswith("lower engine_cpus\n") and "Traceback" not in said
+        assert (
+            code == 1
+            and said.startswith("Error: serving: ")
+            and "this machine (2 CPUs" in said
+            and said.endswith("lower engine_cpus\n")
+            and "Traceback" not in said
+        )
 
 
 def test_a_replica_on_cpu_reserves_what_leaves_room_for_others():
     def cpus(tuned=None, **options):
         return ServeConfig(run="r", **options).engine_of(tuned).cpus_per_actor
 
-    assert cpus(EngineConfig(cpus_per_actor=2)) == cpus(EngineConfig(cpus_per_actor=0)) == cpus() == 0.5 and cpus(EngineConfig(cpus_per_actor=0.25)) == 0.25
+    assert (
+        cpus(EngineConfig(cpus_per_actor=2)) == cpus(EngineConfig(cpus_per_actor=0)) == cpus() == 0.5
+        and cpus(EngineConfig(cpus_per_actor=0.25)) == 0.25
+    )
     assert cpus(EngineConfig(cpus_per_actor=8, gpus_per_actor=1)) == 8, "as planned for its machines"
-    assert cpus(engine={"cpus_per_actor": 3}) == 3 and cpus(EngineConfig(cpus_per_actor=8, gpus_per_actor=1), engine_cpus=2) == 2
+    assert (
+        cpus(engine={"cpus_per_actor": 3}) == 3
+        and cpus(EngineConfig(cpus_per_actor=8, gpus_per_actor=1), engine_cpus=2) == 2
+    )
     assert cpus(engine={"cpus_per_actor": 3}, engine_cpus=1.5) == 1.5
     with pytest.raises(ValueError, match="engine_cpus"):
         ServeConfig(run="r", engine_cpus=0)
@@ -87,7 +107,9 @@ def test_a_port_that_is_taken(run, monkeypatch, reuse):
         server.listen()
         code, said = run(check_port)
         assert code == 1 and f"port {port}" in said and "http_options.port" in said
-        assert run(check_port, "127.0.0.1:6379") == (0, ""), "Ray Serve of a cluster that runs listens there rightly"
+        assert run(check_port, "127.0.0.1:6379") == (0, ""), (
+            "Ray Serve of a cluster that runs listens there rightly"
+        )
     assert run(check_port) == (0, "")
 
 
@@ -95,7 +117,11 @@ def test_a_port_that_is_taken(run, monkeypatch, reuse):
 @pytest.mark.whole_job
 def test_what_a_cluster_may_grow_to_counts(run):
     # Ray's sockets lie in the folder, and their paths must be short.
-    with tempfile.TemporaryDirectory(prefix="c", dir="/tmp") as folder, FakeCluster(Path(folder), {"generate": (4, 2)}) as cluster:
+    with (
+        tempfile.TemporaryDirectory(prefix="c", dir="/tmp") as folder,
+        FakeCluster(Path(folder), {"generate": (4, 2)}) as cluster,
+    ):
+
         def fits(demand):
             return run(lambda: check_fits([demand], ""), cluster.address)
 
@@ -103,7 +129,10 @@ def test_what_a_cluster_may_grow_to_counts(run):
         assert fits(Demand("replicas", 1, 1, 1, labels={"medray-group": "train"}))[0] == 1
         code, said = fits(Demand("replicas", 3, 3, 4))
         assert code == 1 and "2 x generate (4 CPUs" in said
-        assert fits(Demand("replicas", 1, 1, 5))[0] == 1 and fits(Demand("replicas", 1, 1, 4, resources={"generate": 4}))[0] == 0
+        assert (
+            fits(Demand("replicas", 1, 1, 5))[0] == 1
+            and fits(Demand("replicas", 1, 1, 4, resources={"generate": 4}))[0] == 0
+        )
 
 
 @pytest.mark.ray

@@ -37,7 +37,11 @@ class Page:
     def ask(self, method, path, replica=0, address="10.0.0.1", cookies=None, **options):
         async def request():
             transport = httpx.ASGITransport(self.apps[replica], client=(address, 50000))
-            async with httpx.AsyncClient(transport=transport, base_url="http://page.example", cookies=self.cookies if cookies is None else cookies) as client:
+            async with httpx.AsyncClient(
+                transport=transport,
+                base_url="http://page.example",
+                cookies=self.cookies if cookies is None else cookies,
+            ) as client:
                 answer = await client.request(method, path, **options)
                 if cookies is None:
                     self.cookies = client.cookies
@@ -62,7 +66,9 @@ def test_the_cookie_is_a_session_that_signing_out_ends(url, write_items, tmp_pat
     answer = page.sign_in()
     identity = answer.cookies[COOKIE]
     assert answer.status_code == 200 and len(identity) >= 43 and "secret" not in answer.headers["Set-Cookie"]
-    assert all(part in answer.headers["Set-Cookie"] for part in ("HttpOnly", "SameSite=strict", "Max-Age=43200"))
+    assert all(
+        part in answer.headers["Set-Cookie"] for part in ("HttpOnly", "SameSite=strict", "Max-Age=43200")
+    )
     # Every replica knows it, and one that starts anew.
     assert page.me() == page.me(replica=1) == "ann" and page.ask("GET", "/api/next", replica=1).json()["item"]
     later = Page(url, 1)
@@ -71,8 +77,14 @@ def test_the_cookie_is_a_session_that_signing_out_ends(url, write_items, tmp_pat
     with page.stores[0].engine.connect() as connection:
         rows = connection.execute(text("select session_hash, token_hash from page_session")).tuples().all()
     assert rows == [(digest_of(identity), digest_of("secret"))]
-    assert page.me(cookies={COOKIE: "secret"}) is page.me(cookies={COOKIE: digest_of(identity)}) is page.me(cookies={COOKIE: ""}) is None
-    # Signed out at one replica it is nobody's at the others, and a cookie that was copied before is worth nothing.
+    assert (
+        page.me(cookies={COOKIE: "secret"})
+        is page.me(cookies={COOKIE: digest_of(identity)})
+        is page.me(cookies={COOKIE: ""})
+        is None
+    )
+    # Signed out at one replica it is nobody's at the others, and a cookie that was copied before is worth
+    # nothing.
     assert page.ask("POST", "/api/sign-out", replica=1).status_code == 200 and COOKIE not in page.cookies
     for replica in (0, 1):
         assert page.me(replica=replica, cookies={COOKIE: identity}) is None
@@ -95,19 +107,29 @@ def test_a_session_ends_by_itself_with_its_token_and_with_the_next(url, monkeypa
     assert page.me(cookies={COOKIE: second}) is None
     page.sign_in()
     with page.stores[0].engine.connect() as connection:
-        assert connection.execute(text("select count(*) from page_session")).scalar() == 1, "sessions that ended are removed"
+        assert connection.execute(text("select count(*) from page_session")).scalar() == 1, (
+            "sessions that ended are removed"
+        )
     page.close()
     withdrawn.close()
 
 
 def test_failed_sign_ins_are_limited_by_address_at_all_replicas(url):  # noqa: F811
     page = Page(url)
-    assert [page.sign_in("wrong", replica=number % 2).status_code for number in range(FAILURES_PER_ADDRESS)] == [401] * FAILURES_PER_ADDRESS
+    assert [
+        page.sign_in("wrong", replica=number % 2).status_code for number in range(FAILURES_PER_ADDRESS)
+    ] == [401] * FAILURES_PER_ADDRESS
     for token in ("wrong", "secret"):  # the right one too, or one could go on guessing
         refused = page.sign_in(token, replica=1)
-        assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60 and "try again in" in refused.json()["error"]["message"]
+        assert (
+            refused.status_code == 429
+            and 1 <= int(refused.headers["Retry-After"]) <= 60
+            and "try again in" in refused.json()["error"]["message"]
+        )
     assert Page(url, 1).sign_in().status_code == 429, "a restart does not reset it"
-    assert page.sign_in(address="10.0.0.2").status_code == 200 and page.me(address="10.0.0.1") == "ann", "who is signed in works on"
+    assert page.sign_in(address="10.0.0.2").status_code == 200 and page.me(address="10.0.0.1") == "ann", (
+        "who is signed in works on"
+    )
     page.close()
 
 
@@ -127,19 +149,39 @@ def test_failed_sign_ins_are_limited_in_all_and_for_a_minute(url, monkeypatch): 
     sessions.engine.dispose()
 
 
-@pytest.mark.parametrize(("peer", "forwarded", "address"), [
-    ("10.0.0.1", [], "10.0.0.1"), ("10.0.0.1", ["6.6.6.6"], "10.0.0.1"), ("127.0.0.1", [], "127.0.0.1"), ("127.0.0.1", ["10.0.0.1"], "10.0.0.1"),
-    ("127.0.0.1", ["6.6.6.6, 10.0.0.1"], "10.0.0.1"), ("127.0.0.1", ["6.6.6.6", "10.0.0.1"], "10.0.0.1"), ("127.0.0.1", ["6.6.6.6, 10.0.0.1, ::1"], "10.0.0.1"),
-    (None, ["10.0.0.1"], ""), ("127.0.0.1", ["10.0.0.1:4711"], "10.0.0.1"), ("127.0.0.1", ["[2001:db8::1]:4711"], "2001:db8::1"), ("::ffff:127.0.0.1", ["10.0.0.1"], "10.0.0.1"),
-    ("10.8.0.3", ["10.0.0.1"], "10.0.0.1"), ("127.0.0.1", ["unknown"], "unknown"),
-])
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "address"),
+    [
+        ("10.0.0.1", [], "10.0.0.1"),
+        ("10.0.0.1", ["6.6.6.6"], "10.0.0.1"),
+        ("127.0.0.1", [], "127.0.0.1"),
+        ("127.0.0.1", ["10.0.0.1"], "10.0.0.1"),
+        ("127.0.0.1", ["6.6.6.6, 10.0.0.1"], "10.0.0.1"),
+        ("127.0.0.1", ["6.6.6.6", "10.0.0.1"], "10.0.0.1"),
+        ("127.0.0.1", ["6.6.6.6, 10.0.0.1, ::1"], "10.0.0.1"),
+        (None, ["10.0.0.1"], ""),
+        ("127.0.0.1", ["10.0.0.1:4711"], "10.0.0.1"),
+        ("127.0.0.1", ["[2001:db8::1]:4711"], "2001:db8::1"),
+        ("::ffff:127.0.0.1", ["10.0.0.1"], "10.0.0.1"),
+        ("10.8.0.3", ["10.0.0.1"], "10.0.0.1"),
+        ("127.0.0.1", ["unknown"], "unknown"),
+    ],
+)
 def test_only_a_reverse_proxy_may_say_whom_it_asks_for(peer, forwarded, address):
-    scope = {"type": "http", "client": peer and (peer, 1), "headers": [(b"x-forwarded-for", line.encode()) for line in forwarded]}
+    scope = {
+        "type": "http",
+        "client": peer and (peer, 1),
+        "headers": [(b"x-forwarded-for", line.encode()) for line in forwarded],
+    }
     assert client_address(scope, ("127.0.0.1", "::1", "10.8.0.0/16")) == address
 
 
 def test_proxies_of_a_command_line():
-    assert PageConfig(proxies="10.0.0.1, ::1").proxies == PageConfig(proxies='["10.0.0.1","::1"]').proxies == ["10.0.0.1", "::1"]
+    assert (
+        PageConfig(proxies="10.0.0.1, ::1").proxies
+        == PageConfig(proxies='["10.0.0.1","::1"]').proxies
+        == ["10.0.0.1", "::1"]
+    )
 
 
 @pytest.mark.parametrize("proxies", ["nginx", "10.0.0.1:80", "10.0.0.0/99"])
@@ -153,7 +195,18 @@ def test_a_database_that_does_not_answer_is_503(tmp_path):
     page.sign_in()
     page.stores[0].engine.dispose()
     silent = create_engine(f"sqlite:///{tmp_path}/gone/j.db")  # cannot be opened
-    for part in (page.stores[0], *[cell.cell_contents for cell in page.apps[0].holder_of_cookie.__closure__ if isinstance(cell.cell_contents, Sessions)]):
+    for part in (
+        page.stores[0],
+        *[
+            cell.cell_contents
+            for cell in page.apps[0].holder_of_cookie.__closure__
+            if isinstance(cell.cell_contents, Sessions)
+        ],
+    ):
         part.engine = silent
     answer = page.ask("GET", "/api/me")
-    assert answer.status_code == 503 and answer.headers["Retry-After"] and answer.json()["error"]["type"] == "unavailable"
+    assert (
+        answer.status_code == 503
+        and answer.headers["Retry-After"]
+        and answer.json()["error"]["type"] == "unavailable"
+    )

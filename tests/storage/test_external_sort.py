@@ -58,23 +58,35 @@ def test_places_come_in_their_order(total, monkeypatch):
 def test_files_are_as_many_as_the_rows_need(monkeypatch):
     monkeypatch.setattr(external_sort, "PART_BYTES", 2**16)
     rng = np.random.default_rng(0)
-    pieces = [pa.table({"sample_id": [f"{start + number}" for number in range(8)], "image": [rng.bytes(2**12) for _ in range(8)]}) for start in range(0, 40, 8)]
+    pieces = [
+        pa.table(
+            {
+                "sample_id": [f"{start + number}" for number in range(8)],
+                "image": [rng.bytes(2**12) for _ in range(8)],
+            }
+        )
+        for start in range(0, 40, 8)
+    ]
     with Ordered(pieces, hashed("sample_id"), 40) as rows:
         sizes = [table.nbytes for table in rows]
-    assert len(sizes) == 3 and sum(sizes) > 160 * 2**10 and max(sizes) < 2 * 2**16  # 160 KiB and a little, of 64 KiB each
+    # 160 KiB and a little, of 64 KiB each
+    assert len(sizes) == 3 and sum(sizes) > 160 * 2**10 and max(sizes) < 2 * 2**16
     with Ordered([], hashed("sample_id"), 0) as rows:
         assert not list(rows)
 
 
-@pytest.mark.parametrize(("total", "sizes", "rule", "expected"), [
-    (10, {"ct": 100, "mri": 3, "gross": 1}, "equal", {"ct": 6, "mri": 3, "gross": 1}),
-    (10, {"ct": 100, "mri": 3, "gross": 1}, "proportional", {"ct": 8, "mri": 1, "gross": 1}),
-    (50, {"ct": 60, "mri": 40}, "proportional", {"ct": 30, "mri": 20}),
-    (50, {"ct": 6, "mri": 4}, "proportional", {"ct": 6, "mri": 4}),
-    (2, {"ct": 100, "mri": 3, "gross": 1}, "proportional", {"ct": 1, "mri": 1, "gross": 0}),
-    (0, {"ct": 5}, "equal", {"ct": 0}),
-    (3, {}, "proportional", {}),
-])
+@pytest.mark.parametrize(
+    ("total", "sizes", "rule", "expected"),
+    [
+        (10, {"ct": 100, "mri": 3, "gross": 1}, "equal", {"ct": 6, "mri": 3, "gross": 1}),
+        (10, {"ct": 100, "mri": 3, "gross": 1}, "proportional", {"ct": 8, "mri": 1, "gross": 1}),
+        (50, {"ct": 60, "mri": 40}, "proportional", {"ct": 30, "mri": 20}),
+        (50, {"ct": 6, "mri": 4}, "proportional", {"ct": 6, "mri": 4}),
+        (2, {"ct": 100, "mri": 3, "gross": 1}, "proportional", {"ct": 1, "mri": 1, "gross": 0}),
+        (0, {"ct": 5}, "equal", {"ct": 0}),
+        (3, {}, "proportional", {}),
+    ],
+)
 def test_shares(total, sizes, rule, expected):
     assert shares(total, sizes, rule) == expected
 
@@ -83,7 +95,9 @@ def test_shares(total, sizes, rule, expected):
 def test_shares_are_whole_and_no_more_than_there_is(rule):
     rng = np.random.default_rng(0)
     for _ in range(300):
-        sizes = {f"g{number}": int(size) for number, size in enumerate(rng.integers(0, 30, rng.integers(1, 8)))}
+        sizes = {
+            f"g{number}": int(size) for number, size in enumerate(rng.integers(0, 30, rng.integers(1, 8)))
+        }
         total = int(rng.integers(0, 100))
         given = shares(total, sizes, rule, seed=int(rng.integers(99)))
         assert sum(given.values()) == min(total, sum(sizes.values()))
@@ -102,9 +116,13 @@ def test_thresholds_are_those_of_a_sort():
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 3, 5000)
     # Few scores, so that the second word decides; and words that differ only in their last bits.
-    keys = np.stack([descending(rng.integers(0, 4, 5000).astype(float)), rng.permutation(5000).astype(np.uint64)], axis=1)
+    keys = np.stack(
+        [descending(rng.integers(0, 4, 5000).astype(float)), rng.permutation(5000).astype(np.uint64)], axis=1
+    )
     wanted = {0: 1, 1: 700, 2: int((groups == 2).sum())}
-    found = thresholds(lambda: ((groups[at : at + 999], keys[at : at + 999]) for at in range(0, 5000, 999)), wanted, words=2)
+    found = thresholds(
+        lambda: ((groups[at : at + 999], keys[at : at + 999]) for at in range(0, 5000, 999)), wanted, words=2
+    )
     for group, number in wanted.items():
         mine = keys[groups == group]
         order = np.lexsort((mine[:, 1], mine[:, 0]))[:number]

@@ -148,7 +148,9 @@ def test_committed_ids_that_are_not_utf_8_are_damage(tmp_path):
 
 
 def test_reconcile_finishes_an_interrupted_commit(tmp_path):
-    """Rows whose commit is pending are removed; a pending file beside its committed one is only a leftover."""
+    """Rows whose commit is pending are removed; a pending file beside its committed one is only a
+    leftover.
+    """
     for part, name, ids in (
         ("rows", "a_000000-0", IDS[:2]),
         ("committed", "a_000000", IDS[:2]),

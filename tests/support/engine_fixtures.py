@@ -32,7 +32,9 @@ def images():
 
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory):
-    """A tiny random LLaVA whose tokenizer knows the judge's prompt, so that the prompt fits its 1024 positions."""
+    """A tiny random LLaVA whose tokenizer knows the judge's prompt, so that the prompt fits its 1024
+    positions.
+    """
     from medray.inference.judges.prompt import judge_prompt
     from medray.testbed.tiny_vlm import random_llava
 
@@ -45,8 +47,11 @@ def talker(tmp_path_factory):
 def sections():
     """Constructor arguments every engine worker shares."""
     return {
-        "model_config": ModelConfig(precision="fp32"), "data_config": DataConfig(),
-        "engine_config": EngineConfig(enforce_eager=True, max_model_len=1024, cpus_per_actor=1, max_num_seqs=64),
+        "model_config": ModelConfig(precision="fp32"),
+        "data_config": DataConfig(),
+        "engine_config": EngineConfig(
+            enforce_eager=True, max_model_len=1024, cpus_per_actor=1, max_num_seqs=64
+        ),
     }
 
 
@@ -55,7 +60,12 @@ def play_config():
     def sampling(**kwargs):
         return SamplingConfig(max_tokens=12, **kwargs)
 
-    return SelfPlayConfig(describe=sampling(temperature=0, top_k=0, top_p=1), ask=sampling(top_k=300), questions=3, answer=sampling())
+    return SelfPlayConfig(
+        describe=sampling(temperature=0, top_k=0, top_p=1),
+        ask=sampling(top_k=300),
+        questions=3,
+        answer=sampling(),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +80,7 @@ def player(talker, sections, play_config):
 @pytest.fixture(scope="session")
 def on_engine(player):
     """Other workers on the engine that is already up."""
+
     def make(cls, **attributes):
         worker = cls.__new__(cls)
         worker.__dict__.update(player.__dict__, **attributes)

@@ -1,4 +1,5 @@
-"""Tiny random models of families that the testbed has no model of, complete folders as a hub's checkpoint would look.
+"""Tiny random models of families that the testbed has no model of, complete folders as a hub's checkpoint
+would look.
 
 Chat templates are those of the families' checkpoints. Weights are wide enough for images and texts to matter.
 """
@@ -58,7 +59,9 @@ def text_config(tokenizer: Any, kind: str = "llama", **more: Any) -> dict[str, A
 
 
 def write(model: Any, processor: Any, folder: Path, eos: list[int] | None = None) -> None:
-    """As transformers itself saves a model, with all matrices of some size (SigLIP draws its own by fan-in)."""
+    """As transformers itself saves a model, with all matrices of some size (SigLIP draws its own by
+    fan-in).
+    """
     import torch
 
     with torch.no_grad():
@@ -74,7 +77,9 @@ def write(model: Any, processor: Any, folder: Path, eos: list[int] | None = None
 
 
 def named_tokenizer(special: tuple[str, ...], named: dict[str, str], template: str, **kwargs: Any) -> Any:
-    """One whose processor's tokens have names, and whose other special tokens only its own file knows, as Gemma's."""
+    """One whose processor's tokens have names, and whose other special tokens only its own file knows, as
+    Gemma's.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -315,9 +320,12 @@ def llava_next(folder: Path) -> None:
 
 
 INTERN_TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is "
+    "string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == "
+    "'image' %}"
+    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor "
+    "%}{% endif %}"
     "{{'<|im_end|>\n'}}{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -363,8 +371,10 @@ def internvl(folder: Path) -> None:
 
 
 SMOL_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}: {% for line in message['content'] %}"
-    "{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}: {% for line in "
+    "message['content'] %}"
+    "{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% "
+    "endif %}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
@@ -406,11 +416,14 @@ def idefics3(folder: Path) -> None:
 
 
 GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) "
+    "%}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
-    "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ item['text'] | trim }}"
-    "{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<start_of_image>' }}{% else "
+    "%}{{ item['text'] | trim }}"
+    "{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<start_of_turn>model\n' }}{% endif %}"
 )
 GEMMA_SPECIAL = (
     "<pad>",
@@ -456,7 +469,8 @@ def gemma3(folder: Path) -> None:
 
 
 PALI_TEMPLATE = (
-    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ "
+    "c['text'] }}{% endif %}"
     "{% endfor %}{% if m['role'] == 'assistant' %}<eos>{% else %}\n{% endif %}{% endfor %}"
 )
 
@@ -488,8 +502,10 @@ def paligemma(folder: Path) -> None:
 
 
 MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'][0]['text'] }}{{ eos_token }}{% else %}[INST]"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}[IMG]{% else %}{{ c['text'] }}{% endif %}{% endfor %}[/INST]{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'][0]['text'] }}{{ "
+    "eos_token }}{% else %}[INST]"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}[IMG]{% else %}{{ c['text'] }}{% endif %}{% "
+    "endfor %}[/INST]{% endif %}"
     "{% endfor %}"
 )
 

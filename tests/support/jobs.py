@@ -1,4 +1,6 @@
-"""Whole jobs as a user runs them: their command in a process of its own, killed on the way, gone on with; and what they leave."""
+"""Whole jobs as a user runs them: their command in a process of its own, killed on the way, gone on with;
+and what they leave.
+"""
 
 import json
 import os
@@ -27,13 +29,25 @@ class Job:
     def start(self, run, log):
         """The job in a session of its own; what it says goes into the file `log`."""
         with log.open("w") as handle:
-            return subprocess.Popen(self.command(run), cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=handle, stderr=handle, start_new_session=True)
+            return subprocess.Popen(
+                self.command(run),
+                cwd=ROOT,
+                env={**os.environ, **ENVIRONMENT},
+                stdout=handle,
+                stderr=handle,
+                start_new_session=True,
+            )
 
     def kill_in(self, run, stage, seconds, begun="inputs.json"):
-        """Start the job, SIGKILL its driver `seconds` after the stage's folder holds what the pattern `begun` says (or when the stage is over)."""
+        """Start the job, SIGKILL its driver `seconds` after the stage's folder holds what the pattern
+        `begun` says (or when the stage is over).
+        """
         log = run.parent / f"{stage}.log"
         job, folder = self.start(run, log), run / "stages" / stage
-        while job.poll() is None and all(path.name.endswith(".pending.parquet") for path in folder.glob(begun)):  # those will be undone
+        # those will be undone
+        while job.poll() is None and all(
+            path.name.endswith(".pending.parquet") for path in folder.glob(begun)
+        ):
             time.sleep(0.05)
         until = time.monotonic() + seconds
         while job.poll() is None and time.monotonic() < until and not (folder / "manifest.json").exists():
@@ -44,7 +58,14 @@ class Job:
 
     def run(self, run, *overrides):
         """The job to its end; the finished process with its output as text."""
-        done = subprocess.run(self.command(run, *overrides), cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            self.command(run, *overrides),
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-6000:]
         return done
 
@@ -60,7 +81,11 @@ def manifest(run, stage):
 
 def rows(run, *parts, columns=None):
     """Rows of Parquet shards in a stage's folder."""
-    return pyarrow.dataset.dataset(str(Path(run, "stages", *parts)), format="parquet").to_table(columns=columns).to_pylist()
+    return (
+        pyarrow.dataset.dataset(str(Path(run, "stages", *parts)), format="parquet")
+        .to_table(columns=columns)
+        .to_pylist()
+    )
 
 
 def metrics(run, stage):
@@ -87,4 +112,7 @@ def check_ready_to_serve(run, model):
     assert re.search(r"## Data\n(.*\n)+- 00-data: .*\d", card.text)
     assert re.search(r"\d\.\d+ \[\d\.\d+, \d\.\d+\]", card.text), "an interval"
     assert "## Limits" in card.text and "```yaml\nmodel:" in card.text
-    assert all(example["image"].startswith("data:image/png") and example["question"] for example in examples_of(config))
+    assert all(
+        example["image"].startswith("data:image/png") and example["question"]
+        for example in examples_of(config)
+    )

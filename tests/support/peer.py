@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Peer(ThreadingHTTPServer):
     """Replies `said(text)` to the text of a request; fails the first `failures` requests with `status`.
 
-    With `respond` it decides instead: called with the number of the request (from 0) and its body, it returns a status and an object
-    or bytes to send, and headers if it likes; None for the usual reply.
+    With `respond` it decides instead: called with the number of the request (from 0) and its body, it returns
+    a status and an object or bytes to send, and headers if it likes; None for the usual reply.
     """
 
     def __init__(self, failures=0, status=503, script=None, respond=None):
@@ -39,7 +39,13 @@ class Handler(BaseHTTPRequestHandler):
         if number < self.server.failures:
             return self.reply(self.server.status, {"error": "busy"})
         said = self.server.said(body["messages"][0]["content"][1]["text"])
-        return self.reply(200, {"choices": [{"message": {"content": said}}], "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
+        return self.reply(
+            200,
+            {
+                "choices": [{"message": {"content": said}}],
+                "usage": {"prompt_tokens": 100, "completion_tokens": 10},
+            },
+        )
 
     def reply(self, status, content, headers=()):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -25,7 +25,9 @@ def load(name):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     path = model_path(name)
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval(), AutoProcessor.from_pretrained(path)
+    return AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.float32
+    ).eval(), AutoProcessor.from_pretrained(path)
 
 
 def cells(count, seed="test cells"):
@@ -36,14 +38,19 @@ def cells(count, seed="test cells"):
 
 def accuracy(name, records, images, schema, kinds):
     model, processor = load(name)
-    return accuracies(model, Encoder(processor.tokenizer, 64), pixels_of(images, processor), records, schema, kinds)
+    return accuracies(
+        model, Encoder(processor.tokenizer, 64), pixels_of(images, processor), records, schema, kinds
+    )
 
 
 def test_paths_are_text_and_unknown_names_are_config_errors():
     assert all(isinstance(model_path(name), str) for name in MODELS)
     with pytest.raises(ConfigError, match=r"huge.*base, expert"):
         model_path("huge")
-    code = "import sys; from medray.models.bundled import MODELS, model_path; model_path('base'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from medray.models.bundled import MODELS, model_path; model_path('base'); assert "
+        "'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -72,7 +79,9 @@ def test_expert_answers_yes_no_and_letters_better_than_chance():
 def test_base_sees_shapes_and_compares_them_with_claims():
     rng = random.Random("test scenes")
     records = [sample_uniform(SHAPES, rng) for _ in range(40)]
-    shares = accuracy("base", records, [render_scene(r, rng) for r in records], SHAPES, ("open", "closed", "mcq"))
+    shares = accuracy(
+        "base", records, [render_scene(r, rng) for r in records], SHAPES, ("open", "closed", "mcq")
+    )
     assert shares["open"]["mean"] > 0.65 and shares["open"]["colour"] > 0.8, shares
     assert shares["closed"]["mean"] > 0.7 and shares["mcq"]["mean"] > 0.65, shares
 
@@ -90,14 +99,19 @@ def test_generalist_lists_attributes_and_states_choices():
     listed, stated = [], []
     for number in range(6):
         record = sample_uniform(SHAPES, rng)
-        rows = [*choice_questions(record, SCENE, str(number))[:5], {"question": LIST_REQUESTS[number % len(LIST_REQUESTS)]}]
+        rows = [
+            *choice_questions(record, SCENE, str(number))[:5],
+            {"question": LIST_REQUESTS[number % len(LIST_REQUESTS)]},
+        ]
         image = render_scene(record, rng)
         for row in rows:
             text = processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}], add_generation_prompt=True)
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}],
+                add_generation_prompt=True,
+            )
             inputs = processor(text=text, images=image, return_tensors="pt")
             with torch.no_grad():
-                tokens = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
+                tokens = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
             answer = processor.decode(tokens, skip_special_tokens=True)
             if "reference" in row:
                 stated.append(mcq(answer, row["reference"], len(row["choices"])))
@@ -137,7 +151,10 @@ def test_transformers_and_vllm_give_the_same_greedy_tokens(tmp_path):
     files = [tmp_path / f"{i}.png" for i in range(len(images))]
     for image, file in zip(images, files):
         image.save(file)
-    asked = [(None, "Report: the cell is round and big.\nWhat is the cell shape?"), (0, "Describe the image in detail.")]
+    asked = [
+        (None, "Report: the cell is round and big.\nWhat is the cell shape?"),
+        (0, "Describe the image in detail."),
+    ]
     asked += [(1, row["question"]) for row in attribute_questions(records[1], rng=random.Random(0))[:3]]
 
     jobs, expected = {}, {}
@@ -147,18 +164,35 @@ def test_transformers_and_vllm_give_the_same_greedy_tokens(tmp_path):
         for index, question in asked:
             parts = [{"type": "text", "text": question}]
             content = parts if index is None else [{"type": "image"}, *parts]
-            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            inputs = processor(text=text, images=None if index is None else images[index], return_tensors="pt")
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            inputs = processor(
+                text=text, images=None if index is None else images[index], return_tensors="pt"
+            )
             with torch.no_grad():
                 tokens = model.generate(**inputs, max_new_tokens=24)[0].tolist()
             length = inputs["input_ids"].shape[1]
             expected[model_path(name)].append([tokens[:length], tokens[length:]])
-            jobs[model_path(name)].append({"text": text, "image": None if index is None else str(files[index])})
+            jobs[model_path(name)].append(
+                {"text": text, "image": None if index is None else str(files[index])}
+            )
 
     job_file, answer_file = tmp_path / "jobs.json", tmp_path / "answers.json"
     job_file.write_text(json.dumps({"models": jobs, "to": str(answer_file)}))
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run([sys.executable, "-c", VLLM_SCRIPT, str(job_file)], env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", VLLM_SCRIPT, str(job_file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(answer_file.read_text())
     assert answers == expected

@@ -33,22 +33,36 @@ from medray.testbed.corpus import (
 )
 
 RECORD = {
-    "label": "Monocyte", "cell_size": "big", "cell_shape": "irregular", "nucleus_shape": "unsegmented-indented",
-    "nuclear_cytoplasmic_ratio": "low", "chromatin_density": "loosely", "cytoplasm_vacuole": "yes", "cytoplasm_texture": "frosted",
-    "cytoplasm_colour": "purple blue", "granule_type": "nil", "granule_colour": "nil", "granularity": "no",
+    "label": "Monocyte",
+    "cell_size": "big",
+    "cell_shape": "irregular",
+    "nucleus_shape": "unsegmented-indented",
+    "nuclear_cytoplasmic_ratio": "low",
+    "chromatin_density": "loosely",
+    "cytoplasm_vacuole": "yes",
+    "cytoplasm_texture": "frosted",
+    "cytoplasm_colour": "purple blue",
+    "granule_type": "nil",
+    "granule_colour": "nil",
+    "granularity": "no",
 }
 
 
 def test_one_question_per_attribute_and_kind():
     rows = attribute_questions(RECORD, rng=random.Random(0))
-    assert [(r["attribute"], r["answer_type"]) for r in rows] == [(name, kind) for name in ATTRIBUTES for kind in KINDS]
+    assert [(r["attribute"], r["answer_type"]) for r in rows] == [
+        (name, kind) for name in ATTRIBUTES for kind in KINDS
+    ]
     by = {(r["attribute"], r["answer_type"]): r for r in rows}
     assert by["label", "open"]["reference"] == "monocyte"
     assert by["cytoplasm_vacuole", "open"]["reference"] == "present"
     assert by["granularity", "open"]["reference"] == "agranular"
     assert by["cytoplasm_colour", "open"] == {
-        "attribute": "cytoplasm_colour", "answer_type": "open", "question": "What is the cytoplasm colour?",
-        "reference": "purple blue", "choices": None,
+        "attribute": "cytoplasm_colour",
+        "answer_type": "open",
+        "question": "What is the cytoplasm colour?",
+        "reference": "purple blue",
+        "choices": None,
     }
 
 
@@ -58,7 +72,10 @@ def test_mcq_letters_point_at_the_right_option():
             options = dict(re.findall(r"^([A-D])\. (.+)$", row["question"], re.M))
             word = ATTRIBUTES[row["attribute"]].word(RECORD[row["attribute"]])
             assert options[row["reference"]] == word
-            assert list(options) == list(LETTERS[: len(row["choices"])]) and list(options.values()) == row["choices"]
+            assert (
+                list(options) == list(LETTERS[: len(row["choices"])])
+                and list(options.values()) == row["choices"]
+            )
 
 
 def test_closed_answers_are_balanced_and_true():
@@ -66,7 +83,11 @@ def test_closed_answers_are_balanced_and_true():
     for seed in range(100):
         for row in attribute_questions(RECORD, ("closed",), random.Random(seed)):
             attribute = ATTRIBUTES[row["attribute"]]
-            said = [v for v in attribute.values if row["question"] == attribute.closed[0].format(word=attribute.word(v))]
+            said = [
+                v
+                for v in attribute.values
+                if row["question"] == attribute.closed[0].format(word=attribute.word(v))
+            ]
             assert row["reference"] == ("yes" if said == [RECORD[row["attribute"]]] else "no")
             answers[row["reference"]] += 1
     assert answers["yes"] / 1200 == pytest.approx(0.5, abs=0.06)
@@ -100,9 +121,18 @@ def test_dialogues_alternate_and_answer_from_the_record():
 
 
 def test_a_bad_record_is_named():
-    for bad in ({**RECORD, "granule_type": "fluffy"}, {k: v for k, v in RECORD.items() if k != "granule_type"}):
-        for call in (lambda r: attribute_questions(r), lambda r: attribute_dialogue(r, random.Random(0), 2), lambda r: describe(r, random.Random(0))):
-            with pytest.raises(ValueError, match=r"granule_type is .*; allowed values: small, round, coarse, nil"):
+    for bad in (
+        {**RECORD, "granule_type": "fluffy"},
+        {k: v for k, v in RECORD.items() if k != "granule_type"},
+    ):
+        for call in (
+            lambda r: attribute_questions(r),
+            lambda r: attribute_dialogue(r, random.Random(0), 2),
+            lambda r: describe(r, random.Random(0)),
+        ):
+            with pytest.raises(
+                ValueError, match=r"granule_type is .*; allowed values: small, round, coarse, nil"
+            ):
                 call(bad)
     with pytest.raises(ValueError, match="turns is 0"):
         attribute_dialogue(RECORD, random.Random(0), 0)
@@ -125,10 +155,28 @@ def test_the_base_corpus_has_questioners_and_answers_reports_from_their_text():
 def test_the_generalists_lists_and_choices_are_right():
     """Of pictures and, from their text, of reports; it keeps the base's forms beside them."""
     rng, forms = random.Random(0), Counter()
-    scene = {"shape": "star", "colour": "red", "size": "big", "position": "left", "texture": "plain", "background": "white", "dots": "few", "frame": "no", "focus": "sharp"}
+    scene = {
+        "shape": "star",
+        "colour": "red",
+        "size": "big",
+        "position": "left",
+        "texture": "plain",
+        "background": "white",
+        "dots": "few",
+        "frame": "no",
+        "focus": "sharp",
+    }
     _, answer = listing(scene, SCENE, rng)
     assert sorted(answer["text"].split(", ")) == [
-        "big size", "few dots", "left position", "plain texture", "red colour", "sharp focus", "star", "white background"]
+        "big size",
+        "few dots",
+        "left position",
+        "plain texture",
+        "red colour",
+        "sharp focus",
+        "star",
+        "white background",
+    ]
     turns = stated(scene, SCENE, rng, turns=9)
     for asked, answer in zip(turns[::2], turns[1::2]):
         name = re.match(r"What is the (.+)\?", asked["text"])[1]
@@ -139,17 +187,29 @@ def test_the_generalists_lists_and_choices_are_right():
         text, said = turns[0]["text"].partition("\n")[0].lower(), turns[1]["text"]
         forms["stated" if said.startswith(LEAD) else "list" if ", " in said else "other"] += 1
         if ", " in said and ";" in text:
-            values = [part.split(" ")[0].lower() for part in said.split(", ") if part not in ("granularity", "cytoplasm vacuole", "frame")]
+            values = [
+                part.split(" ")[0].lower()
+                for part in said.split(", ")
+                if part not in ("granularity", "cytoplasm vacuole", "frame")
+            ]
             assert all(value in text for value in values)
         first = general_dialogue(sample_uniform(SHAPES, rng), rng)
-        forms["pictured list" if ", " in first[1]["text"] and "." not in first[1]["text"] else "pictured choice" if first[1]["text"].startswith(LEAD) else "pictured base"] += 1
+        forms[
+            "pictured list"
+            if ", " in first[1]["text"] and "." not in first[1]["text"]
+            else "pictured choice"
+            if first[1]["text"].startswith(LEAD)
+            else "pictured base"
+        ] += 1
     assert min(forms.values()) > 25 and len(forms) == 6, forms
 
 
 def test_scene_questions_depend_on_their_number_only():
     few, more = list(scene_questions(1)), list(scene_questions(2, ("mcq",)))
     assert len(few) == 27
-    assert [row["sample_id"] for row in more] == [f"scene-0-{number:05d}/{name}/mcq" for number in range(2) for name in SHAPES]
+    assert [row["sample_id"] for row in more] == [
+        f"scene-0-{number:05d}/{name}/mcq" for number in range(2) for name in SHAPES
+    ]
     assert few[0]["image"] == more[0]["image"] != more[9]["image"]
 
 
@@ -163,6 +223,14 @@ def test_right_answer_inverts_question_making(schema):
         assert right_answer(row["question"], record, schema) == row["reference"]
 
 
-@pytest.mark.parametrize("text", ["Describe the image.", "What is this?", "What is the cell shape?\nA. huge\nB. tiny\nAnswer with the letter.", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Describe the image.",
+        "What is this?",
+        "What is the cell shape?\nA. huge\nB. tiny\nAnswer with the letter.",
+        "",
+    ],
+)
 def test_right_answer_does_not_guess(text):
     assert right_answer(text, RECORD) is None

@@ -14,15 +14,26 @@ from medray.testbed.cell_statistics import LABEL_COUNTS
 from medray.testbed.cells import render_cell, sample_record, write_cells
 
 PLAIN = {
-    "label": "Lymphocyte", "cell_size": "big", "cell_shape": "round", "nucleus_shape": "unsegmented-round",
-    "nuclear_cytoplasmic_ratio": "low", "chromatin_density": "densely", "cytoplasm_vacuole": "no", "cytoplasm_texture": "clear",
-    "cytoplasm_colour": "light blue", "granule_type": "small", "granule_colour": "pink", "granularity": "yes",
+    "label": "Lymphocyte",
+    "cell_size": "big",
+    "cell_shape": "round",
+    "nucleus_shape": "unsegmented-round",
+    "nuclear_cytoplasmic_ratio": "low",
+    "chromatin_density": "densely",
+    "cytoplasm_vacuole": "no",
+    "cytoplasm_texture": "clear",
+    "cytoplasm_colour": "light blue",
+    "granule_type": "small",
+    "granule_colour": "pink",
+    "granularity": "yes",
 }
 
 
 def pixels(record, seed):
     """The picture as the model sees it: 64 px, float."""
-    return np.asarray(render_cell(record, random.Random(seed)).resize((64, 64), Image.Resampling.BICUBIC), dtype=float)
+    return np.asarray(
+        render_cell(record, random.Random(seed)).resize((64, 64), Image.Resampling.BICUBIC), dtype=float
+    )
 
 
 def centre(record, count=30):
@@ -74,7 +85,9 @@ def test_records_hold_the_schemas_values_in_the_published_proportions():
         assert counts[label] / 4000 == pytest.approx(count / total, abs=0.03)
     monocytes = [r for r in records if r["label"] == "Monocyte"]
     # 388 of WBCAtt's 828 training monocytes have vacuoles.
-    assert sum(r["cytoplasm_vacuole"] == "yes" for r in monocytes) / len(monocytes) == pytest.approx(388 / 828, abs=0.08)
+    assert sum(r["cytoplasm_vacuole"] == "yes" for r in monocytes) / len(monocytes) == pytest.approx(
+        388 / 828, abs=0.08
+    )
 
 
 def test_an_unknown_value_is_named():
@@ -85,7 +98,10 @@ def test_an_unknown_value_is_named():
 def test_written_sets_have_the_wanted_rows_and_longer_ones_begin_with_shorter(tmp_path):
     write_cells(tmp_path / "short", 20, seed=3)
     write_cells(tmp_path / "long", 30, seed=3)
-    short, long = ([json.loads(line) for line in (tmp_path / name / "records.jsonl").open()] for name in ("short", "long"))
+    short, long = (
+        [json.loads(line) for line in (tmp_path / name / "records.jsonl").open()]
+        for name in ("short", "long")
+    )
     assert (len(short), len(long)) == (20, 30) and long[:20] == short
     assert [row["split"] for row in long].count("val") == 3
     assert set(short[0]) == {"img_name", *ATTRIBUTES, "path", "split", "image"}

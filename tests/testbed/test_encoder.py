@@ -46,19 +46,32 @@ def test_it_is_small_and_says_how_it_was_made():
 def test_true_answers_lie_nearest(encoder, cells):
     records, pixels = cells
     found = zero_shot(*encoder, pixels, records)
-    floor = {name: max(sum(r[name] == value for r in records) for value in a.values) / len(records) for name, a in ATTRIBUTES.items()}
+    floor = {
+        name: max(sum(r[name] == value for r in records) for value in a.values) / len(records)
+        for name, a in ATTRIBUTES.items()
+    }
     assert found["mean"] > 0.75, found
-    assert found["label"] > 0.75 > floor["label"] and found["nucleus_shape"] > floor["nucleus_shape"] + 0.1, found
+    assert found["label"] > 0.75 > floor["label"] and found["nucleus_shape"] > floor["nucleus_shape"] + 0.1, (
+        found
+    )
 
 
 def test_like_cells_lie_together(encoder, cells):
     """What choosing demonstrations by clusters rests on."""
     records, pixels = cells
     with torch.no_grad():
-        images = torch.nn.functional.normalize(encoder[0].get_image_features(pixel_values=pixels.float()).pooler_output, dim=1)
+        images = torch.nn.functional.normalize(
+            encoder[0].get_image_features(pixel_values=pixels.float()).pooler_output, dim=1
+        )
     nearest = (images @ images.T - 2 * torch.eye(len(images))).argmax(1).tolist()
-    same = sum(records[place]["label"] == records[other]["label"] for place, other in enumerate(nearest)) / len(records)
-    by_chance = sum(sum(r["label"] == s["label"] for s in records) - 1 for r in records) / len(records) / (len(records) - 1)
+    same = sum(
+        records[place]["label"] == records[other]["label"] for place, other in enumerate(nearest)
+    ) / len(records)
+    by_chance = (
+        sum(sum(r["label"] == s["label"] for s in records) - 1 for r in records)
+        / len(records)
+        / (len(records) - 1)
+    )
     assert same > by_chance + 0.3, (same, by_chance)
 
 
@@ -68,7 +81,10 @@ def test_statements_are_true_of_the_records_they_say(encoder):
     records = [sample_record(rng) for _ in range(12)]
     ids, truth = Statements(records, encoder[1].tokenizer).draw(list(range(12)), rng)
     assert truth.shape == (12, 12) and truth.diagonal().all() and not truth.all()
-    assert all(encoder[1].tokenizer.decode(text).startswith(("<s>Question: ", "<s>This is", "<s>The image")) for text in ids)
+    assert all(
+        encoder[1].tokenizer.decode(text).startswith(("<s>Question: ", "<s>This is", "<s>The image"))
+        for text in ids
+    )
 
 
 def test_it_carries_a_rating_model():

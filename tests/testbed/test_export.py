@@ -1,4 +1,6 @@
-"""Model folders: complete, in the names vLLM knows, written whole or not at all; python starts without torchvision's library."""
+"""Model folders: complete, in the names vLLM knows, written whole or not at all; python starts without
+torchvision's library.
+"""
 
 import json
 import os
@@ -40,7 +42,10 @@ def test_cast_changes_the_folder_and_not_the_model(tiny_llava, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32)
     save_vlm(model, AutoProcessor.from_pretrained(tiny_llava), tmp_path / "bf16", dtype=torch.bfloat16)
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {p.dtype for p in AutoModelForImageTextToText.from_pretrained(tmp_path / "bf16", dtype="auto").parameters()} == {torch.bfloat16}
+    assert {
+        p.dtype
+        for p in AutoModelForImageTextToText.from_pretrained(tmp_path / "bf16", dtype="auto").parameters()
+    } == {torch.bfloat16}
     assert model.config.dtype == torch.float32 and model.dtype == torch.float32
 
 
@@ -61,10 +66,13 @@ def test_failed_export_leaves_the_old_folder_and_nothing_else(tiny_llava, tmp_pa
 
 def test_torchvision_imports_in_a_fresh_process_and_torch_is_not_loaded_for_it(tmp_path):
     code = (
-        "import sys; assert 'torch' not in sys.modules; import torchvision, torchvision.transforms.v2, torch; "
+        "import sys; assert 'torch' not in sys.modules; import torchvision, torchvision.transforms.v2, "
+        "torch; "
         "torch.ops.torchvision.nms; print(torchvision.__version__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0.28")
 
@@ -74,5 +82,7 @@ def test_python_starts_quietly_when_the_shim_cannot_be_imported(tmp_path):
     (tmp_path / "medray_torchvision_shim.pth").write_text(line)
     code = f"import site; site.addsitedir({str(tmp_path)!r}); print('up')"
     # -S: no site-packages, so medray is not there.
-    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "up\n", "")

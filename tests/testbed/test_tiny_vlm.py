@@ -1,4 +1,6 @@
-"""Tokenizer and chat template: one string, the same ids everywhere, and questions that know where they end."""
+"""Tokenizer and chat template: one string, the same ids everywhere, and questions that know where they
+end.
+"""
 
 import random
 
@@ -14,12 +16,19 @@ from medray.testbed.training import Encoder
 @pytest.fixture(scope="module")
 def processor():
     rng = random.Random(0)
-    return llava_processor(build_tokenizer([turn["text"] for _ in range(200) for turn in report_dialogue(rng)]))
+    return llava_processor(
+        build_tokenizer([turn["text"] for _ in range(200) for turn in report_dialogue(rng)])
+    )
 
 
 def test_plain_tokenization_adds_nothing_and_is_lossless(processor):
     tokenizer = processor.tokenizer
-    for text in ("What is the cell type?", "A. purple blue\nB. nil", "Grüße: 5 µm, naïve — 細胞", "  two  spaces "):
+    for text in (
+        "What is the cell type?",
+        "A. purple blue\nB. nil",
+        "Grüße: 5 µm, naïve — 細胞",
+        "  two  spaces ",
+    ):
         ids = tokenizer(text).input_ids
         assert tokenizer.bos_token_id not in ids and tokenizer.eos_token_id not in ids
         assert tokenizer.decode(ids) == text
@@ -38,7 +47,8 @@ def test_template_writes_the_documented_text(processor):
         {"role": "vuser", "content": "Which colour?"},
     ]
     expected = (
-        "<s><|system|>Be brief.<|end|><|user|><image>What is it?<|end|><|assistant|>a cell<|end|><|vuser|>Which colour?<|end|>"
+        "<s><|system|>Be brief.<|end|><|user|><image>What is it?<|end|><|assistant|>a "
+        "cell<|end|><|vuser|>Which colour?<|end|>"
     )
     assert processor.apply_chat_template(messages) == expected
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected + "<|assistant|>"
@@ -47,7 +57,16 @@ def test_template_writes_the_documented_text(processor):
 
 def test_special_tokens_are_single_ids(processor):
     tokenizer = processor.tokenizer
-    for token in ("<s>", "<pad>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|vuser|>", "<|end|>"):
+    for token in (
+        "<s>",
+        "<pad>",
+        "<image>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|vuser|>",
+        "<|end|>",
+    ):
         assert tokenizer(token).input_ids == [tokenizer.convert_tokens_to_ids(token)]
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "<|end|>", "<pad>")
 

@@ -1,4 +1,6 @@
-"""Checkpoints after a full disk, a kill, or damage: what Ray Train's own manager then takes for the latest one."""
+"""Checkpoints after a full disk, a kill, or damage: what Ray Train's own manager then takes for the
+latest one.
+"""
 
 import json
 import shutil
@@ -80,7 +82,9 @@ def test_nothing_is_done_to_a_sound_stage(stage, tmp_path):
 
 @pytest.mark.parametrize("damage", [cut, empty, delete])
 def test_the_list_of_checkpoints_is_made_anew(stage, damage, caplog):
-    """What a full disk leaves: the list is empty. Ray Train alone never starts again, or starts from nothing."""
+    """What a full disk leaves: the list is empty. Ray Train alone never starts again, or starts from
+    nothing.
+    """
     damage(stage / SNAPSHOT)
     if damage is not delete:
         with pytest.raises(Exception, match=r"Expecting|Unterminated|Invalid"):

@@ -22,7 +22,9 @@ def checkpoint(folder, parts, before=None):
 
 
 def test_ids_are_found_and_no_others():
-    """Among them digests that begin or end with zero bytes, which numpy's fixed-width bytes do not tell from padding."""
+    """Among them digests that begin or end with zero bytes, which numpy's fixed-width bytes do not tell
+    from padding.
+    """
     ids = [f"set/{number}.png#é" for number in range(30_000)]
     held = Ids(batches(ids[::2]))
     assert len(held) == 15_000
@@ -38,13 +40,17 @@ def test_what_is_done_outlives_any_number_of_starts(tmp_path):
     first = checkpoint(tmp_path / "first", [{"a": None, "b": "cannot be decoded"}, {"c": None}])
     before = keep_done(first, tmp_path / "kept")
     second = checkpoint(tmp_path / "second", [{"d": None}, {}, {"e": "empty"}], before)
-    again = checkpoint(tmp_path / "again", [{"d": None, "f": None}, {}, {"e": "empty"}], before)  # a later one of the same start
+    # a later one of the same start
+    again = checkpoint(tmp_path / "again", [{"d": None, "f": None}, {}, {"e": "empty"}], before)
     assert count_done(first) == (3, {"b": "cannot be decoded"})
     assert count_done(second) == (5, {"b": "cannot be decoded", "e": "empty"})
     third = checkpoint(tmp_path / "third", [{"g": None}], keep_done(again, tmp_path / "kept again"))
     found = [row for batch in done_rows(third) for row in batch.to_pylist()]
     assert sorted(row["sample_id"] for row in found) == list("abcdefg")
-    assert {row["sample_id"]: row["error"] for row in found if row["error"]} == {"b": "cannot be decoded", "e": "empty"}
+    assert {row["sample_id"]: row["error"] for row in found if row["error"]} == {
+        "b": "cannot be decoded",
+        "e": "empty",
+    }
 
 
 def test_an_empty_epoch(tmp_path):

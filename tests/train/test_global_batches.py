@@ -41,10 +41,21 @@ def epoch(parts, size, done=frozenset(), bad=()):
     return taken, sizes
 
 
-@pytest.mark.parametrize("parts", [[range(10)], [range(5), range(5, 10)], [range(9), range(9, 10)], [range(10), []], [[], range(3), range(3, 10)]])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [range(10)],
+        [range(5), range(5, 10)],
+        [range(9), range(9, 10)],
+        [range(10), []],
+        [[], range(3), range(3, 10)],
+    ],
+)
 def test_every_row_once_in_full_batches(parts):
     taken, sizes = epoch(parts, size=4)
-    assert Counter(i for worker in taken for batch in worker for i in batch) == Counter(str(i) for i in range(10))
+    assert Counter(i for worker in taken for batch in worker for i in batch) == Counter(
+        str(i) for i in range(10)
+    )
     assert sizes == [4, 4, 2]
 
 
@@ -60,7 +71,15 @@ def test_the_global_batch_is_the_same_at_any_number_of_workers(world):
 
 def test_done_and_bad_rows_are_left_out():
     taken, sizes = epoch([range(6), range(6, 10)], size=4, done={"0", "7"}, bad=(1,))
-    assert sorted(i for worker in taken for batch in worker for i in batch) == ["2", "3", "4", "5", "6", "8", "9"]
+    assert sorted(i for worker in taken for batch in worker for i in batch) == [
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+        "8",
+        "9",
+    ]
     assert sizes == [4, 3]
 
 
@@ -69,7 +88,10 @@ def test_nothing_left_is_an_empty_batch():
 
 
 def test_order_follows_the_seed():
-    orders = [[row["sample_id"] for row in EpochRows(rows(range(50)), set(), 16, seed).take(50)] for seed in ([0, 0], [0, 0], [0, 1])]
+    orders = [
+        [row["sample_id"] for row in EpochRows(rows(range(50)), set(), 16, seed).take(50)]
+        for seed in ([0, 0], [0, 0], [0, 1])
+    ]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0], key=int) == [str(i) for i in range(50)]
 
@@ -84,14 +106,25 @@ def test_splits_keep_every_row_and_the_limits_of_their_dataset(ray_cluster):
     from ray.data import ExecutionResources
 
     dataset = ray_cluster.data.range(7, override_num_blocks=3)
-    dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=123 * 2**20)
+    dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=123 * 2**20
+    )
     shards = UnequalSplits().configure({"train": dataset}, 2, None, None)
     contexts = [shard["train"].get_context() for shard in shards]
-    assert [context.execution_options.resource_limits.object_store_memory for context in contexts] == [123 * 2**20] * 2
+    assert [context.execution_options.resource_limits.object_store_memory for context in contexts] == [
+        123 * 2**20
+    ] * 2
     assert all(context.execution_options.preserve_order for context in contexts)
 
     found = [[], []]
-    readers = [threading.Thread(target=lambda rank=rank: found[rank].extend(row["id"] for row in shards[rank]["train"].iter_rows())) for rank in range(2)]
+    readers = [
+        threading.Thread(
+            target=lambda rank=rank: found[rank].extend(
+                row["id"] for row in shards[rank]["train"].iter_rows()
+            )
+        )
+        for rank in range(2)
+    ]
     [reader.start() for reader in readers]
     [reader.join(120) for reader in readers]
     assert sorted(found[0] + found[1]) == list(range(7))

@@ -1,5 +1,6 @@
-"""The proxy instruction in the one training loop: what moves and what does not, at every engine, after a restart, and against
-plain torch."""
+"""The proxy instruction in the one training loop: what moves and what does not, at every engine, after a
+restart, and against plain torch.
+"""
 
 import json
 import os
@@ -29,7 +30,16 @@ PROXY_METRICS = {"lr_proxy", "proxy_grad_norm", "proxy_momentum", "proxy_norm", 
 
 
 def step_of(path, config=TUNE, engine="torch", precision="fp32", **kwargs):
-    return TrainStep(path, MODEL.model_copy(update={"precision": precision}), config, "instruction_free", 100, "cpu", engine, **kwargs)
+    return TrainStep(
+        path,
+        MODEL.model_copy(update={"precision": precision}),
+        config,
+        "instruction_free",
+        100,
+        "cpu",
+        engine,
+        **kwargs,
+    )
 
 
 def in_mode(mode, config=TUNE):
@@ -54,9 +64,12 @@ def states(step):
 def assert_same(first, second, **tolerance):
     assert first.keys() == second.keys()
     for name, value in first.items():
-        if tolerance["rtol"] and "k_proj.bias" in name:  # its gradient is rounding alone, of which Adam makes whole steps
+        # its gradient is rounding alone, of which Adam makes whole steps
+        if tolerance["rtol"] and "k_proj.bias" in name:
             continue
-        torch.testing.assert_close(second[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            second[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_in_words_and_unshuffled_it_is_plain_sft(tiny):
@@ -66,9 +79,17 @@ def test_in_words_and_unshuffled_it_is_plain_sft(tiny):
     plain = TrainStep(tiny, MODEL, SftConfig(**common, self_questioning=0), "sft", 100, "cpu", "torch")
     ours = step_of(tiny, config)
     turns = [
-        [{"role": "user", "text": "Describe this image."}, {"role": "assistant", "text": row["description"]}] for row in descriptions(4)]
-    rows = Encoder(tiny, MODEL.model_dump(), {}, "sft")(pa.Table.from_pylist(
-        [{"sample_id": row["sample_id"], "image": row["image"], "turns": one} for row, one in zip(descriptions(4), turns, strict=True)])).to_pylist()
+        [{"role": "user", "text": "Describe this image."}, {"role": "assistant", "text": row["description"]}]
+        for row in descriptions(4)
+    ]
+    rows = Encoder(tiny, MODEL.model_dump(), {}, "sft")(
+        pa.Table.from_pylist(
+            [
+                {"sample_id": row["sample_id"], "image": row["image"], "turns": one}
+                for row, one in zip(descriptions(4), turns, strict=True)
+            ]
+        )
+    ).to_pylist()
     plain_batches = Batches(tiny, MODEL, plain.config, "sft").micro_batches(rows, 0)
     for consumed in (0, 4):
         assert ours.update(batches_of(tiny, config), consumed) == plain.update(plain_batches, consumed)
@@ -87,12 +108,19 @@ def test_what_is_frozen_stays_and_what_is_open_moves(tiny, checkpointing):
     for name, value in step.model.state_dict().items():
         if name in opened:
             # The softmax does not know a key's bias, the projector is fed from before the last norm.
-            assert not torch.equal(value, before[name]) or "k_proj.bias" in name or "post_layernorm" in name, name
+            assert (
+                not torch.equal(value, before[name]) or "k_proj.bias" in name or "post_layernorm" in name
+            ), name
         else:
             assert torch.equal(value, before[name]), f"{name} changed"
     assert metrics.keys() >= PROXY_METRICS
     assert metrics["lr_proxy"] == 1e-2 and metrics["lr_vision"] == 1e-3  # constant
-    assert metrics["proxy_moved"] > 0 and metrics["proxy_gap"] > 0 and metrics["proxy_grad_norm"] > 0 and metrics["proxy_momentum"] == 0.9
+    assert (
+        metrics["proxy_moved"] > 0
+        and metrics["proxy_gap"] > 0
+        and metrics["proxy_grad_norm"] > 0
+        and metrics["proxy_momentum"] == 0.9
+    )
 
 
 def test_warm_up_trains_the_proxy_and_nothing_of_the_model(tiny):
@@ -109,14 +137,27 @@ def test_warm_up_trains_the_proxy_and_nothing_of_the_model(tiny):
     assert step.evaluate([batch], batch) < lines[0]["loss"]
 
 
-@pytest.mark.parametrize(("family", "stage", "precision"), [
-    ("llava", 0, "fp32"), ("llava", 1, "fp32"), ("llava", 2, "fp32"), ("llava", 2, "bf16"), ("llava", 3, "bf16"), ("qwen", 3, "fp32"),
-])
-def test_the_gradient_of_the_proxy_arrives_under_deepspeed(tiny_llava, tiny_qwen, family, stage, precision, process_group):
+@pytest.mark.parametrize(
+    ("family", "stage", "precision"),
+    [
+        ("llava", 0, "fp32"),
+        ("llava", 1, "fp32"),
+        ("llava", 2, "fp32"),
+        ("llava", 2, "bf16"),
+        ("llava", 3, "bf16"),
+        ("qwen", 3, "fp32"),
+    ],
+)
+def test_the_gradient_of_the_proxy_arrives_under_deepspeed(
+    tiny_llava, tiny_qwen, family, stage, precision, process_group
+):
     tiny = {"llava": tiny_llava, "qwen": tiny_qwen}[family]
     micro = batches_of(tiny)
     assert len(micro) == 2
-    plain, sharded = step_of(tiny, precision=precision), step_of(tiny, TUNE.model_copy(update={"zero_stage": stage}), "deepspeed", precision)
+    plain, sharded = (
+        step_of(tiny, precision=precision),
+        step_of(tiny, TUNE.model_copy(update={"zero_stage": stage}), "deepspeed", precision),
+    )
     for consumed in (0, 4):
         expected, found = plain.update(micro, consumed), sharded.update(micro, consumed)
         tolerance = {"rel": 1e-4, "abs": 1e-6} if precision == "fp32" else {"rel": 2e-2}
@@ -128,12 +169,16 @@ def test_the_gradient_of_the_proxy_arrives_under_deepspeed(tiny_llava, tiny_qwen
 
 def test_a_warm_up_that_shards_the_model_leaves_it_as_it_is(tiny_llava, process_group):
     """lr_projector 0.0: DeepSpeed has something to train, which does not move."""
-    sharded = step_of(tiny_llava, WARM_UP.model_copy(update={"lr_projector": 0.0, "zero_stage": 3}), "deepspeed")
+    sharded = step_of(
+        tiny_llava, WARM_UP.model_copy(update={"lr_projector": 0.0, "zero_stage": 3}), "deepspeed"
+    )
     whole = step_of(tiny_llava, WARM_UP)
     before = dict(full_state(sharded.engine))
     batch = whole_batch(tiny_llava)
     for consumed in (0, 4):
-        assert sharded.update([batch], consumed)["proxy_moved"] == pytest.approx(whole.update([batch], consumed)["proxy_moved"], rel=1e-4)
+        assert sharded.update([batch], consumed)["proxy_moved"] == pytest.approx(
+            whole.update([batch], consumed)["proxy_moved"], rel=1e-4
+        )
     after = dict(full_state(sharded.engine))
     weights = [name for name in before if name.startswith("weight/")]
     assert weights and all(torch.equal(before[name], after[name]) for name in weights)
@@ -149,15 +194,24 @@ def test_accumulation_changes_nothing(tiny_llava):
 
 
 def replayed(path, mode, batches, lr=1e-2, momentum=0.9, model_lr=1e-3, decay=0.01):
-    """P and Pbar after one step per batch, written down without the modules under test: plain torch, the rule by hand."""
+    """P and Pbar after one step per batch, written down without the modules under test: plain torch, the
+    rule by hand.
+    """
     processor = load_processor(path)
     processor.tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
     placeholder = processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
     model = load_vlm(path, "fp32").requires_grad_(False)
-    opened = [parameter.requires_grad_() for name, parameter in model.named_parameters() if part_of(name) in ("vision", "projector")]
+    opened = [
+        parameter.requires_grad_()
+        for name, parameter in model.named_parameters()
+        if part_of(name) in ("vision", "projector")
+    ]
     drawn = ProxyInstruction(3, model.get_input_embeddings().embedding_dim, seed=0).vectors.detach().clone()
     vectors, average = torch.nn.Parameter(drawn.clone()), drawn.clone()
-    of_proxy, of_model = torch.optim.AdamW([vectors], lr, weight_decay=decay), torch.optim.AdamW(opened, model_lr, weight_decay=decay)
+    of_proxy, of_model = (
+        torch.optim.AdamW([vectors], lr, weight_decay=decay),
+        torch.optim.AdamW(opened, model_lr, weight_decay=decay),
+    )
     for batch in batches:
         used = (average if mode == "textbook" else vectors.detach()).clone().requires_grad_()
         placed = batch | {"pixel_values": normalise_pixels(batch["pixel_values"], processor.image_processor)}
@@ -168,7 +222,11 @@ def replayed(path, mode, batches, lr=1e-2, momentum=0.9, model_lr=1e-3, decay=0.
         vectors.grad = used.grad
         if mode != "frozen":
             of_proxy.step()
-            average = vectors.detach().clone() if mode == "free" else momentum * average + (1 - momentum) * vectors.detach()
+            average = (
+                vectors.detach().clone()
+                if mode == "free"
+                else momentum * average + (1 - momentum) * vectors.detach()
+            )
         if mode == "released":
             vectors.data.copy_(average)
     return vectors.detach(), average, drawn
@@ -186,7 +244,9 @@ def test_two_steps_of_each_mode_against_plain_torch(tiny, mode):
     torch.testing.assert_close(step.proxy.instruction.average, average, rtol=1e-3, atol=2e-5)
     assert metrics["proxy_moved"] == pytest.approx((average - drawn).norm().item(), rel=1e-3, abs=1e-7)
     assert metrics["proxy_gap"] == pytest.approx((vectors - average).norm().item(), rel=1e-3, abs=1e-7)
-    assert (metrics["lr_proxy"], metrics["proxy_grad_norm"] > 0) == ((0.0, False) if mode == "frozen" else (1e-2, True))
+    assert (metrics["lr_proxy"], metrics["proxy_grad_norm"] > 0) == (
+        (0.0, False) if mode == "frozen" else (1e-2, True)
+    )
 
 
 @pytest.mark.parametrize("mode", ["released", "textbook", "frozen"])
@@ -216,7 +276,12 @@ def test_a_restart_may_change_engines(tiny_llava, tmp_path, process_group):
     source.save(tmp_path / "state.safetensors")
     with safe_open(tmp_path / "state.safetensors", framework="pt") as handle:
         assert {name for name in handle.keys() if "proxy" in name} == {  # noqa: SIM118 (no mapping)
-            "proxy/vectors", "proxy/average", "proxy/start", "proxy_exp_avg", "proxy_exp_avg_sq"}
+            "proxy/vectors",
+            "proxy/average",
+            "proxy/start",
+            "proxy_exp_avg",
+            "proxy_exp_avg_sq",
+        }
     source.update([batch], 4)
     for engine, stage in (("torch", 0), ("deepspeed", 3)):
         target = step_of(tiny_llava, TUNE.model_copy(update={"zero_stage": stage}), engine)
@@ -250,12 +315,22 @@ def test_an_instruction_in_words_has_no_proxy(tiny_llava, tmp_path):
     with pytest.raises(DataError, match="holds no proxy instruction"):
         stored_proxy(tmp_path / "state.safetensors")
     with pytest.raises(ConfigError, match="leave it null"):
-        run_training(str(tmp_path), None, None, 1, tiny_llava, MODEL, config, "instruction_free", proxy="somewhere")
+        run_training(
+            str(tmp_path), None, None, 1, tiny_llava, MODEL, config, "instruction_free", proxy="somewhere"
+        )
 
 
 def test_constant_schedule():
-    assert [learning_rate_factor(progress, 0.0, "constant") for progress in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
-    assert [learning_rate_factor(progress, 0.1, "constant") for progress in (0.05, 0.1, 1.0)] == [pytest.approx(0.5), 1.0, 1.0]
+    assert [learning_rate_factor(progress, 0.0, "constant") for progress in (0.0, 0.5, 1.0)] == [
+        1.0,
+        1.0,
+        1.0,
+    ]
+    assert [learning_rate_factor(progress, 0.1, "constant") for progress in (0.05, 0.1, 1.0)] == [
+        pytest.approx(0.5),
+        1.0,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize("change", [{"instruction": "Describe."}, {"proxy": ProxyConfig(mode="frozen")}])
@@ -265,10 +340,14 @@ def test_a_stage_in_which_nothing_trains_is_refused(change):
 
 
 def one_of_two(rank, folder, path):
-    """A process of two: a warm-up of two steps, then a tuning of two; the first process has two micro-batches, the second one."""
+    """A process of two: a warm-up of two steps, then a tuning of two; the first process has two
+    micro-batches, the second one.
+    """
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     for name, config in (("warm_up", WARM_UP), ("tune", TUNE)):
         step = step_of(path, config, "auto")
         micro = batches_of(path, config, count=5)
@@ -292,29 +371,53 @@ def test_two_workers_train_the_proxy_that_one_does(tiny_llava, tmp_path):
 @pytest.mark.whole_job
 @pytest.mark.ray
 def test_a_stage_under_ray_train(ray_cluster, tiny_llava, tmp_path):
-    """Two epochs from a given proxy: what TrainStep alone makes of the same rows, in the order of each epoch; then the exports."""
+    """Two epochs from a given proxy: what TrainStep alone makes of the same rows, in the order of each
+    epoch; then the exports.
+    """
     import ray
 
     rows, config = descriptions(5), TUNE.model_copy(update={"epochs": 2, "micro_batch": 5, "accumulation": 1})
     start, proxy = str(tmp_path / "start.safetensors"), ProxyInstruction(3, 128, seed=7)
     proxy.save(start)
-    arguments = {"model_path": tiny_llava, "model_config": MODEL.model_dump(), "data_config": {}, "kind": "description", "train_config": config.model_dump()}
+    arguments = {
+        "model_path": tiny_llava,
+        "model_config": MODEL.model_dump(),
+        "data_config": {},
+        "kind": "description",
+        "train_config": config.model_dump(),
+    }
 
     def dataset(rows):
-        return ray.data.from_items(rows).map_batches(Encoder, fn_constructor_kwargs=arguments, batch_size=8, batch_format="pyarrow", num_cpus=0.5)
+        return ray.data.from_items(rows).map_batches(
+            Encoder, fn_constructor_kwargs=arguments, batch_size=8, batch_format="pyarrow", num_cpus=0.5
+        )
 
     long = {**rows[0], "sample_id": "long", "description": "round, " * 600}
-    result = run_training(str(tmp_path), dataset([*rows, long]), dataset(rows[:3]), 6, tiny_llava, MODEL, config, "instruction_free", start)
+    result = run_training(
+        str(tmp_path),
+        dataset([*rows, long]),
+        dataset(rows[:3]),
+        6,
+        tiny_llava,
+        MODEL,
+        config,
+        "instruction_free",
+        start,
+    )
     assert result.counts == {"steps": 2, "samples": 10, "trained": 5, "quarantined": 1}
     assert "model.max_length 512" in result.quarantine["long"]
     alone = step_of(tiny_llava, config, proxy=start)
-    losses = [alone.update([whole_batch(tiny_llava, config, 5, epoch)], 5 * epoch)["loss"] for epoch in range(2)]
+    losses = [
+        alone.update([whole_batch(tiny_llava, config, 5, epoch)], 5 * epoch)["loss"] for epoch in range(2)
+    ]
     lines = [json.loads(line) for line in result.metrics.splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(losses, rel=1e-4)
     assert all(line.keys() >= PROXY_METRICS for line in lines if "loss" in line)
     unshuffled = Batches(tiny_llava, MODEL, config, "instruction_free")
     held_out = unshuffled.in_order(unshuffled.encoder(pa.Table.from_pylist(rows[:3])).to_pylist(), None)
-    assert lines[-1]["eval_loss"] == pytest.approx(alone.evaluate(unshuffled.micro_batches(list(held_out), None), unshuffled.filler), rel=1e-4)
+    assert lines[-1]["eval_loss"] == pytest.approx(
+        alone.evaluate(unshuffled.micro_batches(list(held_out), None), unshuffled.filler), rel=1e-4
+    )
 
     export_proxy(result.checkpoint, tmp_path / "end.safetensors")
     end = ProxyInstruction.load(tmp_path / "end.safetensors")

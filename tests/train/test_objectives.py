@@ -29,7 +29,9 @@ def batch_of(path: str, kind: str, count: int = 3) -> dict:
 
 def separately(batch: dict) -> dict:
     """The batch with every image twice, as a plain forward of 2B sequences wants it."""
-    return {name: value for name, value in batch.items() if not name.startswith("ref_")} | {"pixel_values": torch.cat([batch["pixel_values"]] * 2)}
+    return {name: value for name, value in batch.items() if not name.startswith("ref_")} | {
+        "pixel_values": torch.cat([batch["pixel_values"]] * 2)
+    }
 
 
 def test_sft_loss_is_transformers_own(tiny):
@@ -40,7 +42,9 @@ def test_sft_loss_is_transformers_own(tiny):
     assert weight == (batch["labels"][:, 1:] != -100).sum()
     torch.testing.assert_close(loss / weight, own.loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(sft_loss(own.logits, batch["labels"]), own.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(sft_loss(own.logits, batch["labels"], 7.0), own.loss * weight / 7, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        sft_loss(own.logits, batch["labels"], 7.0), own.loss * weight / 7, rtol=1e-5, atol=0
+    )
 
 
 def test_shared_features_give_the_logits_of_separate_encoding(tiny):
@@ -56,7 +60,9 @@ def test_shared_features_give_the_logits_of_separate_encoding(tiny):
 
 
 def test_packed_pairs_give_the_log_probabilities_of_separate_sequences(tiny):
-    """Ragged answers, so that padding, positions and the mask between the answers all matter; gradients too."""
+    """Ragged answers, so that padding, positions and the mask between the answers all matter; gradients
+    too.
+    """
     model, batch = load_vlm(tiny, "fp32"), batch_of(tiny, "dpo", count=4)
     head = model.get_output_embeddings().weight
     packed, lengths = answer_logps(model, batch)
@@ -68,7 +74,8 @@ def test_packed_pairs_give_the_log_probabilities_of_separate_sequences(tiny):
     torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-4)
     weights = torch.arange(1.0, 9.0)
     gradients = [torch.autograd.grad((weights * logps).sum(), head)[0] for logps in (packed, apart)]
-    # Sums over many tokens, which cancel: rounding goes by the largest of them, and by the machine's order of adding.
+    # Sums over many tokens, which cancel: rounding goes by the largest of them, and by the machine's order of
+    # adding.
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * float(gradients[1].abs().max()))
 
 
@@ -77,7 +84,9 @@ def test_only_supervised_positions_reach_the_vocabulary(tiny):
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda _, inputs, out: shapes.append(out.shape))
     dpo_objective(model, batch)
-    assert shapes == [(int((batch["labels"][:, 1:] != -100).sum()), model.config.get_text_config().vocab_size)]
+    assert shapes == [
+        (int((batch["labels"][:, 1:] != -100).sum()), model.config.get_text_config().vocab_size)
+    ]
 
 
 def test_each_image_is_encoded_once_per_dpo_step(tiny):
@@ -85,7 +94,10 @@ def test_each_image_is_encoded_once_per_dpo_step(tiny):
     tower = plain_model(model).model
     tower = getattr(tower, "vision_tower", None) or tower.visual
     seen = []
-    tower.register_forward_hook(lambda _, args, kwargs, out: seen.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True)
+    tower.register_forward_hook(
+        lambda _, args, kwargs, out: seen.append(len(args[0] if args else kwargs["pixel_values"])),
+        with_kwargs=True,
+    )
     loss, pairs, _ = dpo_objective(model, batch)
     loss.backward()
     assert pairs == 3
@@ -109,18 +121,29 @@ def test_chunks_change_neither_log_probabilities_nor_gradients(monkeypatch):
 
 
 def test_dpo_loss_by_hand():
-    loss, metrics = dpo_loss(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-2.5]), beta=0.5)
+    loss, metrics = dpo_loss(
+        torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-2.5]), beta=0.5
+    )
     margin = 0.5 * ((-1 + 3) - (-2 + 2.5))
     assert loss.item() == pytest.approx(-torch.tensor(margin).sigmoid().log().item())
     assert metrics["rewards/chosen"].item() == pytest.approx(0.5)
     assert metrics["rewards/rejected"].item() == pytest.approx(-0.25)
     assert metrics["rewards/accuracy"].item() == 1.0
-    smoothed, _ = dpo_loss(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-2.5]), beta=0.5, label_smoothing=0.1)
+    smoothed, _ = dpo_loss(
+        torch.tensor([-1.0]),
+        torch.tensor([-3.0]),
+        torch.tensor([-2.0]),
+        torch.tensor([-2.5]),
+        beta=0.5,
+        label_smoothing=0.1,
+    )
     assert smoothed.item() == pytest.approx(loss.item() + 0.1 * margin)
 
 
 def test_dpo_is_trls(tiny, tmp_path):
-    """Loss, log-probabilities, rewards and gradients of TRL's DPOTrainer on the same batch, with adapters that have moved."""
+    """Loss, log-probabilities, rewards and gradients of TRL's DPOTrainer on the same batch, with adapters
+    that have moved.
+    """
     import copy
 
     import datasets
@@ -128,7 +151,9 @@ def test_dpo_is_trls(tiny, tmp_path):
 
     batch = batch_of(tiny, "dpo")
     reference = load_vlm(tiny, "fp32")
-    policy = prepare_trainable(copy.deepcopy(reference), DPO.model_copy(update={"gradient_checkpointing": False})).eval()
+    policy = prepare_trainable(
+        copy.deepcopy(reference), DPO.model_copy(update={"gradient_checkpointing": False})
+    ).eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in (p for p in policy.parameters() if p.requires_grad):
@@ -138,15 +163,33 @@ def test_dpo_is_trls(tiny, tmp_path):
 
     from PIL import Image
 
-    rows = datasets.Dataset.from_list([{
-        "images": [Image.new("RGB", (64, 64))], "prompt": [{"role": "user", "content": "a"}],
-        "chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}],
-    }])
-    arguments = DPOConfig(str(tmp_path), beta=0.1, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None)
-    trainer = DPOTrainer(policy, ref_model=reference, args=arguments, train_dataset=rows, processing_class=load_processor(tiny))
+    rows = datasets.Dataset.from_list(
+        [
+            {
+                "images": [Image.new("RGB", (64, 64))],
+                "prompt": [{"role": "user", "content": "a"}],
+                "chosen": [{"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "assistant", "content": "c"}],
+            }
+        ]
+    )
+    arguments = DPOConfig(
+        str(tmp_path),
+        beta=0.1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+    )
+    trainer = DPOTrainer(
+        policy, ref_model=reference, args=arguments, train_dataset=rows, processing_class=load_processor(tiny)
+    )
     for parameter in policy.parameters():
         parameter.grad = None
-    inputs = {name: value for name, value in separately(batch).items() if name != "labels"} | {"completion_mask": (batch["labels"] != -100).long()}
+    inputs = {name: value for name, value in separately(batch).items() if name != "labels"} | {
+        "completion_mask": (batch["labels"] != -100).long()
+    }
     policy.eval()
     theirs = trainer.compute_loss(policy, inputs)
     theirs.backward()

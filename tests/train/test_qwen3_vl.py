@@ -1,4 +1,6 @@
-"""Qwen3-VL feeds vision features to inner layers too (deepstack): packing, sharing and freezing must know them."""
+"""Qwen3-VL feeds vision features to inner layers too (deepstack): packing, sharing and freezing must know
+them.
+"""
 
 import torch
 
@@ -20,18 +22,42 @@ def tiny_qwen3_vl():
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     torch.manual_seed(0)
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-        text_config={
-            "vocab_size": 600, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "head_dim": 32, "initializer_range": 0.15,
-            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [4, 6, 6], "mrope_interleaved": True},
-        },
-        vision_config={
-            "depth": 4, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2,
-            "temporal_patch_size": 2, "deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 64,
-        },
-        image_token_id=IMAGE, video_token_id=598, vision_start_token_id=597, vision_end_token_id=596,
-    )).eval()
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config={
+                "vocab_size": 600,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 32,
+                "initializer_range": 0.15,
+                "rope_scaling": {
+                    "type": "default",
+                    "rope_type": "default",
+                    "mrope_section": [4, 6, 6],
+                    "mrope_interleaved": True,
+                },
+            },
+            vision_config={
+                "depth": 4,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 64,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "deepstack_visual_indexes": [0, 1, 2],
+                "num_position_embeddings": 64,
+            },
+            image_token_id=IMAGE,
+            video_token_id=598,
+            vision_start_token_id=597,
+            vision_end_token_id=596,
+        )
+    ).eval()
 
 
 def ragged_batch():
@@ -45,9 +71,14 @@ def ragged_batch():
         labels[row, -cut:] = -100
         mask[row, -cut:] = 0
     return {
-        "input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": torch.randn(PAIRS * 16, 3 * 2 * 14 * 14),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2 * PAIRS), "mm_token_type_ids": (ids == IMAGE).long(),
-        "ref_chosen_logps": torch.zeros(PAIRS), "ref_rejected_logps": torch.zeros(PAIRS),
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": mask,
+        "pixel_values": torch.randn(PAIRS * 16, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2 * PAIRS),
+        "mm_token_type_ids": (ids == IMAGE).long(),
+        "ref_chosen_logps": torch.zeros(PAIRS),
+        "ref_rejected_logps": torch.zeros(PAIRS),
     }
 
 
@@ -67,7 +98,10 @@ def test_packed_shared_and_separate_agree():
 
 
 def test_every_open_parameter_gets_gradient():
-    loras = {"lora_llm": LoraConfig(rank=2, alpha=2, dropout=0.0), "lora_vision": LoraConfig(rank=3, alpha=2, dropout=0.0)}
+    loras = {
+        "lora_llm": LoraConfig(rank=2, alpha=2, dropout=0.0),
+        "lora_vision": LoraConfig(rank=3, alpha=2, dropout=0.0),
+    }
     model = prepare_trainable(tiny_qwen3_vl(), DpoConfig(**loras)).train()
     dpo_objective(model, ragged_batch())[0].backward()
     open_parameters = trainable_parameters(model)

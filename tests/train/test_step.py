@@ -1,4 +1,6 @@
-"""TrainStep: what trains, what does not, and that neither accumulation nor the kind of engine changes the result."""
+"""TrainStep: what trains, what does not, and that neither accumulation nor the kind of engine changes the
+result.
+"""
 
 import os
 import subprocess
@@ -17,7 +19,15 @@ from tests.support.encoded_rows import DPO, MODEL, SFT, encoded
 
 def step_of(path, config=DPO, engine="torch", precision="fp32", total=100):
     kind = "dpo" if config.__class__ is DPO.__class__ else "sft"
-    return TrainStep(path, MODEL.model_copy(update={"precision": precision}), config, kind, total, device="cpu", engine=engine)
+    return TrainStep(
+        path,
+        MODEL.model_copy(update={"precision": precision}),
+        config,
+        kind,
+        total,
+        device="cpu",
+        engine=engine,
+    )
 
 
 def pairs_of(path, count=4):
@@ -28,7 +38,9 @@ def pairs_of(path, count=4):
 def assert_same(first, second, **tolerance):
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            second[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -60,7 +72,15 @@ def test_held_out_rows_that_are_all_bad_give_no_loss_and_a_worker_without_any_ad
     assert step.measure([], batch) == {}
     rows_of_others, reduce = 2, step.reduce
     step.reduce = lambda value, op=None: torch.tensor(rows_of_others) if value.ndim == 0 else reduce(value)
-    assert step.totals([one], batch, lambda given: torch.tensor([2.0, 3.0]) if len(given["input_ids"]) == len(one["input_ids"]) else torch.tensor([1.0, float("nan")])) == [2.0, 3.0]
+    assert step.totals(
+        [one],
+        batch,
+        lambda given: (
+            torch.tensor([2.0, 3.0])
+            if len(given["input_ids"]) == len(one["input_ids"])
+            else torch.tensor([1.0, float("nan")])
+        ),
+    ) == [2.0, 3.0]
 
 
 def test_parts_with_no_learning_rate_are_frozen(tiny):
@@ -70,7 +90,10 @@ def test_parts_with_no_learning_rate_are_frozen(tiny):
 
 
 def test_llm_and_vision_adapters_differ_in_rank_alpha_and_dropout(tiny_llava):
-    loras = {"lora_llm": LoraConfig(rank=4, alpha=8, dropout=0.1), "lora_vision": LoraConfig(rank=2, alpha=8, dropout=0.3)}
+    loras = {
+        "lora_llm": LoraConfig(rank=4, alpha=8, dropout=0.1),
+        "lora_vision": LoraConfig(rank=2, alpha=8, dropout=0.3),
+    }
     model = step_of(tiny_llava, DPO.model_copy(update=loras)).model
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and len(module.lora_A):
@@ -80,14 +103,20 @@ def test_llm_and_vision_adapters_differ_in_rank_alpha_and_dropout(tiny_llava):
             assert module.r[part] == lora.rank
             assert module.scaling[part] == lora.alpha / lora.rank
             assert module.lora_dropout[part].p == lora.dropout
-    assert not any("lora" in name for name, _ in model.named_parameters() if part_of(name) == "projector" or "lm_head" in name)
+    assert not any(
+        "lora" in name
+        for name, _ in model.named_parameters()
+        if part_of(name) == "projector" or "lm_head" in name
+    )
 
 
 def test_full_training_opens_whole_parts(tiny_llava):
     step = step_of(tiny_llava, SFT.model_copy(update={"lora_llm": None, "lora_vision": None}))
     rows, info = encoded(tiny_llava, "sft", 2)
     metrics = step.update([collate_sft(rows, info, 0.5, 0, 0)], 0)
-    assert {group["name"]: len(group["params"]) > 0 for group in step.engine.optimizer.param_groups} == dict.fromkeys(PARTS, True)
+    assert {
+        group["name"]: len(group["params"]) > 0 for group in step.engine.optimizer.param_groups
+    } == dict.fromkeys(PARTS, True)
     assert metrics["grad_norm"] > 0
 
 
@@ -106,7 +135,9 @@ def test_accumulation_changes_nothing(tiny, engine, process_group):
 def test_sft_loss_is_the_token_mean_over_the_global_batch(tiny_llava):
     rows, info = encoded(tiny_llava, "sft", 4)
     whole = step_of(tiny_llava, SFT).update([collate_sft(rows, info, 0.5, 0, 0)], 0)
-    parts = step_of(tiny_llava, SFT).update([collate_sft(rows[:1], info, 0.5, 0, 0), collate_sft(rows[1:], info, 0.5, 0, 0)], 0)
+    parts = step_of(tiny_llava, SFT).update(
+        [collate_sft(rows[:1], info, 0.5, 0, 0), collate_sft(rows[1:], info, 0.5, 0, 0)], 0
+    )
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert parts["weight"] == whole["weight"]
 
@@ -132,14 +163,23 @@ def test_state_goes_from_any_engine_to_any_other(tiny_llava, tmp_path, process_g
 
 
 def test_zero3_in_bf16_keeps_fp32_masters(tiny, process_group):
-    step = step_of(tiny, DPO.model_copy(update={"zero_stage": 3, "lr_llm": 1e-6, "lr_projector": 1e-6, "lr_vision": 1e-6}), "deepspeed", "bf16")
+    step = step_of(
+        tiny,
+        DPO.model_copy(update={"zero_stage": 3, "lr_llm": 1e-6, "lr_projector": 1e-6, "lr_vision": 1e-6}),
+        "deepspeed",
+        "bf16",
+    )
     _, batch = pairs_of(tiny, 2)
     before = dict(full_state(step.engine))
     metrics = step.update([batch], 0)
     assert 0 < metrics["loss"] < 100
     after = dict(full_state(step.engine))
     # Steps of 1e-6 would be lost in bf16 weights.
-    moved = [name for name in before if name.startswith("weight/") and 0 < (before[name] - after[name]).abs().max() < 1e-5]
+    moved = [
+        name
+        for name in before
+        if name.startswith("weight/") and 0 < (before[name] - after[name]).abs().max() < 1e-5
+    ]
     assert any("projector" in name or "merger" in name for name in moved)
 
 
@@ -158,7 +198,11 @@ def test_merging_keeps_what_the_adapters_compute(tiny):
     for done in range(3):
         step.update([batch], done)
     step.engine.train(False)
-    placed = {name: value for name, value in step.place(batch).items() if not name.startswith("ref_") and name != "labels"}
+    placed = {
+        name: value
+        for name, value in step.place(batch).items()
+        if not name.startswith("ref_") and name != "labels"
+    }
     placed["pixel_values"] = torch.cat([placed["pixel_values"]] * 2)
     with torch.no_grad():
         adapted = step.model(**placed).logits
@@ -191,7 +235,9 @@ def test_model_hash_follows_the_weights(tiny_llava, tmp_path):
 
 
 def test_reference_and_untrained_policy_agree(tiny):
-    """The reference stage's columns are the policy's own log-probabilities before its first step: the loss starts at log 2."""
+    """The reference stage's columns are the policy's own log-probabilities before its first step: the
+    loss starts at log 2.
+    """
     import math
 
     import pyarrow as pa
@@ -202,7 +248,9 @@ def test_reference_and_untrained_policy_agree(tiny):
     from medray.train.reference_logps import Reference
     from tests.support.encoded_rows import preferences
 
-    pairs = conform(pa.Table.from_pylist(preferences(4)).drop(["ref_chosen_logp", "ref_rejected_logp"]), PREFERENCE)
+    pairs = conform(
+        pa.Table.from_pylist(preferences(4)).drop(["ref_chosen_logp", "ref_rejected_logp"]), PREFERENCE
+    )
     scored = Reference(tiny, "hash", MODEL.model_dump(), DataConfig().model_dump())(pairs)
     one = Encoder(tiny, MODEL.model_dump(), DataConfig().model_dump(), "dpo")
     metrics = step_of(tiny).update([collate_dpo(one(scored).to_pylist(), one.dialogues.info())], 0)
@@ -211,7 +259,10 @@ def test_reference_and_untrained_policy_agree(tiny):
 
 
 def test_step_needs_neither_ray_nor_vllm_nor_deepspeed():
-    code = "import sys; sys.modules.update(dict.fromkeys(('ray', 'vllm', 'deepspeed', 'trl'))); import medray.train.step"
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('ray', 'vllm', 'deepspeed', 'trl'))); import "
+        "medray.train.step"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -228,9 +279,21 @@ make_engine(prepare_trainable(load_vlm({tiny_llava!r}, "fp32"), config), config,
 """
     (tmp_path / "bin").mkdir()
     environment = {
-        **os.environ, "PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "DS_ACCELERATOR": "cpu",
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+        **os.environ,
+        "PATH": str(tmp_path / "bin"),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+        "DS_ACCELERATOR": "cpu",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
     }
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (tmp_path / "extensions").exists()

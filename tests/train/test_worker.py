@@ -27,9 +27,15 @@ pytestmark = [pytest.mark.whole_job, pytest.mark.ray]
 def dataset(path, kind, rows):
     import ray
 
-    arguments = {"model_path": path, "model_config": MODEL.model_dump(), "data_config": DataConfig().model_dump(), "kind": kind}
+    arguments = {
+        "model_path": path,
+        "model_config": MODEL.model_dump(),
+        "data_config": DataConfig().model_dump(),
+        "kind": kind,
+    }
     return ray.data.from_items(rows, override_num_blocks=3).map_batches(
-        Encoder, fn_constructor_kwargs=arguments, batch_size=8, batch_format="pyarrow", num_cpus=0.5)
+        Encoder, fn_constructor_kwargs=arguments, batch_size=8, batch_format="pyarrow", num_cpus=0.5
+    )
 
 
 def done_ids(folder):
@@ -46,9 +52,25 @@ def one_and_two_workers(ray_cluster, tiny_llava, tmp_path_factory):
     results = {}
     rows = preferences(7)  # an odd number: the workers' shares differ
     for workers, accumulation in ((1, 4), (2, 2)):
-        config = DPO.model_copy(update={"num_workers": workers, "accumulation": accumulation, "epochs": 2, "micro_batch": 2, "checkpoint_every": 1})
+        config = DPO.model_copy(
+            update={
+                "num_workers": workers,
+                "accumulation": accumulation,
+                "epochs": 2,
+                "micro_batch": 2,
+                "checkpoint_every": 1,
+            }
+        )
         results[workers] = run_training(
-            str(tmp_path_factory.mktemp(f"workers{workers}")), dataset(tiny_llava, "dpo", rows), None, len(rows), tiny_llava, MODEL, config, "dpo")
+            str(tmp_path_factory.mktemp(f"workers{workers}")),
+            dataset(tiny_llava, "dpo", rows),
+            None,
+            len(rows),
+            tiny_llava,
+            MODEL,
+            config,
+            "dpo",
+        )
     return results
 
 
@@ -61,7 +83,9 @@ def test_two_workers_train_what_one_does(one_and_two_workers):
             states[workers] = load_file(Path(folder, "state.safetensors"))
             assert sorted(done_ids(folder)) == [f"p{i:03d}" for i in range(7)]
     for name, value in states[1].items():
-        torch.testing.assert_close(states[2][name], value, rtol=2e-3, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            states[2][name], value, rtol=2e-3, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
     for one, two in zip(*map(metrics_of, one_and_two_workers.values()), strict=True):
         for key in ("loss", "grad_norm", "rewards/margin", "logps/chosen", "tokens/rejected"):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
@@ -70,7 +94,10 @@ def test_two_workers_train_what_one_does(one_and_two_workers):
 
 def test_prometheus_is_told_by_the_first_worker(ray_cluster, one_and_two_workers):
     assert told(ray_cluster, "ray_medray_train_samples_total", objective="dpo").count(14.0) >= 2
-    seconds, waited = (sorted(told(ray_cluster, f"ray_medray_train_{name}_total", objective="dpo")) for name in ("seconds", "data_seconds"))
+    seconds, waited = (
+        sorted(told(ray_cluster, f"ray_medray_train_{name}_total", objective="dpo"))
+        for name in ("seconds", "data_seconds")
+    )
     assert all(0 < part < whole for part, whole in zip(waited, seconds, strict=True))
 
 
@@ -87,14 +114,24 @@ def test_export_is_a_plain_model_with_the_trained_weights(one_and_two_workers, t
 
 @pytest.mark.faults
 def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava, tmp_path):
-    """kill -9 of a training worker mid-epoch: in the history that survives, each id is trained exactly once per epoch.
+    """kill -9 of a training worker mid-epoch: in the history that survives, each id is trained exactly once
+    per epoch.
 
     The pool is elastic, and a bad row is set aside and counted.
     """
     rows = conversations(41, bad=(3,))
-    config = SFT.model_copy(update={
-        "num_workers": (1, 2), "micro_batch": 1, "accumulation": 1, "epochs": 2, "checkpoint_every": 3, "keep_checkpoints": None, "max_failures": 2,
-        "shuffle_buffer": 8})  # smaller than the data: streamed anew each epoch
+    config = SFT.model_copy(
+        update={
+            "num_workers": (1, 2),
+            "micro_batch": 1,
+            "accumulation": 1,
+            "epochs": 2,
+            "checkpoint_every": 3,
+            "keep_checkpoints": None,
+            "max_failures": 2,
+            "shuffle_buffer": 8,
+        }
+    )  # smaller than the data: streamed anew each epoch
     killed = []
 
     def kill():
@@ -105,11 +142,37 @@ def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava,
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    result = run_training(str(tmp_path), dataset(tiny_llava, "sft", rows), dataset(tiny_llava, "sft", conversations(3)), len(rows), tiny_llava, MODEL, config)
+    result = run_training(
+        str(tmp_path),
+        dataset(tiny_llava, "sft", rows),
+        dataset(tiny_llava, "sft", conversations(3)),
+        len(rows),
+        tiny_llava,
+        MODEL,
+        config,
+    )
     assert killed
-    cost = {name: result.counts[name] for name in ("restarts", "steps done again", "samples done again", "seconds between starts", "workers")}
-    assert {name: count for name, count in result.counts.items() if name not in cost} == {"steps": 40, "samples": 80, "trained": 40, "quarantined": 1}
-    assert cost["restarts"] >= 1 and cost["seconds between starts"] > 0 and cost["samples done again"] == 2 * cost["steps done again"]
+    cost = {
+        name: result.counts[name]
+        for name in (
+            "restarts",
+            "steps done again",
+            "samples done again",
+            "seconds between starts",
+            "workers",
+        )
+    }
+    assert {name: count for name, count in result.counts.items() if name not in cost} == {
+        "steps": 40,
+        "samples": 80,
+        "trained": 40,
+        "quarantined": 1,
+    }
+    assert (
+        cost["restarts"] >= 1
+        and cost["seconds between starts"] > 0
+        and cost["samples done again"] == 2 * cost["steps done again"]
+    )
     assert list(result.quarantine) == ["s003"]
     ends = {}
     for file in Path(tmp_path, "training").glob("checkpoint_*/progress.json"):
@@ -124,17 +187,32 @@ def test_killed_worker_costs_no_sample_and_repeats_none(ray_cluster, tiny_llava,
 
 
 def test_a_training_resumes_after_a_full_disk(ray_cluster, tiny_llava, tmp_path, caplog):
-    """Ray Train's list is empty, the newest checkpoint is cut, an upload died and a killed worker left its scratch: the training
-    resumes from the checkpoint before, and every id of the epoch is trained once."""
+    """Ray Train's list is empty, the newest checkpoint is cut, an upload died and a killed worker left
+    its scratch: the training resumes from the checkpoint before, and every id of the epoch is trained
+    once.
+    """
     rows = conversations(12)
-    config = SFT.model_copy(update={"num_workers": 1, "micro_batch": 1, "accumulation": 2, "epochs": 1, "checkpoint_every": 2, "keep_checkpoints": 2})
+    config = SFT.model_copy(
+        update={
+            "num_workers": 1,
+            "micro_batch": 1,
+            "accumulation": 2,
+            "epochs": 1,
+            "checkpoint_every": 2,
+            "keep_checkpoints": 2,
+        }
+    )
 
     def train():
-        return run_training(str(tmp_path), dataset(tiny_llava, "sft", rows), None, len(rows), tiny_llava, MODEL, config)
+        return run_training(
+            str(tmp_path), dataset(tiny_llava, "sft", rows), None, len(rows), tiny_llava, MODEL, config
+        )
 
     first = train()
     assert first.counts["steps"] == 6 and not (tmp_path / "scratch").exists()
-    before, last = sorted(path for path in Path(tmp_path, "training").glob("checkpoint_*") if path.is_dir())[-2:]
+    before, last = sorted(path for path in Path(tmp_path, "training").glob("checkpoint_*") if path.is_dir())[
+        -2:
+    ]
     (tmp_path / "training/checkpoint_manager_snapshot.json").write_bytes(b"")
     state = last / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
@@ -145,7 +223,10 @@ def test_a_training_resumes_after_a_full_disk(ray_cluster, tiny_llava, tmp_path,
     steps = json.loads((before / "progress.json").read_text())["steps"]
     with caplog.at_level("WARNING"):
         again = train()
-    assert f"{last.name}: state.safetensors has 1000 bytes" in caplog.text and f"resuming from step {steps}" in caplog.text
+    assert (
+        f"{last.name}: state.safetensors has 1000 bytes" in caplog.text
+        and f"resuming from step {steps}" in caplog.text
+    )
     assert again.counts["trained"] == 12 and again.counts["steps"] == 6
     assert again.counts["steps done again"] == 6 - steps
     with again.checkpoint.as_directory() as folder:
@@ -159,13 +240,26 @@ def test_wrong_config_for_the_objective(tmp_path):
         run_training(str(tmp_path), None, None, 1, "nowhere", MODEL, SFT, "dpo")
 
 
-def test_too_many_rows_set_aside_end_a_training_early_and_a_higher_limit_resumes_it(ray_cluster, tiny_llava, tmp_path):
-    """Two of ten rows: after one of two epochs the training ends; with a limit that allows them it goes on from there."""
+def test_too_many_rows_set_aside_end_a_training_early_and_a_higher_limit_resumes_it(
+    ray_cluster, tiny_llava, tmp_path
+):
+    """Two of ten rows: after one of two epochs the training ends; with a limit that allows them it goes
+    on from there.
+    """
     rows = conversations(10, bad=(3, 4))
     config = SFT.model_copy(update={"micro_batch": 4, "accumulation": 1, "epochs": 2})
 
     def train(limit):
-        return run_training(str(tmp_path), dataset(tiny_llava, "sft", rows), None, len(rows), tiny_llava, MODEL, config, max_quarantined=limit)
+        return run_training(
+            str(tmp_path),
+            dataset(tiny_llava, "sft", rows),
+            None,
+            len(rows),
+            tiny_llava,
+            MODEL,
+            config,
+            max_quarantined=limit,
+        )
 
     stopped = train(0.05)
     assert (stopped.counts["steps"], stopped.counts["trained"], stopped.counts["quarantined"]) == (2, 8, 2)

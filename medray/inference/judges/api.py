@@ -32,13 +32,16 @@ class ApiJudge(Judge):
         url = await asyncio.to_thread(data_url, row["image"], self.data_config)
 
         async def ask(question_id: str, text: str, first: str, second: str, order: int) -> str:
-            seed = seed_for(self.config.seed, question_id, "judge", first, second) >> 31  # endpoints take 32 bits at most
+            # endpoints take 32 bits at most
+            seed = seed_for(self.config.seed, question_id, "judge", first, second) >> 31
             try:
                 return (await self.endpoint.ask(judge_prompt(text, first, second), url, seed, usage)).spoken
             except EndpointError as error:
                 raise JudgeUnavailable(str(error)) from error
 
-        return await asyncio.gather(*(written_verdict(question, i, j, ask, self.config.both_orders) for i, j in places))
+        return await asyncio.gather(
+            *(written_verdict(question, i, j, ask, self.config.both_orders) for i, j in places)
+        )
 
     async def settled(self) -> None:
         await self.endpoint.settled()

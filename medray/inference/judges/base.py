@@ -1,4 +1,6 @@
-"""A judge's verdict on two answers, and what all kinds of judge share (see medray.inference.judges.judges)."""
+"""A judge's verdict on two answers, and what all kinds of judge share (see
+medray.inference.judges.judges).
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,23 @@ class Verdict:
 Ask = Callable[[str, str, str, str, int], Awaitable[str]]
 
 
-async def written_verdict(question: dict[str, Any], first: int, second: int, ask: Ask, both_orders: bool) -> Verdict:
+async def written_verdict(
+    question: dict[str, Any], first: int, second: int, ask: Ask, both_orders: bool
+) -> Verdict:
     """Ask for two written scores, in one or both orders, and average them after un-swapping.
 
-    order_agreement: both orders prefer the same answer, or both tie. A reply that cannot be read makes the verdict
+    order_agreement: both orders prefer the same answer, or both tie. A reply that cannot be read makes the
+        verdict
     an error; the words are kept in `raw`.
     """
     texts = [question["answers"][index]["text"] for index in (first, second)]
     orders = (0, 1) if both_orders else (0,)
     shown = [texts if order == 0 else texts[::-1] for order in orders]
     replies = await asyncio.gather(
-        *(ask(question["question_id"], question["question"], *pair, order) for order, pair in zip(orders, shown, strict=True)),
+        *(
+            ask(question["question_id"], question["question"], *pair, order)
+            for order, pair in zip(orders, shown, strict=True)
+        ),
         return_exceptions=True,
     )
     verdict = Verdict(raw=["" if isinstance(reply, BaseException) else reply for reply in replies])
@@ -81,26 +89,46 @@ class Judge(RowWorker):
         if row.get("error") is not None:
             return {**row, "verdicts": None, "judge": self.name}
         usage = Usage()
-        judged = await asyncio.gather(*(self._question(row, question, usage) for question in row["questions"] or []))
-        return {**row, "verdicts": list(itertools.chain.from_iterable(judged)), "judge": self.name, **vars(usage)}
+        judged = await asyncio.gather(
+            *(self._question(row, question, usage) for question in row["questions"] or [])
+        )
+        return {
+            **row,
+            "verdicts": list(itertools.chain.from_iterable(judged)),
+            "judge": self.name,
+            **vars(usage),
+        }
 
-    async def _question(self, row: dict[str, Any], question: dict[str, Any], usage: Usage) -> list[dict[str, Any]]:
+    async def _question(
+        self, row: dict[str, Any], question: dict[str, Any], usage: Usage
+    ) -> list[dict[str, Any]]:
         answers = [candidate["text"].strip() for candidate in question["answers"]]
         places = list(itertools.combinations(range(len(answers)), 2))
         trivial = {
             (i, j): Verdict(error=EMPTY if not (answers[i] and answers[j]) else IDENTICAL)
-            for i, j in places if not (answers[i] and answers[j]) or answers[i] == answers[j]
+            for i, j in places
+            if not (answers[i] and answers[j]) or answers[i] == answers[j]
         }
         asked = [place for place in places if place not in trivial]
-        verdicts = dict(zip(asked, await self.verdicts(row, question, asked, usage), strict=True)) if asked else {}
+        verdicts = (
+            dict(zip(asked, await self.verdicts(row, question, asked, usage), strict=True)) if asked else {}
+        )
         return [
-            {"question_id": question["question_id"], "first": place[0], "second": place[1], **vars({**trivial, **verdicts}[place])}
+            {
+                "question_id": question["question_id"],
+                "first": place[0],
+                "second": place[1],
+                **vars({**trivial, **verdicts}[place]),
+            }
             for place in places
         ]
 
-    async def verdicts(self, row: dict[str, Any], question: dict[str, Any], places: list[tuple[int, int]], usage: Usage) -> list[Verdict]:
+    async def verdicts(
+        self, row: dict[str, Any], question: dict[str, Any], places: list[tuple[int, int]], usage: Usage
+    ) -> list[Verdict]:
         """One verdict per pair of answer indices."""
         raise NotImplementedError
 
 
-EMPTY, IDENTICAL = "empty answer", "identical answers"  # the judge's `error` for a pair that was not worth asking about
+# the judge's `error` for a pair that was not worth asking about
+EMPTY, IDENTICAL = "empty answer", "identical answers"

@@ -4,10 +4,11 @@ Every unordered pair of distinct answers of a question gets a verdict. Kinds of 
 
 - api: any OpenAI-compatible /chat/completions (medray.inference.judges.api);
 - vllm, scoring "scores": a local VLM, same prompt and parser;
-- vllm, scoring "likelihood": the mean log-probability per token (nats, end token included) that the local judge gives
-  an answer to the bare question. It knows no order, so order_agreement is null. It prefers what the judge would have
-  said itself, also in wording and length; meant for judges too small to write scores;
-- rater: the rating model of clinician preference alignment (medray.inference.judges.rating_model), an extension;
+- vllm, scoring "likelihood": the mean log-probability per token (nats, end token included) that the local
+  judge gives an answer to the bare question. It knows no order, so order_agreement is null. It prefers what
+  the judge would have said itself, also in wording and length; meant for judges too small to write scores;
+- rater: the rating model of clinician preference alignment (medray.inference.judges.rating_model), an
+  extension;
 - random: coin flips seeded by id, an ablation.
 """
 
@@ -50,12 +51,17 @@ class EngineJudge(EngineWorker, Judge):
     """A local VLM as judge, through its own chat template.
 
     Args:
-        config: the judge section; `scoring` chooses written scores or likelihood, `model_settings` how it is asked.
+        config: the judge section; `scoring` chooses written scores or likelihood, `model_settings` how it is
+            asked.
         model, data_config, engine_config: see EngineWorker.
     """
 
     def __init__(
-        self, config: JudgeConfig | dict, model: str, data_config: DataConfig | dict, engine_config: EngineConfig | dict,
+        self,
+        config: JudgeConfig | dict,
+        model: str,
+        data_config: DataConfig | dict,
+        engine_config: EngineConfig | dict,
     ):
         self.config = JudgeConfig.model_validate(config)
         self.name = f"vllm:{self.config.model}:{self.config.scoring}"
@@ -66,22 +72,31 @@ class EngineJudge(EngineWorker, Judge):
         if self.config.scoring == "likelihood":
             return await self._likely(question, places, image, key, usage)
 
-        sampling = SamplingConfig(temperature=self.config.temperature, top_k=0, top_p=1.0, max_tokens=self.config.max_tokens)
+        sampling = SamplingConfig(
+            temperature=self.config.temperature, top_k=0, top_p=1.0, max_tokens=self.config.max_tokens
+        )
 
         async def ask(question_id: str, text: str, first: str, second: str, order: int) -> str:
-            prompt = self.engine.chat.prompt_ids([{"role": "user", "text": judge_prompt(text, first, second)}])
+            prompt = self.engine.chat.prompt_ids(
+                [{"role": "user", "text": judge_prompt(text, first, second)}]
+            )
             # Seeded by what is compared, so that the verdicts of one question differ from each other.
             seed = seed_for(self.config.seed, question_id, "judge", first, second)
             return self.spoken(prompt, await self.sampled(prompt, image, key, sampling, seed, usage))
 
-        return await asyncio.gather(*(written_verdict(question, i, j, ask, self.config.both_orders) for i, j in places))
+        return await asyncio.gather(
+            *(written_verdict(question, i, j, ask, self.config.both_orders) for i, j in places)
+        )
 
     async def _likely(self, question, places, image, key, usage) -> list[Verdict]:
         used = sorted({index for place in places for index in place})
         turns = [{"role": "user", "text": question["question"]}]
-        results = await asyncio.gather(*(
-            self.engine.loglikelihood(turns, image, question["answers"][index]["text"], image_id=key) for index in used
-        ))
+        results = await asyncio.gather(
+            *(
+                self.engine.loglikelihood(turns, image, question["answers"][index]["text"], image_id=key)
+                for index in used
+            )
+        )
         usage.requests += len(used)
         usage.prompt_tokens += sum(result.prompt_tokens for result in results)
         scores = {index: result.nats / result.tokens for index, result in zip(used, results, strict=True)}
@@ -89,7 +104,10 @@ class EngineJudge(EngineWorker, Judge):
 
 
 def judge_map(
-    config: JudgeConfig, model: str | None, data_config: DataConfig, engine_config: EngineConfig,
+    config: JudgeConfig,
+    model: str | None,
+    data_config: DataConfig,
+    engine_config: EngineConfig,
 ) -> tuple[type[Judge], dict[str, Any]]:
     """The judge as (callable class, arguments) for `map_batches`.
 
@@ -99,22 +117,39 @@ def judge_map(
     """
     if config.kind == "vllm":
         logger.info(config.described("judge"))
-        kwargs = {"config": config.model_dump(), "model": model, "data_config": data_config.model_dump(), "engine_config": engine_config.model_dump()}
+        kwargs = {
+            "config": config.model_dump(),
+            "model": model,
+            "data_config": data_config.model_dump(),
+            "engine_config": engine_config.model_dump(),
+        }
         return EngineJudge, {**map_options(engine_config), "fn_constructor_kwargs": kwargs}
     if config.kind == "rater":
         from medray.inference.judges.rating_model import RaterJudge
 
-        score = ScoreConfig(cpus_per_actor=engine_config.cpus_per_actor, gpus_per_actor=engine_config.gpus_per_actor)
-        kwargs = {"config": config.model_dump(), "rater": model, "score_config": score.model_dump(), "data_config": data_config.model_dump()}
+        score = ScoreConfig(
+            cpus_per_actor=engine_config.cpus_per_actor, gpus_per_actor=engine_config.gpus_per_actor
+        )
+        kwargs = {
+            "config": config.model_dump(),
+            "rater": model,
+            "score_config": score.model_dump(),
+            "data_config": data_config.model_dump(),
+        }
         return RaterJudge, {**map_options(engine_config), "fn_constructor_kwargs": kwargs}
     pool = client_options(engine_config)
     if config.kind == "random":
         return RandomJudge, {**pool, "fn_constructor_kwargs": {"config": config.model_dump()}}
-    return ApiJudge, {**pool, "fn_constructor_kwargs": {"config": config.model_dump(), "data_config": data_config.model_dump()}}
+    return ApiJudge, {
+        **pool,
+        "fn_constructor_kwargs": {"config": config.model_dump(), "data_config": data_config.model_dump()},
+    }
 
 
 def cost_ledger(rows: Iterable[dict[str, Any]], config: JudgeConfig) -> dict[str, Any]:
-    """Sums over JUDGED rows: requests, retries, tokens and, for the api judge, USD at the configured prices."""
+    """Sums over JUDGED rows: requests, retries, tokens and, for the api judge, USD at the configured
+    prices.
+    """
     names = ("requests", "retries", "prompt_tokens", "completion_tokens")
     total: dict[str, Any] = dict.fromkeys(names, 0)
     for row in rows:
@@ -122,5 +157,8 @@ def cost_ledger(rows: Iterable[dict[str, Any]], config: JudgeConfig) -> dict[str
             total[name] += row.get(name) or 0
     usd = 0.0
     if config.kind == "api":
-        usd = (total["prompt_tokens"] * config.usd_per_million_input + total["completion_tokens"] * config.usd_per_million_output) / 1e6
+        usd = (
+            total["prompt_tokens"] * config.usd_per_million_input
+            + total["completion_tokens"] * config.usd_per_million_output
+        ) / 1e6
     return {**total, "usd": round(usd, 6)}

@@ -26,7 +26,8 @@ def judge_prompt(question: str, first: str, second: str) -> str:
 def parse_scores(reply: str) -> tuple[float, float]:
     """The two scores of a reply's first line, after the judge's thinking where it wrote any.
 
-    Raises VerdictError unless that line holds exactly two numbers, both from 1 to 10: a missing score is missing.
+    Raises VerdictError unless that line holds exactly two numbers, both from 1 to 10: a missing score is
+    missing.
     """
     answer, thinking = said(reply)
     if thinking == UNFINISHED:

@@ -1,7 +1,9 @@
-"""The rating model of clinician preference alignment as judge of self-training (an extension: in STLLaVA-Med a VLM judges).
+"""The rating model of clinician preference alignment as judge of self-training (an extension: in STLLaVA-Med
+a VLM judges).
 
-An answer's score is the rating model's logit of question and answer about the image; what is known of the image beside it is not
-given, as self-training's images have no captions. It knows no order, so order_agreement is null.
+An answer's score is the rating model's logit of question and answer about the image; what is known of the
+image beside it is not given, as self-training's images have no captions. It knows no order, so
+order_agreement is null.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ class RaterJudge(Judge):
     Raises ConfigError where there is no rating model.
     """
 
-    def __init__(self, config: JudgeConfig | dict, rater: str, score_config: ScoreConfig | dict, data_config: DataConfig | dict):
+    def __init__(
+        self,
+        config: JudgeConfig | dict,
+        rater: str,
+        score_config: ScoreConfig | dict,
+        data_config: DataConfig | dict,
+    ):
         super().__init__(ROWS_IN_FLIGHT)
         self.config = JudgeConfig.model_validate(config)
         self.name = f"rater:{self.config.model}"
@@ -38,12 +46,27 @@ class RaterJudge(Judge):
     async def row(self, row: dict[str, Any]) -> dict[str, Any]:
         questions = row["questions"] or []
         exchanges = [
-            {"image_id": row["sample_id"], "image": row["image"], "context": None, "question": question["question"], "answer": answer["text"]}
-            for question in questions for answer in question["answers"]
+            {
+                "image_id": row["sample_id"],
+                "image": row["image"],
+                "context": None,
+                "question": question["question"],
+                "answer": answer["text"],
+            }
+            for question in questions
+            for answer in question["answers"]
         ]
         async with self.turn:
             ratings = iter(await asyncio.to_thread(self.score.ratings, exchanges))
-        return await super().row({**row, "ratings": {question["question_id"]: [next(ratings) for _ in question["answers"]] for question in questions}})
+        return await super().row(
+            {
+                **row,
+                "ratings": {
+                    question["question_id"]: [next(ratings) for _ in question["answers"]]
+                    for question in questions
+                },
+            }
+        )
 
     async def verdicts(self, row, question, places, usage):
         ratings = row["ratings"][question["question_id"]]

@@ -1,7 +1,7 @@
 """Images that a record holds itself: bytes, base64 text, data: URIs, {bytes, path} (pure, no Ray).
 
-Readers know image files by name. What a record holds inline is taken out before a reader sees the record, and a name
-that stands for it is put in its place.
+Readers know image files by name. What a record holds inline is taken out before a reader sees the record, and
+a name that stands for it is put in its place.
 """
 
 from __future__ import annotations
@@ -27,25 +27,48 @@ LONGEST_PATH = 4096
 _BYTES = ("bytes", "base64", "b64", "data", "url", "image_url")
 _NAMES = ("path", "file_name", "filename", "file")
 # Fields in which a text is a file's name or an image, whatever it looks like.
-_FIELDS = frozenset((
-    "image", "images", "img", "picture", "photo", "image_file", "image_path", "file_name", "filename", "file", "path",
-    "image_name", "img_name", "figure_path", "imageid", "image_base64", "image_bytes", "jpg", "jpeg", "png",
-))
+_FIELDS = frozenset(
+    (
+        "image",
+        "images",
+        "img",
+        "picture",
+        "photo",
+        "image_file",
+        "image_path",
+        "file_name",
+        "filename",
+        "file",
+        "path",
+        "image_name",
+        "img_name",
+        "figure_path",
+        "imageid",
+        "image_base64",
+        "image_bytes",
+        "jpg",
+        "jpeg",
+        "png",
+    )
+)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 _BLANKS = str.maketrans("", "", " \t\r\n\v\f")
 
 
 def inline_image(value: Any) -> bytes | None:
-    """The encoded image that a value of an image field holds itself; None if it names a file or holds nothing.
+    """The encoded image that a value of an image field holds itself; None if it names a file or holds
+    nothing.
 
-    Base64 may have line breaks, blanks, the URL-safe alphabet and no padding, with or without data:TYPE;...;base64, before it. Of
-    {bytes, path} the bytes count, as bytes, base64 or a list of numbers; tables hold such an object as text, in JSON or as
-    Python writes it.
+    Base64 may have line breaks, blanks, the URL-safe alphabet and no padding, with or without
+    data:TYPE;...;base64, before it. Of {bytes, path} the bytes count, as bytes, base64 or a list of numbers;
+    tables hold such an object as text, in JSON or as Python writes it.
 
     Raises BadRecord for a text that begins as an inline image and is none, or is neither that nor a path.
     """
     if isinstance(value, Mapping):
-        return next((found for field in _BYTES if (found := inline_image(value.get(field))) is not None), None)
+        return next(
+            (found for field in _BYTES if (found := inline_image(value.get(field))) is not None), None
+        )
     if isinstance(value, list):
         return _of_numbers(value)
     if isinstance(value, bytes | bytearray | memoryview):
@@ -61,7 +84,9 @@ def inline_image(value: Any) -> bytes | None:
         text = text[2:-1]
     if _looks_encoded(text):
         return _of_base64(text)
-    if len(text.encode("utf-8", "replace")) > LONGEST_PATH or (len(text) > 512 and _BASE64.fullmatch(text.translate(_BLANKS))):
+    if len(text.encode("utf-8", "replace")) > LONGEST_PATH or (
+        len(text) > 512 and _BASE64.fullmatch(text.translate(_BLANKS))
+    ):
         raise BadRecord(f"{len(text)} characters are neither the path of an image nor an image as base64")
     return None
 
@@ -77,7 +102,8 @@ def named_file(value: Any) -> Any:
 
 
 def take_out(record: Any) -> tuple[Any, dict[str, bytes]]:
-    """(the record with a name for each inline image, the images by these names). A record without any comes back as it is.
+    """(the record with a name for each inline image, the images by these names). A record without any comes
+    back as it is.
 
     Raises BadRecord as inline_image does.
     """
@@ -88,7 +114,9 @@ def take_out(record: Any) -> tuple[Any, dict[str, bytes]]:
     for field, value in record.items():
         if _may_be_image(field, value):
             alone = value[0] if _is_list(value) and len(value) == 1 else value
-            replaced = [_replaced(one, images) for one in alone] if _is_list(alone) else _replaced(alone, images)
+            replaced = (
+                [_replaced(one, images) for one in alone] if _is_list(alone) else _replaced(alone, images)
+            )
             if replaced is not alone:
                 changed[field] = replaced
     return (record | changed if changed else record), images
@@ -99,7 +127,9 @@ def _is_list(value: Any) -> bool:
 
 
 def _written_object(text: str) -> Mapping[str, Any] | None:
-    """The object with an image's bytes or path that a text is, or that is alone in a list; None if it is none."""
+    """The object with an image's bytes or path that a text is, or that is alone in a list; None if it is
+    none.
+    """
     if not any(f"{quote}{name}{quote}" in text[:200] for name in (*_BYTES, *_NAMES) for quote in "'\""):
         return None
     for read in (json.loads, ast.literal_eval):
@@ -116,7 +146,9 @@ def _may_be_image(field: Any, value: Any) -> bool:
     if str(field).strip().lower() in _FIELDS:
         return True
     # Other fields too, where nobody could take it for text.
-    return isinstance(value, str) and (value[:11].lower() == "data:image/" or (len(value) > 256 and _looks_encoded(value.strip())))
+    return isinstance(value, str) and (
+        value[:11].lower() == "data:image/" or (len(value) > 256 and _looks_encoded(value.strip()))
+    )
 
 
 def _replaced(value: Any, images: dict[str, bytes]) -> Any:
@@ -137,7 +169,11 @@ def _looks_encoded(text: str) -> bool:
         start = _decoded(head[: len(head) // 4 * 4])
     except binascii.Error:
         return False
-    return image_format(start) not in ("unknown", "BMP", "PPM") or (start[:2] in (b"BM", b"P4", b"P5", b"P6") and len(text) > 512) or is_dicom(start)
+    return (
+        image_format(start) not in ("unknown", "BMP", "PPM")
+        or (start[:2] in (b"BM", b"P4", b"P5", b"P6") and len(text) > 512)
+        or is_dicom(start)
+    )
 
 
 def _of_data_uri(text: str) -> bytes:

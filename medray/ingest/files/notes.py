@@ -1,8 +1,8 @@
 """Count what readers see and do not use: files of an archive, fields of a record.
 
-Readers work in many tasks, and what they note must not travel with the rows. Each task writes its notes as one small
-JSON file, named after the part of the source it read, so a task that runs again replaces its own notes. The driver
-adds them up.
+Readers work in many tasks, and what they note must not travel with the rows. Each task writes its notes as
+one small JSON file, named after the part of the source it read, so a task that runs again replaces its own
+notes. The driver adds them up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ OTHERS = "(others)"
 
 
 class Notes:
-    """Counts by kind, file and name. Memory is bounded: names and files beyond the limits are counted as OTHERS."""
+    """Counts by kind, file and name. Memory is bounded: names and files beyond the limits are counted as
+    OTHERS.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, Counter[str]]] = {}
@@ -33,7 +35,8 @@ class Notes:
 
         Args:
             kind: UNREAD or UNUSED.
-            file: the file of the source the count belongs to, relative to the source; "" if it belongs to the source.
+            file: the file of the source the count belongs to, relative to the source; "" if it belongs to the
+                source.
             name: a suffix or a field. Never a value of a record: it goes into reports.
         """
         files = self.counts.setdefault(kind, {})
@@ -59,11 +62,14 @@ class Notes:
 
     def by_file(self, kind: str) -> dict[str, dict[str, int]]:
         """Counts of a kind by file, then by name, both in order."""
-        return {file: dict(sorted(names.items())) for file, names in sorted(self.counts.get(kind, {}).items())}
+        return {
+            file: dict(sorted(names.items())) for file, names in sorted(self.counts.get(kind, {}).items())
+        }
 
     def write(self, folder: str | None, *part: Any) -> None:
-        """Write the counts into the folder of notes, in the place of the part of the source they are of. Nothing is
-        written if there are none, or without a folder."""
+        """Write the counts into the folder of notes, in the place of the part of the source they are of.
+        Nothing is written if there are none, or without a folder.
+        """
         if folder is None or not self.counts:
             return
         fs, root = url_to_fs(folder)

@@ -13,9 +13,13 @@ from fsspec.core import url_to_fs
 
 # What to say of a path, by the number of the operating system's error.
 _WORDS = {
-    errno.ENOENT: "does not exist", errno.EISDIR: "is a folder", errno.ENOTDIR: "does not exist: a part of its path is a file",
-    errno.EACCES: "cannot be read: permission denied", errno.EPERM: "cannot be read: permission denied",
-    errno.ENAMETOOLONG: "has a name that is too long for a file", errno.ELOOP: "is a link that leads to itself",
+    errno.ENOENT: "does not exist",
+    errno.EISDIR: "is a folder",
+    errno.ENOTDIR: "does not exist: a part of its path is a file",
+    errno.EACCES: "cannot be read: permission denied",
+    errno.EPERM: "cannot be read: permission denied",
+    errno.ENAMETOOLONG: "has a name that is too long for a file",
+    errno.ELOOP: "is a link that leads to itself",
     errno.ENXIO: "is a pipe or a device, not a file",
 }
 
@@ -29,8 +33,9 @@ def is_dicom(head: bytes) -> bool:
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """A file of a disk or an object store, to read. Raises OSError for a folder, a pipe or a device: opening a pipe would
-    wait for somebody to write into it."""
+    """A file of a disk or an object store, to read. Raises OSError for a folder, a pipe or a device:
+    opening a pipe would wait for somebody to write into it.
+    """
     if "://" in path:
         fs, inner = url_to_fs(path)
         with fs.open(inner, "rb") as handle:
@@ -47,10 +52,16 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 
 def failure(error: BaseException) -> str:
-    """Why a file could not be read, to follow its name: "does not exist". Quotes neither the path nor a value."""
+    """Why a file could not be read, to follow its name: "does not exist". Quotes neither the path nor a
+    value.
+    """
     if isinstance(error, OSError) and error.errno in _WORDS:
         return _WORDS[error.errno]
-    for kind, number in ((FileNotFoundError, errno.ENOENT), (IsADirectoryError, errno.EISDIR), (PermissionError, errno.EACCES)):
+    for kind, number in (
+        (FileNotFoundError, errno.ENOENT),
+        (IsADirectoryError, errno.EISDIR),
+        (PermissionError, errno.EACCES),
+    ):
         if isinstance(error, kind):  # of an object store, without a number
             return _WORDS[number]
     if isinstance(error, OSError) and error.strerror:

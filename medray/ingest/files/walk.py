@@ -1,4 +1,6 @@
-"""Walk a source's folders: every file once, linked folders too, and what cannot be read is named instead of left out."""
+"""Walk a source's folders: every file once, linked folders too, and what cannot be read is named instead
+of left out.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from fsspec.implementations.local import LocalFileSystem
 from medray.errors import DataError
 
 NO_SUFFIX = "(none)"
-_SUFFIX = re.compile(r"\.(?=[^.]*[a-z])(?![^.]*\d{4})[a-z0-9_+~-]{1,10}$")  # four digits in a row may be a patient's number
+# four digits in a row may be a patient's number
+_SUFFIX = re.compile(r"\.(?=[^.]*[a-z])(?![^.]*\d{4})[a-z0-9_+~-]{1,10}$")
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -39,18 +42,21 @@ def suffix_of(name: str) -> str:
 
 
 def walk_files(
-    folder: str, depth: int | None = None, in_order: bool = True, part_of: str | None = None,
+    folder: str,
+    depth: int | None = None,
+    in_order: bool = True,
+    part_of: str | None = None,
 ) -> Iterator[Found]:
     """The files of a folder (or the one file), folder by folder.
 
     Args:
         depth: levels to read; None for all.
         in_order: by name. Without it a folder of any number of files takes no memory.
-        part_of: the source, if `folder` is one of its folders: a link that leads back to the source is not followed, and
-            a `folder` that cannot be read is a problem among others.
+        part_of: the source, if `folder` is one of its folders: a link that leads back to the source is not
+            followed, and a `folder` that cannot be read is a problem among others.
 
-    A linked folder is followed unless it leads back to a folder above it. Folders that cannot be listed, such links,
-    and what is no file (pipes, sockets, devices) come with their problem.
+    A linked folder is followed unless it leads back to a folder above it. Folders that cannot be listed, such
+    links, and what is no file (pipes, sockets, devices) come with their problem.
 
     Raises DataError if `folder` itself cannot be read.
     """
@@ -71,7 +77,9 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def subfolders(folder: str) -> list[str]:
-    """URIs of the folders in a folder, in order of name; linked ones too. Raises DataError if it cannot be read."""
+    """URIs of the folders in a folder, in order of name; linked ones too. Raises DataError if it cannot
+    be read.
+    """
     fs, root = url_to_fs(folder)
     try:
         return _subfolders(fs, folder, root)
@@ -81,7 +89,9 @@ def subfolders(folder: str) -> list[str]:
 
 def _subfolders(fs: Any, folder: str, root: str) -> list[str]:
     if not isinstance(fs, LocalFileSystem):
-        names = [entry["name"].rstrip("/") for entry in fs.ls(root, detail=True) if entry["type"] == "directory"]
+        names = [
+            entry["name"].rstrip("/") for entry in fs.ls(root, detail=True) if entry["type"] == "directory"
+        ]
         return sorted(posixpath.join(folder, posixpath.basename(name)) for name in names if name != root)
     with os.scandir(root) as entries:
         return sorted(posixpath.join(folder, entry.name) for entry in entries if _is_folder(entry))
@@ -95,7 +105,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk_local(
-    uri: str, path: str, depth: int | None, in_order: bool, above: tuple[tuple[int, int], ...],
+    uri: str,
+    path: str,
+    depth: int | None,
+    in_order: bool,
+    above: tuple[tuple[int, int], ...],
 ) -> Iterator[Found]:
     try:
         own = os.stat(path)
@@ -124,11 +138,15 @@ def _walk_local(
 
 
 def _problem(entry: os.DirEntry[str]) -> str | None:
-    """Why a thing that is no folder is no file either. Links that lead nowhere count as files: opening them says why."""
+    """Why a thing that is no folder is no file either. Links that lead nowhere count as files: opening
+    them says why.
+    """
     if entry.is_file(follow_symlinks=False):
         return None
     try:
-        return None if stat.S_ISREG(entry.stat().st_mode) else "it is a pipe, a socket or a device, not a file"
+        return (
+            None if stat.S_ISREG(entry.stat().st_mode) else "it is a pipe, a socket or a device, not a file"
+        )
     except OSError:
         return None
 

@@ -17,8 +17,8 @@ from medray.records import ANSWER_TYPES, check_turns
 
 
 def payloads(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(suffix of the sample_id, payload) of everything a record says of its image: turns (or LLaVA's `conversations`),
-    one question, a preference, attributes, a caption; ("", {}) for an image alone.
+    """(suffix of the sample_id, payload) of everything a record says of its image: turns (or LLaVA's
+    `conversations`), one question, a preference, attributes, a caption; ("", {}) for an image alone.
 
     Raises BadRecord where a part is malformed.
     """
@@ -42,7 +42,10 @@ def _parts(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     text = record.get("caption") or record.get("text")
     if not is_empty(text):
         check_no_marker(str(text), "caption")
-        yield {"caption": _text(text, "caption"), "context": _text(record["context"], "context") if not is_empty(record.get("context")) else None}
+        yield {
+            "caption": _text(text, "caption"),
+            "context": _text(record["context"], "context") if not is_empty(record.get("context")) else None,
+        }
     if record.get("attributes"):
         yield _attributes(record["attributes"])
 
@@ -61,27 +64,42 @@ def _question(record: Mapping[str, Any]) -> dict[str, Any]:
     if is_empty(answer):
         raise BadRecord("empty reference answer")
     reference, choices = text_of(answer, "reference"), record.get("choices")
-    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+    if choices is not None and not (
+        isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    ):
         raise BadRecord("field 'choices' is no list of texts")
     language = record.get("language")
     if language is not None and not isinstance(language, str):
         raise BadRecord("field 'language' is no text")
     # Beside a caption the context is the caption's.
-    context = None if record.get("caption") or record.get("text") or is_empty(record.get("context")) else _text(record["context"], "context")
+    context = (
+        None
+        if record.get("caption") or record.get("text") or is_empty(record.get("context"))
+        else _text(record["context"], "context")
+    )
     kind = record.get("answer_type") or ("mcq" if choices else "closed" if yes_or_no(reference) else "open")
     if kind not in ANSWER_TYPES:
         raise BadRecord(f"answer_type is {kind!r}; it must be one of {', '.join(ANSWER_TYPES)}")
     question = asked(_text(record["question"], "question"), "question")
     if choices and not all(choice in question for choice in choices):
-        # Tables of other people's making hold the options beside the question; a model sees only the question.
-        return mcq(question, choices, right_option(record, reference, list(zip(ascii_uppercase, choices)), "reference"), record.get("attribute"), language)
+        # Tables of other people's making hold the options beside the question; a model sees only the
+        # question.
+        return mcq(
+            question,
+            choices,
+            right_option(record, reference, list(zip(ascii_uppercase, choices)), "reference"),
+            record.get("attribute"),
+            language,
+        )
     return qa(question, reference, kind, record.get("attribute"), language, choices, context)
 
 
 def _attributes(value: Any) -> dict[str, Any]:
     """Attributes as an object or, as Arrow gives a map, as pairs."""
     pairs = list(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
         raise BadRecord("field 'attributes' is no object")
     attributes = {str(name): str(text) for name, text in pairs if text is not None}
     try:
@@ -102,13 +120,22 @@ def members_of(sample: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     medray.ingest.canonical_rows.ToSamples)."""
     found: list[tuple[str, dict[str, Any]]] = []
     for row in sample["attributes"] or ():
-        found.append((row["sample_id"], {"record" if sample["source"] == "wbcatt" else "attributes": dict(row["values"])}))
+        found.append(
+            (
+                row["sample_id"],
+                {"record" if sample["source"] == "wbcatt" else "attributes": dict(row["values"])},
+            )
+        )
     for row in sample["captions"] or ():
         found.append((row["sample_id"], {"caption": row["caption"], "context": row["context"]}))
     for row in sample["dialogues"] or ():
         found.append((row["sample_id"], {"turns": row["turns"]}))
     for row in sample["questions"] or ():
-        found.append((row["sample_id"], {"qa": {key: value for key, value in row.items() if key != "sample_id"}}))
+        found.append(
+            (row["sample_id"], {"qa": {key: value for key, value in row.items() if key != "sample_id"}})
+        )
     for row in sample["preferences"] or ():
-        found.append((row["sample_id"], {"preference": {key: row[key] for key in ("prompt", "chosen", "rejected")}}))
+        found.append(
+            (row["sample_id"], {"preference": {key: row[key] for key in ("prompt", "chosen", "rejected")}})
+        )
     return found or [(sample["image_id"], {})]

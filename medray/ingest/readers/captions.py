@@ -16,34 +16,58 @@ from medray.stable_draws import digest
 IMAGE_COLUMNS = ("file_name", "image_file", "image_path", "image", "filename", "file", "path")
 TEXT_COLUMNS = ("caption", "text", "report")
 
-_DOMAINS = {"chest_xray": "x-ray", "mri": "mri", "ct_scan": "ct", "histology": "histology", "gross": "gross pathology"}
+_DOMAINS = {
+    "chest_xray": "x-ray",
+    "mri": "mri",
+    "ct_scan": "ct",
+    "histology": "histology",
+    "gross": "gross pathology",
+}
 
 
 def llava_med_captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
-    """LLaVA-Med's figure captions (llava_med_instruct_fig_captions.json: a list by domain; or a plain list): pair_id,
-    pmid, fig_caption, in_text_mention (texts, or objects whose `tokens` is the sentence), domain (flags).
+    """LLaVA-Med's figure captions (llava_med_instruct_fig_captions.json: a list by domain; or a plain list):
+    pair_id, pmid, fig_caption, in_text_mention (texts, or objects whose `tokens` is the sentence), domain
+    (flags).
 
-    The image is <pair_id>.jpg, as LLaVA-Med's download_images.py names it. Figures of one article share a group.
+    The image is <pair_id>.jpg, as LLaVA-Med's download_images.py names it. Figures of one article share a
+    group.
     """
     pair = need_text(record, "pair_id")
     image = str(given(record, "image") or f"{pair}.jpg")
     pmid = given(record, "pmid") or pair.partition("_")[0]
     yield row(
-        pair, pair, inside(place.images, image), {"caption": caption_of(record, "fig_caption"), "context": "\n".join(_mentions(record)) or None},
-        group_id=digest(pmid), modality=_modality(record),
+        pair,
+        pair,
+        inside(place.images, image),
+        {"caption": caption_of(record, "fig_caption"), "context": "\n".join(_mentions(record)) or None},
+        group_id=digest(pmid),
+        modality=_modality(record),
     )
 
 
 def llava_med_qa(record: dict[str, Any], place: Place) -> Iterator[Row]:
-    """LLaVA-Med's chat benchmark (data/eval/llava_med_eval_qa50_qa.jsonl: 193 questions on 50 figures): question_id, text with
-    the image's marker, gpt4_answer (the reference), type (conversation, detailed_description), domain, pair_id, and the
-    figure's fig_label, fig_caption and in_text_mention, which become the context of the question: the judge sees it, the model
-    does not."""
+    """LLaVA-Med's chat benchmark (data/eval/llava_med_eval_qa50_qa.jsonl: 193 questions on 50 figures):
+    question_id, text with the image's marker, gpt4_answer (the reference), type (conversation,
+    detailed_description), domain, pair_id, and the figure's fig_label, fig_caption and in_text_mention,
+    which become the context of the question: the judge sees it, the model does not.
+    """
     pair = need_text(record, "pair_id")
-    payload = qa(asked(need_text(record, "text"), "text"), need_text(record, "gpt4_answer"), "open", given(record, "type"), context=_context(record))
+    payload = qa(
+        asked(need_text(record, "text"), "text"),
+        need_text(record, "gpt4_answer"),
+        "open",
+        given(record, "type"),
+        context=_context(record),
+    )
     yield row(
-        f"{place.stem}:{need(record, 'question_id')}", pair, inside(place.images, str(given(record, "image") or f"{pair}.jpg")), payload,
-        split="test", group_id=digest(pair.partition("_")[0]), modality=_modality(record),
+        f"{place.stem}:{need(record, 'question_id')}",
+        pair,
+        inside(place.images, str(given(record, "image") or f"{pair}.jpg")),
+        payload,
+        split="test",
+        group_id=digest(pair.partition("_")[0]),
+        modality=_modality(record),
     )
 
 
@@ -55,8 +79,10 @@ def _modality(record: dict[str, Any]) -> str | None:
 
 
 def _context(record: dict[str, Any]) -> str | None:
-    """Caption and mentions of a figure in the words in which LLaVA-Med's judge reads them (llava/eval/eval_multimodal_chat_gpt_score.py,
-    conv_to_str); a mention is its sentence there and no list of entities. None where the record has no caption."""
+    """Caption and mentions of a figure in the words in which LLaVA-Med's judge reads them
+    (llava/eval/eval_multimodal_chat_gpt_score.py, conv_to_str); a mention is its sentence there and no
+    list of entities. None where the record has no caption.
+    """
     if given(record, "fig_caption") is None:
         return None
     label = str(given(record, "fig_label") or "").strip()
@@ -68,7 +94,11 @@ def _context(record: dict[str, Any]) -> str | None:
 def _mentions(record: dict[str, Any]) -> list[str]:
     """The sentences of the article that mention the figure."""
     said = given(record, "in_text_mention") or []
-    return [sentence for mention in (said if isinstance(said, list) else [said]) if (sentence := _sentence(mention))]
+    return [
+        sentence
+        for mention in (said if isinstance(said, list) else [said])
+        if (sentence := _sentence(mention))
+    ]
 
 
 def _sentence(mention: Any) -> str:
@@ -105,7 +135,9 @@ def column(names: Iterable[str], wanted: tuple[str, ...]) -> str | None:
 
 
 def image_column(record: Mapping[str, Any]) -> str | None:
-    """The field that names the image's file; of several the one that holds the image itself (VLMEvalKit: image beside image_path)."""
+    """The field that names the image's file; of several the one that holds the image itself (VLMEvalKit:
+    image beside image_path).
+    """
     fields = [name for name in record if str(name).strip().lower() in IMAGE_COLUMNS]
     inline = (name for name in fields if str(record[name]).startswith(PREFIX)) if len(fields) > 1 else ()
     return next(iter(inline), None) or column(record, IMAGE_COLUMNS)
@@ -122,8 +154,9 @@ def file_in(record: Mapping[str, Any], field: str) -> str:
 
 
 def captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
-    """A table of images and texts: Hugging Face's imagefolder metadata.csv or .jsonl (file_name relative to that file) or
-    any table with one of IMAGE_COLUMNS and one of TEXT_COLUMNS."""
+    """A table of images and texts: Hugging Face's imagefolder metadata.csv or .jsonl (file_name relative
+    to that file) or any table with one of IMAGE_COLUMNS and one of TEXT_COLUMNS.
+    """
     fields = [image_column(record), column(record, TEXT_COLUMNS)]
     for field, wanted in zip(fields, (IMAGE_COLUMNS, TEXT_COLUMNS)):
         if field is None:
@@ -131,4 +164,9 @@ def captions(record: dict[str, Any], place: Place) -> Iterator[Row]:
     image, text = file_in(record, fields[0]), caption_of(record, fields[1])
     # train/metadata.csv and test/metadata.csv may name different images alike.
     identity = posixpath.join(place.prefix or place.split_folder, image)
-    yield row(f"{identity}:{digest(text)[:8]}", identity, inside(place.images, image), {"caption": text, "context": None})
+    yield row(
+        f"{identity}:{digest(text)[:8]}",
+        identity,
+        inside(place.images, image),
+        {"caption": text, "context": None},
+    )

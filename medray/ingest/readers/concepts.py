@@ -23,17 +23,19 @@ def wbcatt(record: dict[str, Any], place: Place) -> Iterator[Row]:
         check_record(record)
     except ValueError as error:
         raise BadRecord(str(error)) from None
-    image, original = given(record, "image"), given(record, "path")  # one picture, by its place here and in its own set
+    # one picture, by its place here and in its own set
+    image, original = given(record, "image"), given(record, "path")
     file = inside(place.images, image or original or need(record, "path"))
     yield row(identity, identity, file, {"record": record})
 
 
 def skincon(record: dict[str, Any], place: Place) -> Iterator[Row]:
-    """SKINCON, annotations_fitzpatrick17k.csv and annotations_ddi.csv: ImageID (the image's file), a 0/1 column for each
-    concept and the column that sets an image aside.
+    """SKINCON, annotations_fitzpatrick17k.csv and annotations_ddi.csv: ImageID (the image's file), a 0/1
+    column for each concept and the column that sets an image aside.
 
-    Gives the attributes, the present concepts as a caption, yes/no questions about each present and as many absent
-    concepts, and for each present concept the choice between it and three absent ones. The id fixes what is drawn.
+    Gives the attributes, the present concepts as a caption, yes/no questions about each present and as many
+    absent concepts, and for each present concept the choice between it and three absent ones. The id fixes
+    what is drawn.
     """
     image = need_text(record, "ImageID")
     values = {concept: _binary(record, concept) for concept in (*SKINCON, EXCLUDED)}
@@ -42,10 +44,15 @@ def skincon(record: dict[str, Any], place: Place) -> Iterator[Row]:
     present = [word(concept) for concept, value in values.items() if value]
     absent = [word(concept) for concept, value in values.items() if not value]
     file = inside(place.images, image)
-    yield row(f"{image}/attributes", image, file, {"attributes": {word(c): "present" if value else "absent" for c, value in values.items()}})
+    yield row(
+        f"{image}/attributes",
+        image,
+        file,
+        {"attributes": {word(c): "present" if value else "absent" for c, value in values.items()}},
+    )
     if present:
         yield row(f"{image}/caption", image, file, {"caption": ", ".join(present), "context": None})
-    asked = present + drawn(absent, image, "closed")[:len(present)]
+    asked = present + drawn(absent, image, "closed")[: len(present)]
     for concept in asked:
         payload = qa(f"Is {concept} seen?", "yes" if concept in present else "no", "closed", concept)
         yield row(f"{image}/closed/{concept}", image, file, payload)

@@ -1,4 +1,6 @@
-"""Dialogues and preferences: LLaVA conversations and chat messages, preference rows of TRL and LLaMA-Factory."""
+"""Dialogues and preferences: LLaVA conversations and chat messages, preference rows of TRL and
+LLaMA-Factory.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,10 @@ from medray.stable_draws import digest
 
 
 def llava(record: dict[str, Any], place: Place) -> Iterator[Row]:
-    """LLaVA conversations, with LLaVA-Med's `conversatons` too, chat `messages`, or `prompt` and `completion`; `image`
-    (or `images`) names one file. A record without an id gets one of its image and texts."""
+    """LLaVA conversations, with LLaVA-Med's `conversatons` too, chat `messages`, or `prompt` and
+    `completion`; `image` (or `images`) names one file. A record without an id gets one of its image and
+    texts.
+    """
     turns = dialogue_turns(record)
     image = image_name(record)
     identity = identity_of(record.get("id")) or f"{image}:{digest(*(turn['text'] for turn in turns))[:8]}"
@@ -56,9 +60,9 @@ def one_image(record: Mapping[str, Any]) -> Any:
 
 
 def preference_pair(record: Mapping[str, Any]) -> dict[str, str]:
-    """{"prompt", "chosen", "rejected"} of a preference row. The answers are texts or messages; the question is in `prompt`,
-    `question`, `instruction` and `input`, one of DIALOGUES (LLaMA-Factory), or the first message of both answers (TRL's
-    "implicit prompt"). System messages are left out.
+    """{"prompt", "chosen", "rejected"} of a preference row. The answers are texts or messages; the question
+    is in `prompt`, `question`, `instruction` and `input`, one of DIALOGUES (LLaMA-Factory), or the first
+    message of both answers (TRL's "implicit prompt"). System messages are left out.
 
     Raises BadRecord if there is more than one question, or chosen and rejected are the same.
     """
@@ -75,9 +79,13 @@ def preference_pair(record: Mapping[str, Any]) -> dict[str, str]:
     field, prompt = _prompt(record)
     if prompt is None:
         if not questions[0] or questions[0] != questions[1]:
-            raise BadRecord("field 'prompt' is missing, and chosen and rejected do not begin with the same question")
+            raise BadRecord(
+                "field 'prompt' is missing, and chosen and rejected do not begin with the same question"
+            )
         prompt = questions[0]
-    elif any(questions) and any([one.text for one in begun] not in ([], [one.text for one in prompt]) for begun in questions):
+    elif any(questions) and any(
+        [one.text for one in begun] not in ([], [one.text for one in prompt]) for begun in questions
+    ):
         raise BadRecord(f"chosen and rejected begin with another question than {field!r}")
     if len(prompt) != 1 or prompt[0].role == "assistant":
         raise BadRecord(f"field {field!r} has {len(prompt)} messages; a pair is about one question")

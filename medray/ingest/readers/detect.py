@@ -10,24 +10,45 @@ from medray.ingest.readers.captions import IMAGE_COLUMNS, TEXT_COLUMNS, column
 from medray.ingest.readers.suffixes import suffix_of
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
-    "shards": (".parquet",), "hf-parquet": (".parquet",),
-    "wbcatt": (".jsonl", ".json", ".csv"), "skincon": (".csv",), "cbis-ddsm": (".csv",), "pmc-vqa": (".csv",), "omnimedvqa": (".json", ".jsonl"),
-    "slake": (".json", ".jsonl"), "vqa-rad": (".jsonl", ".json"), "preference": (".jsonl", ".json", ".parquet"), "llava": (".jsonl", ".json"),
-    "llava-med-captions": (".json", ".jsonl"), "llava-med-qa": (".jsonl", ".json"), "questions": (".csv", ".jsonl", ".json"), "captions": (".csv", ".jsonl", ".json"), "webdataset": (".tar",),
+    "shards": (".parquet",),
+    "hf-parquet": (".parquet",),
+    "wbcatt": (".jsonl", ".json", ".csv"),
+    "skincon": (".csv",),
+    "cbis-ddsm": (".csv",),
+    "pmc-vqa": (".csv",),
+    "omnimedvqa": (".json", ".jsonl"),
+    "slake": (".json", ".jsonl"),
+    "vqa-rad": (".jsonl", ".json"),
+    "preference": (".jsonl", ".json", ".parquet"),
+    "llava": (".jsonl", ".json"),
+    "llava-med-captions": (".json", ".jsonl"),
+    "llava-med-qa": (".jsonl", ".json"),
+    "questions": (".csv", ".jsonl", ".json"),
+    "captions": (".csv", ".jsonl", ".json"),
+    "webdataset": (".tar",),
 }
 """The files of each format (readers.suffixes.suffix_of); "images" and "dicom" are folders."""
 
-_OWN = {"split", "group_id"}.union(*(
-    schema.names
-    for schema in (
-        records.SAMPLE, records.CONVERSATION, records.QUESTION, records.IMAGE_TEXT, records.PREFERENCE, records.PREFERENCE_WITH_REFERENCE, records.DESCRIPTION,
+_OWN = {"split", "group_id"}.union(
+    *(
+        schema.names
+        for schema in (
+            records.SAMPLE,
+            records.CONVERSATION,
+            records.QUESTION,
+            records.IMAGE_TEXT,
+            records.PREFERENCE,
+            records.PREFERENCE_WITH_REFERENCE,
+            records.DESCRIPTION,
+        )
     )
-))
+)
 """What medray's own shards hold; a table of other columns is somebody else's, whatever it calls its ids."""
 
 TABLES = tuple(sorted({suffix for suffixes in SUFFIXES.values() for suffix in suffixes}))
 
-# In this order: SLAKE has VQA-RAD's names too, and LLaVA-Med's conversations and questions may carry their figures' captions.
+# In this order: SLAKE has VQA-RAD's names too, and LLaVA-Med's conversations and questions may carry their
+# figures' captions.
 _NAMES: dict[str, tuple[set[str], ...]] = {
     "wbcatt": ({"nucleus_shape"},),
     "skincon": ({"Do not consider this image"},),
@@ -44,7 +65,10 @@ _NAMES: dict[str, tuple[set[str], ...]] = {
 
 LOOKED_FOR = (
     "Parquet with the columns of medray's own shards, with chosen and rejected (preference) or with an image column (hf-parquet); "
-    + "; ".join(f"{kind} ({' or '.join(', '.join(sorted(names)) for names in alternatives)})" for kind, alternatives in _NAMES.items())
+    + "; ".join(
+        f"{kind} ({' or '.join(', '.join(sorted(names)) for names in alternatives)})"
+        for kind, alternatives in _NAMES.items()
+    )
     + f"; questions (question, answer and a column of the image files); captions (a column of {', '.join(IMAGE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}); webdataset (*.tar); "
     "dicom (*.dcm or DICM at byte 128); images (*.jpg, *.png, ...)"
 )
@@ -58,10 +82,19 @@ def table_format(names: Iterable[str], path: str) -> str | None:
         if suffix in SUFFIXES[kind] and any(wanted <= set(names) for wanted in alternatives):
             return kind
     image = column(names, (*IMAGE_COLUMNS, "images")) is not None
-    if image and suffix in SUFFIXES["questions"] and column(names, ("question",)) and column(names, ("answer", "answers")):
+    if (
+        image
+        and suffix in SUFFIXES["questions"]
+        and column(names, ("question",))
+        and column(names, ("answer", "answers"))
+    ):
         return "questions"
     # LLaVA-Bench's questions: `text` is what is asked, and the answers are somewhere else.
-    both = column(names, IMAGE_COLUMNS) is not None and column(names, TEXT_COLUMNS) is not None and not _asks(names)
+    both = (
+        column(names, IMAGE_COLUMNS) is not None
+        and column(names, TEXT_COLUMNS) is not None
+        and not _asks(names)
+    )
     return "captions" if both and suffix in SUFFIXES["captions"] else None
 
 
@@ -102,12 +135,17 @@ def missing_columns(names: Iterable[str]) -> str:
     image, text = column(names, IMAGE_COLUMNS), column(names, (*TEXT_COLUMNS, "question"))
     if image is None and text is not None:
         return f"{said}; name the column of the image files file_name"
-    return f"{said}; name the column of the texts caption, or columns question and answer" if image is not None else said
+    return (
+        f"{said}; name the column of the texts caption, or columns question and answer"
+        if image is not None
+        else said
+    )
 
 
 def chosen_files(kind: str, files: list[str]) -> list[str]:
-    """Of a set's files those that are read together: of VQA-RAD the official file and not its MEVF re-splits, of PMC-VQA
-    version 1 and not version 2 (*_2.csv) nor the part of its test set that was checked (test_clean.csv). What is left
-    out here is read where it is named itself."""
+    """Of a set's files those that are read together: of VQA-RAD the official file and not its MEVF
+    re-splits, of PMC-VQA version 1 and not version 2 (*_2.csv) nor the part of its test set that was
+    checked (test_clean.csv). What is left out here is read where it is named itself.
+    """
     apart = {"vqa-rad": r"(mevf[^/]*|(train|test)set\.json)$", "pmc-vqa": r"(_2|_clean)\.csv$"}.get(kind)
     return [path for path in files if apart is None or not re.search(apart, path)] or files

@@ -1,4 +1,6 @@
-"""Records of JSON Lines, JSON and CSV files, one after another: no file is held whole, and a broken part is an error row."""
+"""Records of JSON Lines, JSON and CSV files, one after another: no file is held whole, and a broken part
+is an error row.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Rest(str):
 
 @dataclass(frozen=True)
 class Member:
-    """What stands beside the records in a JSON file, such as {"info": ..., "data": [...]}: it is named, and not read."""
+    """What stands beside the records in a JSON file, such as {"info": ..., "data": [...]}: it is named,
+    and not read.
+    """
 
     name: str
 
@@ -68,11 +72,14 @@ def json_lines(handle: BinaryIO, start: int, end: int) -> Iterator[Found]:
             yield where, None, f"the line is not UTF-8: {error.reason} at byte {at + error.start}"
         except json.JSONDecodeError as error:
             yield where, None, f"the line is not JSON: {error.msg}"
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+        except (ValueError, RecursionError) as error:
+            # a number of thousands of digits, lists in lists without end
             yield where, None, f"the line cannot be read: {error}"
 
 
-def csv_records(handle: BinaryIO, encoding: str = "utf-8-sig", delimiter: str = ",", skipped: int = 0) -> Iterator[Found]:
+def csv_records(
+    handle: BinaryIO, encoding: str = "utf-8-sig", delimiter: str = ",", skipped: int = 0
+) -> Iterator[Found]:
     """Records by the header's names. A record that cannot be read is an error row, and the next one is read.
 
     Args:
@@ -81,7 +88,9 @@ def csv_records(handle: BinaryIO, encoding: str = "utf-8-sig", delimiter: str = 
     csv.field_size_limit(LONGEST_VALUE)  # the default of 128 KiB is shorter than an image as base64
     # A byte that is not UTF-8 spoils its own record only (readers.common.row).
     errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
-    text = io.TextIOWrapper(handle, encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors=errors, newline="")
+    text = io.TextIOWrapper(
+        handle, encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors=errors, newline=""
+    )
     for _ in range(skipped):
         text.readline()
     reader = csv.DictReader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -98,28 +107,39 @@ def csv_records(handle: BinaryIO, encoding: str = "utf-8-sig", delimiter: str = 
             number += 1
             continue
         except UnicodeError as error:
-            yield f"from record {number} on", None, Rest(f"cannot be read: not {encoding} ({error}); save the file as UTF-8")
+            yield (
+                f"from record {number} on",
+                None,
+                Rest(f"cannot be read: not {encoding} ({error}); save the file as UTF-8"),
+            )
             return
         if record is None:
             return
         more = None in record
-        yield f"record {number}", None if more else record, "the record has more fields than the header" if more else None
+        yield (
+            f"record {number}",
+            None if more else record,
+            "the record has more fields than the header" if more else None,
+        )
         number += 1
 
 
 IsRecord = Callable[[list[str]], bool]
 
 
-def json_records(handle: BinaryIO, encoding: str = "utf-8", is_record: IsRecord | None = None) -> Iterator[Found]:
-    """Items of a JSON list, or of every list (or object) in a JSON object, as LLaVA-Med groups records by domain; so of each
-    of several values that follow each other. Records in an object's member that is named after a split get that split, and so
-    do those after a member such as "split": "test".
+def json_records(
+    handle: BinaryIO, encoding: str = "utf-8", is_record: IsRecord | None = None
+) -> Iterator[Found]:
+    """Items of a JSON list, or of every list (or object) in a JSON object, as LLaVA-Med groups records by
+    domain; so of each of several values that follow each other. Records in an object's member that is named
+    after a split get that split, and so do those after a member such as "split": "test".
 
     Args:
-        is_record: whether an object with these keys is a record; others hold records, or are given as Member. None: an object
-            that is the whole value holds records, and its members are records.
+        is_record: whether an object with these keys is a record; others hold records, or are given as Member.
+            None: an object that is the whole value holds records, and its members are records.
 
-    Raises DataError if an object names the split of its records after them: they would have been read without it.
+    Raises DataError if an object names the split of its records after them: they would have been read without
+    it.
     """
     text = _Text(handle, encoding)
     try:
@@ -143,7 +163,11 @@ def json_records(handle: BinaryIO, encoding: str = "utf-8", is_record: IsRecord 
             if text.peek() == ",":  # records with commas between them and no list around them
                 text.at += 1
     except UnicodeDecodeError as error:
-        yield text.place, None, Rest(f"cannot be read: not {encoding} ({error.reason}); save the file as UTF-8")
+        yield (
+            text.place,
+            None,
+            Rest(f"cannot be read: not {encoding} ({error.reason}); save the file as UTF-8"),
+        )
     except json.JSONDecodeError as error:
         yield text.place, None, Rest(f"cannot be read: not JSON: {error.msg}")
     except (ValueError, RecursionError) as error:
@@ -154,7 +178,13 @@ def _items(text: _Text, name: str, split: str | None, is_record: IsRecord | None
     skipped = False
     for number, _ in enumerate(text.parts("[", "]")):
         text.place = f"from {name}record {number} on"
-        if number == 0 and name and is_record is not None and text.peek() == "{" and not is_record(text.keys()):
+        if (
+            number == 0
+            and name
+            and is_record is not None
+            and text.peek() == "{"
+            and not is_record(text.keys())
+        ):
             skipped = True
             yield f"member {name.strip()}", Member(name.strip()), None
         value = text.value()
@@ -211,7 +241,9 @@ class _Text:
         self.handle = handle
         # A byte that is not UTF-8 spoils its own record only (readers.common.row).
         utf8 = encoding.startswith("utf-8")
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig" if utf8 else encoding)("surrogateescape" if utf8 else "strict")
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig" if utf8 else encoding)(
+            "surrogateescape" if utf8 else "strict"
+        )
         self.text, self.at, self.ended = "", 0, False
         self.place = "whole file"  # where an error lies
 
@@ -219,7 +251,7 @@ class _Text:
         """Read on; False at the end of the file."""
         if self.ended:
             return False
-        self.text, self.at = self.text[self.at:], 0
+        self.text, self.at = self.text[self.at :], 0
         # As much again as is pending: a long value is tried a few times only.
         data = self.handle.read(max(CHUNK, len(self.text)))
         self.ended = not data
@@ -240,14 +272,16 @@ class _Text:
         """The text from here on as far as KEYS_AHEAD, unread."""
         while len(self.text) - self.at < KEYS_AHEAD and self.more():
             pass
-        return self.text[self.at: self.at + KEYS_AHEAD]
+        return self.text[self.at : self.at + KEYS_AHEAD]
 
     def keys(self) -> list[str]:
         """Keys of the object that begins here, unread; of a long one the first."""
         return top_keys(self.ahead())
 
     def holds_objects(self) -> bool:
-        """Whether the first value of the object that begins here, unread, is an object or a list of objects."""
+        """Whether the first value of the object that begins here, unread, is an object or a list of
+        objects.
+        """
         return re.match(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(\[\s*)?\{', self.ahead()) is not None
 
     def expect(self, character: str) -> None:

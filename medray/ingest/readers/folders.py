@@ -29,13 +29,18 @@ def begins_as_dicom(path: str) -> bool:
 
 
 def files_below(folder: str, depth: int | None = None) -> Iterator[str]:
-    """URIs of the files in a folder (or of the one file), folder by folder in order of name; `depth` levels deep."""
+    """URIs of the files in a folder (or of the one file), folder by folder in order of name; `depth`
+    levels deep.
+    """
     return (found.path for found in walk_files(folder, depth) if found.problem is None)
 
 
-def image_rows(folder: str, root: str, depth: int | None = None, patient_key: bytes | None = None) -> Iterator[Row]:
-    """A row without payload for each image, and for each page of a TIFF file with several; the id is the path below
-    `root`. The split is that of the nearest folder below the root whose name says one."""
+def image_rows(
+    folder: str, root: str, depth: int | None = None, patient_key: bytes | None = None
+) -> Iterator[Row]:
+    """A row without payload for each image, and for each page of a TIFF file with several; the id is the
+    path below `root`. The split is that of the nearest folder below the root whose name says one.
+    """
     for path, problem in walk_files(folder, depth, part_of=root):
         relative = path.removeprefix(root).lstrip("/")
         shown = shown_path(relative, key=patient_key)
@@ -47,7 +52,9 @@ def image_rows(folder: str, root: str, depth: int | None = None, patient_key: by
         split = split_of_folders(relative)
         try:
             for page in _pages(path):
-                name, file = (relative, path) if page is None else (f"{relative}/p{page:04d}", f"{path}#page={page}")
+                name, file = (
+                    (relative, path) if page is None else (f"{relative}/p{page:04d}", f"{path}#page={page}")
+                )
                 made = row(name, name, file, {}, split=split)
                 yield {**made, "image_name": shown, "where": shown, "error": None}
         except BadRecord as bad:
@@ -55,8 +62,9 @@ def image_rows(folder: str, root: str, depth: int | None = None, patient_key: by
 
 
 def _pages(path: str) -> list[int | None]:
-    """The pages of a TIFF file with several, from 0; [None] for any other file, and for one that cannot be read: loading
-    it says why."""
+    """The pages of a TIFF file with several, from 0; [None] for any other file, and for one that cannot
+    be read: loading it says why.
+    """
     if not path.lower().endswith(TIFF_SUFFIXES):
         return [None]
     try:
@@ -67,10 +75,14 @@ def _pages(path: str) -> list[int | None]:
     return [*pages] if len(pages) > 1 else [None]
 
 
-def dicom_rows(folder: str, root: str, depth: int | None = None, patient_key: bytes | None = None) -> Iterator[Row]:
-    """The rows that medray.images.dicom makes of each file with one of DICOM_SUFFIXES, and of each other file that begins as
-    DICOM does, whatever its name. Of a file only its begin is read, and more where the header does not end there. A file or
-    folder that cannot be read becomes a row with `error`, under the hash of its path."""
+def dicom_rows(
+    folder: str, root: str, depth: int | None = None, patient_key: bytes | None = None
+) -> Iterator[Row]:
+    """The rows that medray.images.dicom makes of each file with one of DICOM_SUFFIXES, and of each other
+    file that begins as DICOM does, whatever its name. Of a file only its begin is read, and more where
+    the header does not end there. A file or folder that cannot be read becomes a row with `error`, under
+    the hash of its path.
+    """
     from medray.images.dicom import file_id, index_rows
 
     for path, problem in walk_files(folder, depth, part_of=root):
@@ -88,7 +100,11 @@ def dicom_rows(folder: str, root: str, depth: int | None = None, patient_key: by
                     continue
                 rows = list(index_rows(path, relative, data, patient_key))
                 if rows[0]["error"] and len(data) == HEADER_BYTES:
-                    rows = list(index_rows(path, relative, data + handle.read(LONGEST_HEADER - HEADER_BYTES), patient_key))
+                    rows = list(
+                        index_rows(
+                            path, relative, data + handle.read(LONGEST_HEADER - HEADER_BYTES), patient_key
+                        )
+                    )
         except Exception as error:  # one file; the words of the error may hold its name
             yield error_row(identity, identity, f"the file {failure(error)}")
             continue

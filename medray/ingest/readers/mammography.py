@@ -1,13 +1,17 @@
-"""CBIS-DDSM case descriptions (Lee et al., Scientific Data 2017) and its images, in each of the layouts people have.
+"""CBIS-DDSM case descriptions (Lee et al., Scientific Data 2017) and its images, in each of the layouts
+people have.
 
-The tables name an image "Mass-Training_P_00001_LEFT_CC/<study UID>/<series UID>/000000.dcm" (the crop and the mask of the first
-abnormality: "Mass-Training_P_00001_LEFT_CC_1/..."). The first downloads lie like that. In later ones the files have other names
-(1-1.dcm), the NBIA Data Retriever's descriptive folders are "<name>/07-20-2016-DDSM-NA-74994/1.000000-full mammogram images-24515",
-tools that fetch by series write "<series UID>/1-1.dcm", and Kaggle's JPEGs (awsaf49) are "jpeg/<series UID>/1-172.jpg". So a
-series is looked for and not a file.
+The tables name an image "Mass-Training_P_00001_LEFT_CC/<study UID>/<series UID>/000000.dcm" (the crop and the
+mask of the first
+abnormality: "Mass-Training_P_00001_LEFT_CC_1/..."). The first downloads lie like that. In later ones the
+files have other names (1-1.dcm), the NBIA Data Retriever's descriptive folders are
+"<name>/07-20-2016-DDSM-NA-74994/1.000000-full mammogram images-24515", tools that fetch by series write
+"<series UID>/1-1.dcm", and Kaggle's JPEGs (awsaf49) are "jpeg/<series UID>/1-172.jpg". So a series is looked
+for and not a file.
 
-Which of an abnormality's two files is the crop and which the mask is not told by their order, by the names of the series or by the
-tables, which all exchange them in some cases; but a mask is as large as its mammogram, and a crop is smaller.
+Which of an abnormality's two files is the crop and which the mask is not told by their order, by the names of
+the series or by the tables, which all exchange them in some cases; but a mask is as large as its mammogram,
+and a crop is smaller.
 """
 
 from __future__ import annotations
@@ -31,18 +35,21 @@ from medray.stable_draws import digest
 _SHAPES = ("mass_shape", "mass_margins", "calc_type", "calc_distribution")
 # The column, or its other spelling in the mass files.
 _PLAIN = {
-    "breast_density": ("breast density", "breast_density"), "assessment": ("assessment",), "subtlety": ("subtlety",),
-    "laterality": ("left or right breast",), "view": ("image view",),
+    "breast_density": ("breast density", "breast_density"),
+    "assessment": ("assessment",),
+    "subtlety": ("subtlety",),
+    "laterality": ("left or right breast",),
+    "view": ("image view",),
 }
 
 
 def cbis_ddsm(record: dict[str, Any], place: Place) -> Iterator[Row]:
-    """One abnormality of mass_ or calc_case_description_{train,test}_set.csv: its attributes, a caption of them and a
-    multiple-choice question for each attribute with one value.
+    """One abnormality of mass_ or calc_case_description_{train,test}_set.csv: its attributes, a caption of
+    them and a multiple-choice question for each attribute with one value.
 
-    The image is the crop where there is one, else the full mammogram, which may show other abnormalities too. Ids come from the
-    table, so that they are the same in every layout. Quirks: paths end in a line feed; values are joined by "-"; N/A;
-    LUCENT_CENTER for LUCENT_CENTERED; the benign without callback are benign.
+    The image is the crop where there is one, else the full mammogram, which may show other abnormalities too.
+    Ids come from the table, so that they are the same in every layout. Quirks: paths end in a line feed;
+    values are joined by "-"; N/A; LUCENT_CENTER for LUCENT_CENTERED; the benign without callback are benign.
     """
     kind = need_text(record, "abnormality type").lower()
     pathology = need_text(record, "pathology").lower().replace("_", " ").removesuffix(" without callback")
@@ -50,19 +57,38 @@ def cbis_ddsm(record: dict[str, Any], place: Place) -> Iterator[Row]:
     values |= {"abnormality_type": [kind], "pathology": [pathology]}
     for name in ("abnormality_type", "pathology"):
         if values[name][0] not in VALUES[name]:
-            raise BadRecord(f"{name.replace('_', ' ')} is {values[name][0]!r}; allowed values: {', '.join(VALUES[name])}")
+            raise BadRecord(
+                f"{name.replace('_', ' ')} is {values[name][0]!r}; allowed values: {', '.join(VALUES[name])}"
+            )
     named = {name: " and ".join(found) for name, found in values.items() if found}
-    plain = {name: next((str(record[c]).strip().lower() for c in columns if str(record.get(c) or "").strip()), None) for name, columns in _PLAIN.items()}
+    plain = {
+        name: next(
+            (str(record[c]).strip().lower() for c in columns if str(record.get(c) or "").strip()), None
+        )
+        for name, columns in _PLAIN.items()
+    }
     common = {"group_id": digest(need_text(record, "patient_id")), "modality": "mammography"}
     written, file = _image(record, place)
     image_id = f"cbis-{digest(posixpath.splitext(written)[0])}"
     sample = f"{image_id}/{need_text(record, 'abnormality id')}"
-    yield row(f"{sample}/attributes", image_id, file, {"attributes": named | {name: value for name, value in plain.items() if value}}, **common)
-    caption = [*(f"{named[name]} {name.replace('_', ' ')}" for name in _SHAPES if name in named), kind, pathology]
+    yield row(
+        f"{sample}/attributes",
+        image_id,
+        file,
+        {"attributes": named | {name: value for name, value in plain.items() if value}},
+        **common,
+    )
+    caption = [
+        *(f"{named[name]} {name.replace('_', ' ')}" for name in _SHAPES if name in named),
+        kind,
+        pathology,
+    ]
     yield row(f"{sample}/caption", image_id, file, {"caption": ", ".join(caption), "context": None}, **common)
     for name, found in values.items():
         if len(found) == 1 and found[0] in VALUES[name]:
-            payload = mcq(f"What is the {name.replace('_', ' ')}?", VALUES[name], VALUES[name].index(found[0]), name)
+            payload = mcq(
+                f"What is the {name.replace('_', ' ')}?", VALUES[name], VALUES[name].index(found[0]), name
+            )
             yield row(f"{sample}/mcq/{name}", image_id, file, payload, **common)
 
 
@@ -81,7 +107,10 @@ def _image(record: dict[str, Any], place: Place) -> tuple[str, str]:
     Raises BadRecord where there is neither. No message holds a path: it begins with the patient's number.
     """
     need_text(record, "image file path")
-    full, crop, mask = (_written(record, field) for field in ("image file path", "cropped image file path", "ROI mask file path"))
+    full, crop, mask = (
+        _written(record, field)
+        for field in ("image file path", "cropped image file path", "ROI mask file path")
+    )
     mammograms, crops = _files(place, full), _files(place, crop)
     if crops:
         pixels = {file: _pixels(place, file) for file in dict.fromkeys([*crops, *_files(place, mask)])}
@@ -91,7 +120,10 @@ def _image(record: dict[str, Any], place: Place) -> tuple[str, str]:
         if told or not mammograms or pixels[smallest] < _pixels(place, mammograms[0]):
             return crop, _framed(smallest)
     if not mammograms:
-        raise BadRecord("neither its crop nor its mammogram is there; name the folder of the Mass-... folders, or of jpeg/, with data.images")
+        raise BadRecord(
+            "neither its crop nor its mammogram is there; name the folder of the Mass-... folders, or of "
+            "jpeg/, with data.images"
+        )
     return full, _framed(mammograms[0])
 
 
@@ -101,7 +133,9 @@ def _written(record: dict[str, Any], field: str) -> str:
 
 
 def _files(place: Place, path: str) -> list[str]:
-    """The file that a path of the table names (also as PNG or JPEG, which many convert to), else the images of its series."""
+    """The file that a path of the table names (also as PNG or JPEG, which many convert to), else the
+    images of its series.
+    """
     if not path:
         return []
     relative = posixpath.normpath(path.replace("\\", "/"))
@@ -110,13 +144,24 @@ def _files(place: Place, path: str) -> list[str]:
     except BadRecord:
         raise BadRecord("an image's path leads out of the image folder") from None
     there = place.names(folder)
-    found = next((other for other in (name, *(posixpath.splitext(name)[0] + suffix for suffix in (".png", ".jpg"))) if other in there), None)
+    found = next(
+        (
+            other
+            for other in (name, *(posixpath.splitext(name)[0] + suffix for suffix in (".png", ".jpg")))
+            if other in there
+        ),
+        None,
+    )
     if found is not None:
         return [posixpath.join(folder, found)]
     parts = relative.split("/")
     if len(parts) < 3:
         return []
-    for of_series in (folder, posixpath.join(place.images, "jpeg", parts[-2]), posixpath.join(place.images, parts[-2])):
+    for of_series in (
+        folder,
+        posixpath.join(place.images, "jpeg", parts[-2]),
+        posixpath.join(place.images, parts[-2]),
+    ):
         images = _images_in(place, of_series)
         if images:
             return images

@@ -62,7 +62,10 @@ def check_media(text: str, field: str) -> None:
     if "<" not in text:
         return
     if placeholder := _PLACEHOLDER.search(text):
-        raise BadRecord(f"field {field!r} contains {placeholder[0]}, which stands for a value of another field (objects); write the value into the text")
+        raise BadRecord(
+            f"field {field!r} contains {placeholder[0]}, which stands for a value of another field "
+            "(objects); write the value into the text"
+        )
     other = _OTHER_MEDIA.search(text)
     if other:
         raise BadRecord(f"field {field!r} contains {other[0]}; only images are read")

@@ -49,10 +49,12 @@ def dialogue_turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
     # Not by `get`, which would count a label that says something else as read.
     for field, value in record.items():
         if field in ("label", "kto_tag") and (
-            isinstance(value, bool) or ("completion" in record and str(value).strip().lower() in _TRUTH_VALUES)
+            isinstance(value, bool)
+            or ("completion" in record and str(value).strip().lower() in _TRUTH_VALUES)
         ):
             raise BadRecord(
-                f"field {field!r} is {value!r}: a row of unpaired preferences (KTO) is not a dialogue; give preference "
+                f"field {field!r} is {value!r}: a row of unpaired preferences (KTO) is not a dialogue; give "
+                "preference "
                 f"pairs, or remove the column if it is something else"
             )
     field = next((name for name in DIALOGUES if not is_empty(record.get(name))), None)

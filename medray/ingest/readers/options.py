@@ -29,7 +29,9 @@ def option_columns(names: Sequence[str]) -> list[str]:
             by_letter.setdefault(match[1].lower(), name)
     if {"a", "b"} <= by_letter.keys():
         return [by_letter[letter] for letter in sorted(by_letter)]
-    by_number = {match[1]: name for name in reversed(names) if (match := _NUMBERED_COLUMN.fullmatch(name.strip()))}
+    by_number = {
+        match[1]: name for name in reversed(names) if (match := _NUMBERED_COLUMN.fullmatch(name.strip()))
+    }
     if {"1", "2"} <= by_number.keys() or {"0", "1"} <= by_number.keys():
         return [by_number[number] for number in sorted(by_number)]
     return []
@@ -50,7 +52,10 @@ def options_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
                 return found
     columns = option_columns(list(record))
     found = [
-        (end if (end := column.strip()[-1].upper()).isalpha() else ascii_uppercase[number], text_of(record[column], column))
+        (
+            end if (end := column.strip()[-1].upper()).isalpha() else ascii_uppercase[number],
+            text_of(record[column], column),
+        )
         for number, column in enumerate(columns)
         if not is_empty(record[column])
     ]
@@ -92,15 +97,18 @@ def _listed_options(value: Any, field: str) -> list[tuple[str, str]]:
 
 
 def options_in(question: str) -> tuple[str, list[tuple[str, str]]]:
-    """(the question without them, options) of a question that ends in lines "A. ...", "B. ..."; no options if it
-    does not."""
+    """(the question without them, options) of a question that ends in lines "A. ...", "B. ..."; no
+    options if it does not.
+    """
     lines = question.splitlines()
     found: list[tuple[str, str]] = []
     while lines and (match := _LETTERED.match(lines[-1])) and lines[-1][match.end() :].strip():
         found.insert(0, (match[1].upper(), lines.pop()[match.end() :].strip()))
     wanted = list(ascii_uppercase[: len(found)])
     stem = "\n".join(lines).strip()
-    return (stem, found) if len(found) > 1 and [key for key, _ in found] == wanted and stem else (question, [])
+    return (
+        (stem, found) if len(found) > 1 and [key for key, _ in found] == wanted and stem else (question, [])
+    )
 
 
 def _without_letters(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -162,10 +170,19 @@ def _check_one_meaning(answer: Any, text: str, options: Sequence[tuple[str, str]
     place = texts.index(_plain(text))
     keys = [key.upper() for key, _ in options]
     if text.upper() in keys and keys.index(text.upper()) != place:
-        raise BadRecord(f"field {field!r} is {text!r}, the text of option {keys[place]} and the letter of another; write the option's text with its letter")
-    if isinstance(answer, int) and not isinstance(answer, bool) and all(option.isdigit() for option in texts) and answer not in (place, place + 1):
         raise BadRecord(
-            f"field {field!r} is the number {text}, which may be an option's text or its place; write it as text, in quotation marks, or write the option's letter"
+            f"field {field!r} is {text!r}, the text of option {keys[place]} and the letter of another; write "
+            "the option's text with its letter"
+        )
+    if (
+        isinstance(answer, int)
+        and not isinstance(answer, bool)
+        and all(option.isdigit() for option in texts)
+        and answer not in (place, place + 1)
+    ):
+        raise BadRecord(
+            f"field {field!r} is the number {text}, which may be an option's text or its place; write it as "
+            "text, in quotation marks, or write the option's letter"
         )
 
 

@@ -1,4 +1,6 @@
-"""Rows of Parquet tables to index rows: medray's own shards, Hugging Face's with images inline, preferences."""
+"""Rows of Parquet tables to index rows: medray's own shards, Hugging Face's with images inline,
+preferences.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from medray.stable_draws import digest, image_digest
 
 
 def shards(record: dict[str, Any]) -> Iterator[Row]:
-    """A row of records.CONVERSATION, QUESTION, IMAGE_TEXT, PREFERENCE or SAMPLE, told apart by its columns."""
+    """A row of records.CONVERSATION, QUESTION, IMAGE_TEXT, PREFERENCE or SAMPLE, told apart by its
+    columns.
+    """
     identity = identity_of(record["sample_id"])
     if identity is None:
         identity = f"image-{image_digest(record['image'] or b'')}"
@@ -37,13 +41,21 @@ def shards(record: dict[str, Any]) -> Iterator[Row]:
         yield error_row(identity, where, record["error"])
         return
     try:
-        found = members_of(record) if "captions" in record else [(identity + suffix, payload) for suffix, payload in payloads(record)]
+        found = (
+            members_of(record)
+            if "captions" in record
+            else [(identity + suffix, payload) for suffix, payload in payloads(record)]
+        )
     except BadRecord as bad:
         yield error_row(identity, where, str(bad))
         return
     for number, (sample, payload) in enumerate(found):
         # The image is needed once only: rows of one image are joined again.
-        yield {**row(sample, image_id, None, payload, image=None if number else record["image"], **common), "where": where, "error": None}
+        yield {
+            **row(sample, image_id, None, payload, image=None if number else record["image"], **common),
+            "where": where,
+            "error": None,
+        }
 
 
 # Bytes of row groups, as they lie in the file, that one task reads.
@@ -52,7 +64,9 @@ ROWS_AT_ONCE = 32
 
 
 def row_group_ranges(fs: Any, path: str) -> list[tuple[int, int]]:
-    """[start, end) of the row groups of a file for each task; of a file that cannot be read one range, whose reading says so."""
+    """[start, end) of the row groups of a file for each task; of a file that cannot be read one range,
+    whose reading says so.
+    """
     try:
         with open_file(path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)) as handle:
             metadata = pq.read_metadata(handle)
@@ -60,7 +74,10 @@ def row_group_ranges(fs: Any, path: str) -> list[tuple[int, int]]:
         return [(0, 1)]
     ranges, first, size = [], 0, 0
     for group in range(metadata.num_row_groups):
-        size += sum(metadata.row_group(group).column(number).total_compressed_size for number in range(metadata.num_columns))
+        size += sum(
+            metadata.row_group(group).column(number).total_compressed_size
+            for number in range(metadata.num_columns)
+        )
         if size >= PIECE_BYTES or group == metadata.num_row_groups - 1:
             ranges.append((first, group + 1))
             first, size = group + 1, 0
@@ -70,7 +87,8 @@ def row_group_ranges(fs: Any, path: str) -> list[tuple[int, int]]:
 def rows_of_groups(path: str, start: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number in the file, row) of the row groups [start, end) of a file, few in memory at a time.
 
-    Each file is read by its own schema: shards of one set differ in the types of columns, and in the columns that they have.
+    Each file is read by its own schema: shards of one set differ in the types of columns, and in the columns
+    that they have.
     """
     with open_file(path) as handle:
         file = pq.ParquetFile(handle, buffer_size=2**20)
@@ -81,13 +99,19 @@ def rows_of_groups(path: str, start: int, end: int) -> Iterator[tuple[int, dict[
             number += batch.num_rows
 
 
-def hugging_face(record: Mapping[str, Any], split: str | None, images: str, more: Collection[str] = (), where: str = "Parquet row") -> Row:
-    """A row of a Hugging Face data set: `image` {bytes, path} (or bytes, or a file's name; or `images` with one) and a
-    preference (see preference_pair), a dialogue (see dialogue_turns), question and answer, with options or without
-    (PathVQA, VQA-RAD), one of TEXT_COLUMNS, or nothing. Column names are read in any case.
+def hugging_face(
+    record: Mapping[str, Any],
+    split: str | None,
+    images: str,
+    more: Collection[str] = (),
+    where: str = "Parquet row",
+) -> Row:
+    """A row of a Hugging Face data set: `image` {bytes, path} (or bytes, or a file's name; or `images` with
+    one) and a preference (see preference_pair), a dialogue (see dialogue_turns), question and answer, with
+    options or without (PathVQA, VQA-RAD), one of TEXT_COLUMNS, or nothing. Column names are read in any case.
 
-    The image's id is the hash of its bytes; the data sets have no ids of their own. A question is closed where its answer
-    is yes or no.
+    The image's id is the hash of its bytes; the data sets have no ids of their own. A question is closed
+    where its answer is yes or no.
 
     Args:
         split: of the file; a record's own comes first.
@@ -123,8 +147,14 @@ def _image(record: dict[str, Any], images: str) -> tuple[bytes | None, str | Non
 
 
 def _said(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, Any]]:
-    """(sample_id, payload) of the first of these that the row has: a preference, a dialogue, a question, a text."""
-    readers = [("chosen", _preference), *((field, _dialogue) for field in (*DIALOGUES, "completion")), ("question", _question)]
+    """(sample_id, payload) of the first of these that the row has: a preference, a dialogue, a question,
+    a text.
+    """
+    readers = [
+        ("chosen", _preference),
+        *((field, _dialogue) for field in (*DIALOGUES, "completion")),
+        ("question", _question),
+    ]
     readers += [(field, _caption) for field in (column(record, TEXT_COLUMNS),) if field is not None]
     there = [(field, read) for field, read in readers if field in record]
     # Of a row in which all of them are empty the first names what is missing: it is no image alone.
@@ -154,15 +184,45 @@ def _caption(record: Mapping[str, Any], image_id: str) -> tuple[str, dict[str, A
 
 # Columns that say nothing of what an image shows.
 _PLAIN_COLUMNS = {
-    "id", "idx", "index", "uid", "uuid", "sample_id", "image_id", "img_id", "split", "subset", "path", "file_name", "filename", "image_path", "image_name", "width",
-    "height", "size", "format", "source", "dataset", "license", "url", "md5", "sha256", "hash",
+    "id",
+    "idx",
+    "index",
+    "uid",
+    "uuid",
+    "sample_id",
+    "image_id",
+    "img_id",
+    "split",
+    "subset",
+    "path",
+    "file_name",
+    "filename",
+    "image_path",
+    "image_name",
+    "width",
+    "height",
+    "size",
+    "format",
+    "source",
+    "dataset",
+    "license",
+    "url",
+    "md5",
+    "sha256",
+    "hash",
 }
 _READ_COLUMNS = {"image", "images", "question", "completion", "chosen", "rejected", *DIALOGUES, *TEXT_COLUMNS}
 
 
 def unread_labels(names: Iterable[str]) -> list[str]:
-    """Columns beside the image that may hold labels, if no column of the table is one that is read; else []."""
+    """Columns beside the image that may hold labels, if no column of the table is one that is read; else
+    [].
+    """
     lower = {name.strip().lower(): name for name in names}
     if _READ_COLUMNS & lower.keys() - {"image", "images"}:
         return []
-    return [name for low, name in lower.items() if low not in _PLAIN_COLUMNS | {"image", "images"} and not low.startswith("__")]
+    return [
+        name
+        for low, name in lower.items()
+        if low not in _PLAIN_COLUMNS | {"image", "images"} and not low.startswith("__")
+    ]

@@ -1,4 +1,6 @@
-"""The beginning of a table, as far as its format can be told from it: images that records hold inline are cut short."""
+"""The beginning of a table, as far as its format can be told from it: images that records hold inline are
+cut short.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ _NUMBERS = re.compile(rb"(?:\d{1,3},[ \n]*){256,}")
 def skim(handle: BinaryIO, size: int) -> bytes:
     """The first `size` bytes of a file, without the rest of each long run of base64 or of numbers.
 
-    A record that begins with an image of a megabyte shows its other fields so. Reads MOST_BYTES at most; fewer bytes than
-    `size` are returned if the file ends before.
+    A record that begins with an image of a megabyte shows its other fields so. Reads MOST_BYTES at most;
+    fewer bytes than `size` are returned if the file ends before.
     """
     head = handle.read(size)
     read = len(head)

@@ -1,4 +1,6 @@
-"""WebDataset tars: key.jpg beside key.json or key.txt. Index rows point into the tar; no image passes through them."""
+"""WebDataset tars: key.jpg beside key.json or key.txt. Index rows point into the tar; no image passes
+through them.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,17 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 
 def tar_rows(
-    path: str, notes: Notes, patient_key: bytes | None = None, root: str | None = None, more: Collection[str] = (),
+    path: str,
+    notes: Notes,
+    patient_key: bytes | None = None,
+    root: str | None = None,
+    more: Collection[str] = (),
 ) -> Iterator[Row]:
-    """Index rows of a tar's samples, read once from begin to end; the members of a sample stand together. Members that
-    nothing is read from are noted by their suffix, fields that are not used by their name.
+    """Index rows of a tar's samples, read once from begin to end; the members of a sample stand together.
+    Members that nothing is read from are noted by their suffix, fields that are not used by their name.
 
-    `image_file` is "<path>#offset=<byte>&size=<bytes>". The id is the JSON's sample_id, else "<tar's path below root>/<key>".
+    `image_file` is "<path>#offset=<byte>&size=<bytes>". The id is the JSON's sample_id, else "<tar's path
+    below root>/<key>".
 
     Args:
         root, more: see readers.splits.split_of and known_split.
@@ -43,7 +50,15 @@ def tar_rows(
     name = _below(path, root)
     sample: dict[str, Any] = {}
     use = FieldUse()
-    rows = partial(_sample_rows, path=path, name=name, patient_key=patient_key, split=split_of(path, root), more=more, use=use)
+    rows = partial(
+        _sample_rows,
+        path=path,
+        name=name,
+        patient_key=patient_key,
+        split=split_of(path, root),
+        more=more,
+        use=use,
+    )
     try:
         with open_file(path) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
             for member in tar:
@@ -62,7 +77,9 @@ def tar_rows(
                 if suffix in IMAGE_SUFFIXES:
                     sample["images"].append(f"{path}#offset={member.offset_data}&size={member.size}")
                 elif suffix in (".json", ".txt", ".caption"):
-                    sample["texts"][suffix] = tar.extractfile(member).read() if member.size <= LONGEST_TEXT else None
+                    sample["texts"][suffix] = (
+                        tar.extractfile(member).read() if member.size <= LONGEST_TEXT else None
+                    )
                 else:
                     notes.add(UNREAD, name, suffix_of(member.name))
             handle.seek(tar.offset)
@@ -71,7 +88,11 @@ def tar_rows(
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         why = str(error) if isinstance(error, tarfile.TarError) else f"it {failure(error)}"
         after = shown_path(sample.get("key", "its begin"), key=patient_key)
-        yield error_row(f"{name}@end", f"{shown_path(name, key=patient_key)} after {after}", f"the tar cannot be read on: {why}")
+        yield error_row(
+            f"{name}@end",
+            f"{shown_path(name, key=patient_key)} after {after}",
+            f"the tar cannot be read on: {why}",
+        )
     if sample:
         yield from rows(sample)
     use.note(notes, name)
@@ -84,7 +105,13 @@ def _below(path: str, root: str | None) -> str:
 
 
 def _sample_rows(
-    sample: dict[str, Any], path: str, name: str, patient_key: bytes | None, split: str | None, more: Collection[str], use: FieldUse,
+    sample: dict[str, Any],
+    path: str,
+    name: str,
+    patient_key: bytes | None,
+    split: str | None,
+    more: Collection[str],
+    use: FieldUse,
 ) -> Iterator[Row]:
     where = f"{shown_path(name, key=patient_key)} {shown_path(sample['key'], key=patient_key)}"
     identity = f"{name.removesuffix('.tar')}/{sample['key']}"
@@ -95,10 +122,14 @@ def _sample_rows(
         identity = identity_of(record.get("sample_id")) or identity_of(record.get("id")) or identity
         image_id = identity_of(record.get("image_id")) or identity
         common = {
-            "split": record_split(record, more) or split, "modality": record.get("modality"),
+            "split": record_split(record, more) or split,
+            "modality": record.get("modality"),
             "group_id": _group(record.get("group_id")),
         }
-        made = [row(identity + suffix, image_id, sample["images"][0], payload, **common) for suffix, payload in payloads(record)]
+        made = [
+            row(identity + suffix, image_id, sample["images"][0], payload, **common)
+            for suffix, payload in payloads(record)
+        ]
     except (BadRecord, UnknownSplit) as bad:
         yield error_row(identity, where, str(bad))
         return
@@ -131,7 +162,8 @@ def _record(texts: dict[str, bytes | None]) -> dict[str, Any]:
     if caption and is_empty(record.get("caption")):
         record["caption"] = caption
     elif caption and caption != str(record["caption"]).strip():
-        raise BadRecord("the sample's text file says something else than field 'caption' of its JSON; leave one of them out")
+        raise BadRecord(
+            "the sample's text file says something else than field 'caption' of its JSON; leave one of them "
+            "out"
+        )
     return record
-
-

@@ -1,7 +1,7 @@
 """The clinicians' stage of clinician preference alignment, real or simulated, and checks against the truth.
 
-Simulated clinicians, the checks, the arm of right answers, and captions made of attributes (medray.methods.clinician_preference.training_sets) are all that reads the true
-attributes of images.
+Simulated clinicians, the checks, the arm of right answers, and captions made of attributes
+(medray.methods.clinician_preference.training_sets) are all that reads the true attributes of images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ logger = logging.getLogger("medray")
 ROWS = 256  # written at once
 
 
-def collect(stage: Stage, config: ClinicianPreferenceConfig, items: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
+def collect(
+    stage: Stage, config: ClinicianPreferenceConfig, items: dict[str, Any], drawn: dict[str, Any]
+) -> dict[str, Any]:
     """What clinicians said of the items, as judgements, pairs and demonstrations.
 
     Raises Waiting where real clinicians have not judged enough.
@@ -41,7 +43,11 @@ def collect(stage: Stage, config: ClinicianPreferenceConfig, items: dict[str, An
 
     uri = items["outputs"]["items"]
     if not count_rows(uri):
-        raise StageError(f"no question got two different answers ({items['outputs']['counts']}): there is nothing for clinicians to choose; draw more images (demonstrations.draw) or raise generate.answer.temperature")
+        raise StageError(
+            f"no question got two different answers ({items['outputs']['counts']}): there is nothing for "
+            "clinicians to choose; draw more images (demonstrations.draw) or raise "
+            "generate.answer.temperature"
+        )
     for part in ("exported", "judgements", "pairs", "demonstrations"):
         stage.reset(part)
     if config.clinicians.kind == "simulated":
@@ -50,14 +56,28 @@ def collect(stage: Stage, config: ClinicianPreferenceConfig, items: dict[str, An
         _real_judgements(stage, config, uri)
     judgements = stage.path("judgements")
     counts: Counter[str] = Counter()
-    _write(stage, "pairs", records.RATING_PAIR, preference_rows(stored_rows(uri), stored_rows(judgements), counts))
-    _write(stage, "demonstrations", records.EXCHANGE, demonstration_rows(stored_rows(uri), stored_rows(judgements), counts))
+    _write(
+        stage,
+        "pairs",
+        records.RATING_PAIR,
+        preference_rows(stored_rows(uri), stored_rows(judgements), counts),
+    )
+    _write(
+        stage,
+        "demonstrations",
+        records.EXCHANGE,
+        demonstration_rows(stored_rows(uri), stored_rows(judgements), counts),
+    )
     if config.with_demonstrations and not count_rows(stage.path("demonstrations")):
         logger.warning(
-            "no answer is called good by more than half of those who judged it (%s): dialogues are written without demonstrations; have more questions judged "
-            "(demonstrations.draw) if they should not be", dict(counts))
+            "no answer is called good by more than half of those who judged it (%s): dialogues are written "
+            "without demonstrations; have more questions judged "
+            "(demonstrations.draw) if they should not be",
+            dict(counts),
+        )
     return {
-        **{part: stage.path(part) for part in ("judgements", "pairs", "demonstrations")}, "agreement": summary(stored_rows(judgements)),
+        **{part: stage.path(part) for part in ("judgements", "pairs", "demonstrations")},
+        "agreement": summary(stored_rows(judgements)),
         "counts": {"items": count_rows(uri), "judgements": count_rows(judgements), **counts},
     }
 
@@ -72,7 +92,9 @@ def simulated(config: ClinicianPreferenceConfig, items: str, drawn: str) -> Iter
 
 
 def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str) -> None:
-    """What people have said of the items, as the stage's judgements. Raises Waiting where it is not enough."""
+    """What people have said of the items, as the stage's judgements. Raises Waiting where it is not
+    enough.
+    """
     from medray.clinicians.import_export import ask_for, export_judgements, import_items, why_unusable
     from medray.clinicians.judgements import FINGERPRINTED, item_fingerprint, judged
     from medray.storage.shards import count_rows, stored_rows
@@ -85,32 +107,53 @@ def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str
         ask_for(items, clinicians.source, clinicians.judgements_per_item)
         source = stage.path("exported")
         export_judgements(clinicians.source, source)
-    # What the page cannot show nobody can judge, also where the page is elsewhere: such items are not waited for.
+    # What the page cannot show nobody can judge, also where the page is elsewhere: such items are not waited
+    # for.
     found = counted((row["item_id"], why_unusable(row, config.data)) for row in stored_rows(items))
     unusable = found.total
     check_set_aside("questions", count_rows(items), found, config.max_quarantined, items)
     asked = {row["item_id"]: item_fingerprint(row) for row in stored_rows(items, ["item_id", *FINGERPRINTED])}
-    said = [row for row in judged(stored_rows(source)) if row["item_id"] in asked]  # a database may hold other runs' items too
+    # a database may hold other runs' items too
+    said = [row for row in judged(stored_rows(source)) if row["item_id"] in asked]
     other = [row["item_id"] for row in said if row.get("item") not in (None, asked[row["item_id"]])]
     if other:
         raise DataError(
-            f"clinicians.source: {len(other)} of the judgements in {source} are of other questions or answers than this run's, {other[0]} first; give those that were made for {items}")
+            f"clinicians.source: {len(other)} of the judgements in {source} are of other questions or "
+            f"answers than this run's, {other[0]} first; give those that were made for {items}"
+        )
     words = Counter(row["item_id"] for row in said if row["status"] != "skipped")
     complete = {name for name, number in words.items() if number >= clinicians.judgements_per_item}
     skipped = len({row["item_id"] for row in said if row["status"] == "skipped"} - complete)
     wanted = max(1, round((len(asked) - unusable) * clinicians.enough))
     if len(complete) < wanted:
-        database = without_passwords(clinicians.source) if clinicians.kind == "database" else "sqlite:///judgements.db"
-        few = f"{skipped} more were skipped: another clinician can judge them, or a lower clinicians.enough goes on without.\n" if skipped else ""
+        database = (
+            without_passwords(clinicians.source)
+            if clinicians.kind == "database"
+            else "sqlite:///judgements.db"
+        )
+        few = (
+            (
+                f"{skipped} more were skipped: another clinician can judge them, or a lower "
+                "clinicians.enough "
+                "goes on without.\n"
+            )
+            if skipped
+            else ""
+        )
         raise Waiting(
-            f"{len(complete)} of {len(asked) - unusable} questions are judged by {clinicians.judgements_per_item} clinicians each, {wanted} are needed (clinicians.enough).\n{few}"
+            f"{len(complete)} of {len(asked) - unusable} questions are judged by "
+            f"{clinicians.judgements_per_item} clinicians each, {wanted} are needed "
+            f"(clinicians.enough).\n{few}"
             f"a token for each clinician:  python -m serve.tokens clinicians.txt NAME\n"
-            f"the page:  serve run serve.annotate:build items={items} database={database} tokens=clinicians.txt judgements_per_item={clinicians.judgements_per_item}")
+            f"the page:  serve run serve.annotate:build items={items} database={database} "
+            f"tokens=clinicians.txt judgements_per_item={clinicians.judgements_per_item}"
+        )
     _write(stage, "judgements", records.JUDGEMENT, said)
 
 
 def exported_judgements(folder: str) -> str:
-    """The judgements in what `python -m medray.clinicians.import_export export` wrote: `folder` itself or its folder judgements.
+    """The judgements in what `python -m medray.clinicians.import_export export` wrote: `folder` itself or its
+    folder judgements.
 
     Raises DataError where there are none.
     """
@@ -120,11 +163,19 @@ def exported_judgements(folder: str) -> str:
         for path in parquet_files(uri)[:1]:
             fs, inner = url_to_fs(path)
             with fs.open(inner, "rb") as handle:
-                missing = {"item_id", "clinician", "status", "good_a", "good_b"} - set(pq.read_schema(handle).names)
+                missing = {"item_id", "clinician", "status", "good_a", "good_b"} - set(
+                    pq.read_schema(handle).names
+                )
             if missing:
-                raise DataError(f"clinicians.source: {path} holds no judgements (it lacks {', '.join(sorted(missing))}); give the folder that the export of judgements wrote")
+                raise DataError(
+                    f"clinicians.source: {path} holds no judgements (it lacks {', '.join(sorted(missing))}); "
+                    "give the folder that the export of judgements wrote"
+                )
             return uri
-    raise DataError(f"clinicians.source: {folder} holds no judgements: neither it nor its folder judgements has a Parquet file (docs/clinician_page.md says how to export)")
+    raise DataError(
+        f"clinicians.source: {folder} holds no judgements: neither it nor its folder judgements has a "
+        "Parquet file (docs/clinician_page.md says how to export)"
+    )
 
 
 def _write(stage: Stage, part: str, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
@@ -133,5 +184,3 @@ def _write(stage: Stage, part: str, schema: pa.Schema, rows: Iterable[dict[str, 
 
     stage.run.fs.makedirs(stage.path(part), exist_ok=True)
     write_shard(tables_of(rows, schema, ROWS), stage.path(part), "part-000000")
-
-

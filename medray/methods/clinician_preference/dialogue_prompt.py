@@ -1,7 +1,7 @@
 """What a writer of dialogues is asked, and how its reply is read (pure).
 
-BioMed-VITAL's prompts are in its appendix; prompts/dialogue.txt is ours, after what they ask for. Its released parser cut answers
-at the end of their first line; here a turn reaches to the next one.
+BioMed-VITAL's prompts are in its appendix; prompts/dialogue.txt is ours, after what they ask for. Its
+released parser cut answers at the end of their first line; here a turn reaches to the next one.
 """
 
 from __future__ import annotations
@@ -18,15 +18,23 @@ from medray.inference.thinking import UNFINISHED, without_blocks
 from medray.records import check_turns
 
 Turn = dict[str, str]
-Demonstration = dict[str, Any]  # {"dialogue_id", "image_id", "modality", "context", "rounds": [{"question", "answer"}]}
-# "User:", "**User 2:**", "2. Question:", "## Assistant -": a role at the beginning of a line, with what writers put around it.
+# {"dialogue_id", "image_id", "modality", "context", "rounds": [{"question", "answer"}]}
+Demonstration = dict[str, Any]
+# "User:", "**User 2:**", "2. Question:", "## Assistant -": a role at the beginning of a line, with what
+# writers put around it.
 _ROLE = re.compile(
-    r"^[ \t]*(?:[#>*_-]+[ \t]*)?(?:\d{1,3}[.)][ \t]*)?[*_]*(?P<role>user|human|question|q|assistant|answer|gpt|a)(?:[ \t]*\d{1,3})?[*_]*[ \t]*[::][ \t]*[*_]*",
+    r"^[ \t]*(?:[#>*_-]+[ \t]*)?(?:\d{1,3}[.)][ "
+    r"\t]*)?[*_]*(?P<role>user|human|question|q|assistant|answer|gpt|a)(?:[ \t]*\d{1,3})?[*_]*[ "
+    r"\t]*[::][ \t]*[*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
 _RULE = re.compile(r"\s*(?:([-=*_])\1{2,}\s*)?")  # or an empty line
-_HEADING = re.compile(r"[\s#*_=:.-]*(?:round|turn|exchange|dialogue)[\s#*_:.-]*\d{1,3}[\s#*_=:.-]*", re.IGNORECASE)  # "### Round 2", "**Turn 3:**"
-# Who answers whom. The first turn says which words a writer uses; "A: benign" among a user's choices is no turn then.
+# "### Round 2", "**Turn 3:**"
+_HEADING = re.compile(
+    r"[\s#*_=:.-]*(?:round|turn|exchange|dialogue)[\s#*_:.-]*\d{1,3}[\s#*_=:.-]*", re.IGNORECASE
+)
+# Who answers whom. The first turn says which words a writer uses; "A: benign" among a user's choices is no
+# turn then.
 _ANSWERS = {"user": ("assistant",), "human": ("assistant", "gpt"), "question": ("answer",), "q": ("a",)}
 
 
@@ -34,9 +42,19 @@ class DialogueError(ValueError):
     """A reply that is no dialogue of the form that was asked for."""
 
 
-def dialogue_prompt(caption: str | None, context: str | None, shown: Sequence[Demonstration], rounds: tuple[int, int]) -> str:
-    """The user turn that goes with the image: instructions, what is known of the image, the demonstrations."""
-    examples = "".join(f"Example of a dialogue that clinicians approved, about another image{_about(one)}:\n{_written(one)}\n\n" for one in shown)
+def dialogue_prompt(
+    caption: str | None, context: str | None, shown: Sequence[Demonstration], rounds: tuple[int, int]
+) -> str:
+    """The user turn that goes with the image: instructions, what is known of the image, the
+    demonstrations.
+    """
+    examples = "".join(
+        (
+            "Example of a dialogue that clinicians approved, about another "
+            f"image{_about(one)}:\n{_written(one)}\n\n"
+        )
+        for one in shown
+    )
     wanted = str(rounds[0]) if rounds[0] == rounds[1] else f"{rounds[0]} to {rounds[1]}"
     return fill("dialogue.txt", known=known(caption, context), demonstrations=examples, rounds=wanted)
 
@@ -53,18 +71,21 @@ def one_per_modality(demonstrations: Iterable[Demonstration], seed: str) -> list
     for one in demonstrations:
         by_modality[one["modality"] or ""].append(one)
     rng = random.Random(seed)
-    drawn = [rng.choice(sorted(group, key=lambda one: one["dialogue_id"])) for _, group in sorted(by_modality.items())]
+    drawn = [
+        rng.choice(sorted(group, key=lambda one: one["dialogue_id"]))
+        for _, group in sorted(by_modality.items())
+    ]
     return rng.sample(drawn, len(drawn))
 
 
 def parse_dialogue(reply: str) -> list[Turn]:
     """The turns of a reply, {"role": user | assistant, "text"}; a turn's text may have any number of lines.
 
-    Words before the first turn ("Here is the dialogue:") are left out, thinking wherever it stands, and lines of marks and headings
-    ("### Round 2") between turns.
+    Words before the first turn ("Here is the dialogue:") are left out, thinking wherever it stands, and lines
+    of marks and headings ("### Round 2") between turns.
 
-    Raises DialogueError unless user and assistant take turns, beginning with the user and ending with the assistant, all
-    with something to say.
+    Raises DialogueError unless user and assistant take turns, beginning with the user and ending with the
+    assistant, all with something to say.
     """
     reply, thinking = without_blocks(reply)
     if thinking == UNFINISHED:
@@ -75,7 +96,10 @@ def parse_dialogue(reply: str) -> list[Turn]:
     first = found[0]["role"].lower()
     found = [match for match in found if match["role"].lower() in (first, *_ANSWERS.get(first, ()))]
     turns = [
-        {"role": "user" if match["role"].lower() in _ANSWERS else "assistant", "text": _text(match, following)}
+        {
+            "role": "user" if match["role"].lower() in _ANSWERS else "assistant",
+            "text": _text(match, following),
+        }
         for match, following in zip(found, [*found[1:], None], strict=True)
     ]
     problem = check_turns(turns)
@@ -107,14 +131,20 @@ def parse_rounds(reply: str, rounds: tuple[int, int]) -> list[Mapping[str, str]]
     found = len(turns) // 2
     if not rounds[0] <= found <= rounds[1]:
         raise DialogueError(f"rounds: {found} of them; {rounds[0]} to {rounds[1]} were asked for")
-    return [{"question": turns[at]["text"], "answer": turns[at + 1]["text"]} for at in range(0, len(turns), 2)]
+    return [
+        {"question": turns[at]["text"], "answer": turns[at + 1]["text"]} for at in range(0, len(turns), 2)
+    ]
 
 
 def _text(role: re.Match[str], following: re.Match[str] | None) -> str:
-    """What is said between two roles, without rules ("---") and headings at its end and the end of an emphasis that began before it."""
+    """What is said between two roles, without rules ("---") and headings at its end and the end of an
+    emphasis that began before it.
+    """
     lines = role.string[role.end() : following.start() if following else None].split("\n")
     # A heading has a line of its own, and a role after it: the last answer may well end with "Round 2".
-    while lines and (_RULE.fullmatch(lines[-1]) or (following and len(lines) > 1 and _HEADING.fullmatch(lines[-1]))):
+    while lines and (
+        _RULE.fullmatch(lines[-1]) or (following and len(lines) > 1 and _HEADING.fullmatch(lines[-1]))
+    ):
         lines.pop()
     text = "\n".join(lines).strip()
     marks = re.findall(r"\*+(?![*\s])|(?<=[^*\s])\*+", role[0])  # not those of a list, which a blank follows

@@ -1,7 +1,8 @@
-"""Diverse images: k-means over embeddings, and a draw over clusters and modalities (BioMed-VITAL, section on demonstrations).
+"""Diverse images: k-means over embeddings, and a draw over clusters and modalities (BioMed-VITAL, section on
+demonstrations).
 
-Everything streams over shards of records.EMBEDDED. What comes out depends on the ids, the embeddings and the seed, not on
-how the shards are cut. Rows without an embedding are counted and belong to no cluster.
+Everything streams over shards of records.EMBEDDED. What comes out depends on the ids, the embeddings and the
+seed, not on how the shards are cut. Rows without an embedding are counted and belong to no cluster.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Clusters:
 
 
 def fit_clusters(embedded: str, config: DemonstrationsConfig) -> Clusters:
-    """Mini-batch k-means over the embeddings, in an order drawn by id; it starts from the best of some k-means of the first batch.
+    """Mini-batch k-means over the embeddings, in an order drawn by id; it starts from the best of some
+    k-means of the first batch.
 
     Memory: one part of the embeddings and one batch; they pass through temporary files, which hold them once.
     With fewer images than config.clusters every image is a centre.
@@ -53,13 +55,16 @@ def fit_clusters(embedded: str, config: DemonstrationsConfig) -> Clusters:
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     batch = max(config.kmeans_batch, config.clusters)  # the first has to hold a point for every centre
-    with Ordered(_embedded(embedded), hashed("sample_id", config.seed), count_rows(embedded), then=["sample_id"]) as rows:
+    with Ordered(
+        _embedded(embedded), hashed("sample_id", config.seed), count_rows(embedded), then=["sample_id"]
+    ) as rows:
         first = next(batches_of(rows, batch), None)
         if first is None:
             raise DataError(f"{embedded}: no image has an embedding; the column error of its rows says why")
         count, seed = min(config.clusters, first.num_rows), config.seed % 2**32
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Number of distinct clusters")  # equal images; empty centres do no harm
+            # equal images; empty centres do no harm
+            warnings.filterwarnings("ignore", "Number of distinct clusters")
             start = KMeans(count, n_init=_STARTS, random_state=seed).fit(matrix(first)).cluster_centers_
             means = MiniBatchKMeans(count, init=start, n_init=1, batch_size=batch, random_state=seed)
             for _ in range(config.passes):
@@ -69,7 +74,9 @@ def fit_clusters(embedded: str, config: DemonstrationsConfig) -> Clusters:
 
 
 def assign(embedded: str, clusters: Clusters, out_uri: str) -> dict[str, int]:
-    """Write CLUSTERED shards of the rows that have an embedding into `out_uri`, which is emptied first; returns {"images", "without embedding", "clusters used"}."""
+    """Write CLUSTERED shards of the rows that have an embedding into `out_uri`, which is emptied first;
+    returns {"images", "without embedding", "clusters used"}.
+    """
     counts: Counter[str] = Counter()
     used: set[int] = set()
 
@@ -88,10 +95,11 @@ def assign(embedded: str, clusters: Clusters, out_uri: str) -> dict[str, int]:
 
 
 def draw(assigned: str, config: DemonstrationsConfig) -> list[dict[str, Any]]:
-    """config.draw rows of CLUSTERED shards: equal shares of the modalities, and within each of the clusters; all where there are fewer.
+    """config.draw rows of CLUSTERED shards: equal shares of the modalities, and within each of the clusters;
+    all where there are fewer.
 
-    A modality or cluster with too few images gives its share to the others. Which image stands for a cluster is drawn by id.
-    Memory: config.draw ids for each cluster of each modality.
+    A modality or cluster with too few images gives its share to the others. Which image stands for a cluster
+    is drawn by id. Memory: config.draw ids for each cluster of each modality.
     """
     nearest: dict[str, dict[int, list[tuple[int, str]]]] = defaultdict(lambda: defaultdict(list))
     for table in tables(assigned, ["sample_id", "modality", "cluster"]):
@@ -102,12 +110,25 @@ def draw(assigned: str, config: DemonstrationsConfig) -> list[dict[str, Any]]:
                 heapq.heappush(held, entry)
             else:
                 heapq.heappushpop(held, entry)
-    of_modality = shares(config.draw, {modality: sum(map(len, clusters.values())) for modality, clusters in nearest.items()}, "equal", config.seed)
+    of_modality = shares(
+        config.draw,
+        {modality: sum(map(len, clusters.values())) for modality, clusters in nearest.items()},
+        "equal",
+        config.seed,
+    )
     drawn = []
     for modality, clusters in sorted(nearest.items()):
-        of_cluster = shares(of_modality[modality], {cluster: len(held) for cluster, held in clusters.items()}, "equal", config.seed)
+        of_cluster = shares(
+            of_modality[modality],
+            {cluster: len(held) for cluster, held in clusters.items()},
+            "equal",
+            config.seed,
+        )
         for cluster, held in sorted(clusters.items()):
-            drawn += [{"sample_id": name, "modality": modality, "cluster": cluster} for _, name in sorted(held, reverse=True)[: of_cluster[cluster]]]
+            drawn += [
+                {"sample_id": name, "modality": modality, "cluster": cluster}
+                for _, name in sorted(held, reverse=True)[: of_cluster[cluster]]
+            ]
     return drawn
 
 
@@ -133,7 +154,9 @@ def matrix(table: pa.Table) -> np.ndarray:
     lists = table["embedding"].combine_chunks()
     lengths = set(pc.list_value_length(lists).unique().to_pylist())
     if len(lengths) != 1:
-        raise DataError(f"embeddings of {sorted(lengths)} numbers among each other; embed all images with one encoder")
+        raise DataError(
+            f"embeddings of {sorted(lengths)} numbers among each other; embed all images with one encoder"
+        )
     return lists.flatten().to_numpy().reshape(len(lists), lengths.pop())
 
 
@@ -143,8 +166,13 @@ def _embedded(uri: str) -> Iterator[pa.Table]:
 
 
 def spread(drawn: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """{modality: {"images", "clusters"}} of drawn rows: over how many clusters the images of a modality are spread."""
+    """{modality: {"images", "clusters"}} of drawn rows: over how many clusters the images of a modality
+    are spread.
+    """
     found: dict[str, list[int]] = defaultdict(list)
     for row in drawn:
         found[row["modality"]].append(row["cluster"])
-    return {modality: {"images": len(clusters), "clusters": len(set(clusters))} for modality, clusters in sorted(found.items())}
+    return {
+        modality: {"images": len(clusters), "clusters": len(set(clusters))}
+        for modality, clusters in sorted(found.items())
+    }

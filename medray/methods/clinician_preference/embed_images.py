@@ -20,8 +20,8 @@ class Embed:
     """Callable for `map_batches(batch_format="pyarrow")`; reads sample_id, image, caption and modality.
 
     An embedding is [image features ; text features], each divided by its own length, so that both count alike
-    (BioMed-VITAL's images and texts are embedded apart and joined). A row without a caption has zeros for the text.
-    An image that cannot be read gives a row without an embedding and with the reason in `error`.
+    (BioMed-VITAL's images and texts are embedded apart and joined). A row without a caption has zeros for the
+    text. An image that cannot be read gives a row without an embedding and with the reason in `error`.
 
     Args:
         encoder: see medray.models.encoder.load_encoder.
@@ -48,15 +48,24 @@ class Embed:
         errors = list(errors)
         texts = [row["caption"] or "" for row in rows]
         try:
-            found = self._embedded([images[place] for place in good], [texts[place] for place in good]) if good else ()
+            found = (
+                self._embedded([images[place] for place in good], [texts[place] for place in good])
+                if good
+                else ()
+            )
             for place, embedding in zip(good, found, strict=True):
                 embeddings[place] = embedding
         except MemoryError:
             raise
         except Exception:  # a row that the encoder's processor cannot take: found by asking for each alone
             for place in good:
-                embeddings[place], errors[place] = self._alone(rows[place]["sample_id"], images[place], texts[place])
-        made = ({**row, "embedding": embedding, "error": error} for row, embedding, error in zip(rows, embeddings, errors, strict=True))
+                embeddings[place], errors[place] = self._alone(
+                    rows[place]["sample_id"], images[place], texts[place]
+                )
+        made = (
+            {**row, "embedding": embedding, "error": error}
+            for row, embedding, error in zip(rows, embeddings, errors, strict=True)
+        )
         return pa.Table.from_pylist(list(made), schema=EMBEDDED)
 
     def _embedded(self, images: list[Any], texts: list[str]) -> np.ndarray:
@@ -90,7 +99,9 @@ def unit_rows(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def embed_map(config: DemonstrationsConfig, data_config: DataConfig, encoder: str) -> tuple[type[Embed], dict[str, Any]]:
+def embed_map(
+    config: DemonstrationsConfig, data_config: DataConfig, encoder: str
+) -> tuple[type[Embed], dict[str, Any]]:
     """The stage as (callable class, arguments) for `map_batches`.
 
     Args:
@@ -101,7 +112,12 @@ def embed_map(config: DemonstrationsConfig, data_config: DataConfig, encoder: st
     low, high = config.actors
     kwargs = {"encoder": encoder, "config": config.model_dump(), "data_config": data_config.model_dump()}
     return Embed, {
-        "fn_constructor_kwargs": kwargs, "batch_size": config.batch, "batch_format": "pyarrow", "num_cpus": config.cpus_per_actor,
-        "num_gpus": config.gpus_per_actor, "compute": ray.data.ActorPoolStrategy(min_size=low, max_size=high), "udf_modifying_row_count": False,
+        "fn_constructor_kwargs": kwargs,
+        "batch_size": config.batch,
+        "batch_format": "pyarrow",
+        "num_cpus": config.cpus_per_actor,
+        "num_gpus": config.gpus_per_actor,
+        "compute": ray.data.ActorPoolStrategy(min_size=low, max_size=high),
+        "udf_modifying_row_count": False,
         **config.place.options,
     }

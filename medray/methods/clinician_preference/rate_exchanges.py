@@ -1,8 +1,11 @@
-"""Single question-answer pairs rated from 0 to 10 (BioMed-VITAL, model preference): records.EXCHANGE in, RATING out.
+"""Single question-answer pairs rated from 0 to 10 (BioMed-VITAL, model preference): records.EXCHANGE in,
+RATING out.
 
-- api, vllm with scoring "scores": the rater writes a number (medray.methods.clinician_preference.rate_prompt);
-- vllm with scoring "likelihood" (an extension): ten times the geometric mean of the probabilities that the model gives the
-  answer's tokens, end token included, after the bare question. For models too small to write scores.
+- api, vllm with scoring "scores": the rater writes a number
+  (medray.methods.clinician_preference.rate_prompt);
+- vllm with scoring "likelihood" (an extension): ten times the geometric mean of the probabilities that the
+  model gives the answer's tokens, end token included, after the bare question. For models too small to write
+  scores.
 """
 
 from __future__ import annotations
@@ -29,7 +32,14 @@ from medray.storage.shards import tables
 
 logger = logging.getLogger("medray")
 
-USAGE = pa.schema([("prompt_tokens", pa.int64()), ("completion_tokens", pa.int64()), ("requests", pa.int64()), ("retries", pa.int64())])
+USAGE = pa.schema(
+    [
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("requests", pa.int64()),
+        ("retries", pa.int64()),
+    ]
+)
 RATING = pa.schema([*RATED, *USAGE])
 
 
@@ -68,7 +78,11 @@ class EngineRate(EngineWorker, Rate):
     """
 
     def __init__(
-        self, config: RateConfig | dict, model: str, data_config: DataConfig | dict, engine_config: EngineConfig | dict,
+        self,
+        config: RateConfig | dict,
+        model: str,
+        data_config: DataConfig | dict,
+        engine_config: EngineConfig | dict,
     ):
         self.config = RateConfig.model_validate(config)
         super().__init__(model, self.config.own_model(), data_config, engine_config)
@@ -76,13 +90,21 @@ class EngineRate(EngineWorker, Rate):
     async def rated(self, row, usage):
         image, key = await self.image(row)
         if self.config.scoring == "likelihood":
-            found = await self.engine.loglikelihood([{"role": "user", "text": row["question"]}], image, row["answer"], image_id=key)
+            found = await self.engine.loglikelihood(
+                [{"role": "user", "text": row["question"]}], image, row["answer"], image_id=key
+            )
             usage.requests += 1
             usage.prompt_tokens += found.prompt_tokens
             return HIGHEST * math.exp(found.nats / found.tokens), None
-        sampling = SamplingConfig(temperature=self.config.temperature, top_k=0, top_p=1.0, max_tokens=self.config.max_tokens)
-        prompt = self.engine.chat.prompt_ids([{"role": "user", "text": rate_prompt(row["question"], row["answer"], row["context"])}])
-        output = await self.sampled(prompt, image, key, sampling, seed_for(self.config.seed, row["sample_id"], "rate"), usage)
+        sampling = SamplingConfig(
+            temperature=self.config.temperature, top_k=0, top_p=1.0, max_tokens=self.config.max_tokens
+        )
+        prompt = self.engine.chat.prompt_ids(
+            [{"role": "user", "text": rate_prompt(row["question"], row["answer"], row["context"])}]
+        )
+        output = await self.sampled(
+            prompt, image, key, sampling, seed_for(self.config.seed, row["sample_id"], "rate"), usage
+        )
         return None, self.spoken(prompt, output)
 
 
@@ -101,14 +123,21 @@ class ApiRate(Rate):
     async def rated(self, row, usage):
         url = await asyncio.to_thread(data_url, row["image"], self.data_config)
         seed = seed_for(self.config.seed, row["sample_id"], "rate") >> 31  # endpoints take 32 bits at most
-        return None, (await self.endpoint.ask(rate_prompt(row["question"], row["answer"], row["context"]), url, seed, usage)).spoken
+        return None, (
+            await self.endpoint.ask(
+                rate_prompt(row["question"], row["answer"], row["context"]), url, seed, usage
+            )
+        ).spoken
 
     async def settled(self) -> None:
         await self.endpoint.settled()
 
 
 def rate_map(
-    config: RateConfig, model: str | None, data_config: DataConfig, engine_config: EngineConfig,
+    config: RateConfig,
+    model: str | None,
+    data_config: DataConfig,
+    engine_config: EngineConfig,
 ) -> tuple[type[Rate], dict[str, Any]]:
     """The rater as (callable class, arguments) for `map_batches`.
 
@@ -117,9 +146,17 @@ def rate_map(
         engine_config: the rater's (OwnEngineConfig.beside).
     """
     if config.kind == "api":
-        return ApiRate, {**client_options(engine_config), "fn_constructor_kwargs": {"config": config.model_dump(), "data_config": data_config.model_dump()}}
+        return ApiRate, {
+            **client_options(engine_config),
+            "fn_constructor_kwargs": {"config": config.model_dump(), "data_config": data_config.model_dump()},
+        }
     logger.info(config.described("rate"))
-    kwargs = {"config": config.model_dump(), "model": model, "data_config": data_config.model_dump(), "engine_config": engine_config.model_dump()}
+    kwargs = {
+        "config": config.model_dump(),
+        "model": model,
+        "data_config": data_config.model_dump(),
+        "engine_config": engine_config.model_dump(),
+    }
     return EngineRate, {**map_options(engine_config), "fn_constructor_kwargs": kwargs}
 
 
@@ -134,6 +171,9 @@ def rating_counts(rated: str) -> dict[str, int]:
     for table in tables(rated, ["score", "error"]):
         for row in table.to_pylist():
             counts["exchanges"] += 1
-            counts[f"score {math.floor(row['score'])}" if row["score"] is not None else f"no score: {kind_of_error(row['error'])}"] += 1
+            counts[
+                f"score {math.floor(row['score'])}"
+                if row["score"] is not None
+                else f"no score: {kind_of_error(row['error'])}"
+            ] += 1
     return dict(sorted(counts.items()))
-

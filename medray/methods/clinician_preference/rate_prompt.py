@@ -1,7 +1,7 @@
 """What a rater of single question-answer pairs is asked, and how its reply is read (pure).
 
-prompts/rate.txt names the criteria of BioMed-VITAL's model preference. Its released script took the score of the sample before
-where a reply had no digit; here a reply without a score has none.
+prompts/rate.txt names the criteria of BioMed-VITAL's model preference. Its released script took the score of
+the sample before where a reply had no digit; here a reply without a score has none.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from medray.inference.prompting import fill, first_line, known
 from medray.inference.thinking import UNFINISHED, said
 
 LOWEST, HIGHEST = 0.0, 10.0
-# The score alone on its line, named or not: "8", "Score: 8.5", "**Rating - 7**", "[9]", "8/10", "8 out of 10."
-_SCORE = re.compile(r"[*_#\s\[(]*(?:(?:overall\s+)?(?:score|rating)[*_\s]*[:=-]?[*_\s]*)?[\[(]?(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?[\])*_.。\s]*", re.IGNORECASE)
+# The score alone on its line, named or not: "8", "Score: 8.5", "**Rating - 7**", "[9]", "8/10", "8 out of
+# 10."
+_SCORE = re.compile(
+    r"[*_#\s\[(]*(?:(?:overall\s+)?(?:score|rating)[*_\s]*[:=-]?[*_\s]*)?[\[(]?(-?\d+(?:\.\d+)?)(?:\s*(?:/|out "
+    r"of)\s*(\d+(?:\.\d+)?))?[\])*_.。\s]*",
+    re.IGNORECASE,
+)
 
 
 class RatingError(ValueError):
@@ -28,8 +33,9 @@ def rate_prompt(question: str, answer: str, context: str | None) -> str:
 def parse_score(reply: str) -> float:
     """The score, from 0 to 10, of a reply's first line, after the rater's thinking where it wrote any.
 
-    The line must hold the score and nothing else but its name: "8", "8.5" and "Score: 8" are read as they stand. "8/10" is 8,
-    as it says itself that the scale ends at 10; over another number ("4/5") it is on another scale and no score.
+    The line must hold the score and nothing else but its name: "8", "8.5" and "Score: 8" are read as they
+    stand. "8/10" is 8, as it says itself that the scale ends at 10; over another number ("4/5") it is on
+    another scale and no score.
 
     Raises RatingError for anything else: a score that cannot be read is missing.
     """

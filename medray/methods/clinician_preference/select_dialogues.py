@@ -1,13 +1,16 @@
-"""Which dialogues the model is tuned on (BioMed-VITAL, selection): scored exchanges to the conversations that are kept.
+"""Which dialogues the model is tuned on (BioMed-VITAL, selection): scored exchanges to the conversations that
+are kept.
 
-Every turn counts: a dialogue's score is the mean or the least of its turns' scores, or turns are ranked one by one and a
-dialogue keeps those that are left. What is kept depends on ids, scores and the seed, not on how the shards are cut.
+Every turn counts: a dialogue's score is the mean or the least of its turns' scores, or turns are ranked one
+by one and a dialogue keeps those that are left. What is kept depends on ids, scores and the seed, not on how
+the shards are cut.
 
-Rows are grouped, ranked and looked up again through temporary files (medray.storage.external_sort), so that memory does not grow with
-their number:
+Rows are grouped, ranked and looked up again through temporary files (medray.storage.external_sort), so that
+memory does not grow with their number:
 
     0. only with relative_to: how well exchanges that are alike are rated on average
-    1. exchanges without their images, in order of a hash of their image: dialogues get a score, repeated ones are left out
+    1. exchanges without their images, in order of a hash of their image: dialogues get a score, repeated ones
+      are left out
     2. for each modality its quota, and the key of the last one that is in it
     3. the kept exchanges, in their places among the shards; these are read once more, with the images
     4. conversations, in order of a hash of their ids
@@ -39,26 +42,38 @@ from medray.storage.top_n import at_most, descending, thresholds
 _LIGHT = ("sample_id", "dialogue_id", "turn", "image_id", "modality", "question", "answer", "score")
 _HEAVY = ("dialogue_id", "turn", "image_id", "image", "question", "answer")
 # What is ranked: a dialogue, or a turn by itself.
-_UNIT = pa.schema([
-    ("unit", pa.string()), ("modality", pa.string()), ("score", pa.float64()), ("key", pa.uint64()), ("tie", pa.uint64()),
-    ("places", pa.list_(pa.int64())),  # of its exchanges among the rows of the shards
-])
+_UNIT = pa.schema(
+    [
+        ("unit", pa.string()),
+        ("modality", pa.string()),
+        ("score", pa.float64()),
+        ("key", pa.uint64()),
+        ("tie", pa.uint64()),
+        ("places", pa.list_(pa.int64())),  # of its exchanges among the rows of the shards
+    ]
+)
 _GLOBAL = "all"
-# Of exchanges that are alike: bins by a hash of their words; in a mean over them how many of the average each has beside its own, and parts of a score that count.
+# Of exchanges that are alike: bins by a hash of their words; in a mean over them how many of the average each
+# has beside its own, and parts of a score that count.
 _BINS, _PRIOR, _UNITS = 2**20, 3, 2**20
 
 
-def select(scored: str, out_uri: str, config: SelectConfig, scores: Callable[[pa.Table], pa.Array] | None = None) -> dict[str, Any]:
+def select(
+    scored: str, out_uri: str, config: SelectConfig, scores: Callable[[pa.Table], pa.Array] | None = None
+) -> dict[str, Any]:
     """Write records.CONVERSATION of what is kept into `out_uri`, which is emptied first.
 
     Args:
-        scored: shards of records.SCORED. A dialogue with a turn that has no score is left out and counted (with aggregate turns,
-            that turn alone); so is every exchange whose sample_id is there for a second time.
-        scores: for a table of exchanges (N,), what to rank by in place of their column score; not together with relative_to.
+        scored: shards of records.SCORED. A dialogue with a turn that has no score is left out and counted
+            (with aggregate turns, that turn alone); so is every exchange whose sample_id is there for a
+            second time.
+        scores: for a table of exchanges (N,), what to rank by in place of their column score; not together
+            with relative_to.
 
-    Returns {"counts": {...}, "mix": {modality: {"before", "kept", "share before", "share kept", "mean score before", "mean score kept"}},
-    "variety": {"before", "kept"}}, where before and kept of the mix count dialogues, or turns where they are ranked by themselves, and those of
-    the variety are effective numbers of different exchanges: e to the entropy (nats) of how often each question and answer is there.
+    Returns {"counts": {...}, "mix": {modality: {"before", "kept", "share before", "share kept", "mean score
+    before", "mean score kept"}}, "variety": {"before", "kept"}}, where before and kept of the mix count
+    dialogues, or turns where they are ranked by themselves, and those of the variety are effective numbers of
+    different exchanges: e to the entropy (nats) of how often each question and answer is there.
 
     Raises DataError where nothing has a score.
     """
@@ -67,22 +82,47 @@ def select(scored: str, out_uri: str, config: SelectConfig, scores: Callable[[pa
     before, after = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
     with ExitStack() as files:
         total = count_rows(scored)
-        by_image = files.enter_context(Ordered(_tallied(_placed(scored, _levels(scored, config), scores), before), hashed("image_id"), total, then=["image_id", "dialogue_id", "turn", "sample_id"]))
-        units = files.enter_context(Ordered(_units(by_image, config, counts, mix), lambda table: table["tie"].to_numpy(), total, then=["unit"]))
+        by_image = files.enter_context(
+            Ordered(
+                _tallied(_placed(scored, _levels(scored, config), scores), before),
+                hashed("image_id"),
+                total,
+                then=["image_id", "dialogue_id", "turn", "sample_id"],
+            )
+        )
+        units = files.enter_context(
+            Ordered(
+                _units(by_image, config, counts, mix),
+                lambda table: table["tie"].to_numpy(),
+                total,
+                then=["unit"],
+            )
+        )
         if not counts["ranked"]:
-            raise DataError(f"{scored}: no dialogue to choose from ({dict(counts)}); the column score of its rows is null throughout")
+            raise DataError(
+                f"{scored}: no dialogue to choose from ({dict(counts)}); the column score of its rows is "
+                "null throughout"
+            )
         kept = _kept(units, config, mix)
         places = files.enter_context(Ordered(kept, evenly("place", total), total))
-        exchanges = files.enter_context(Ordered(_looked_up(scored, places), hashed("dialogue_id"), total, then=["dialogue_id", "turn"]))
+        exchanges = files.enter_context(
+            Ordered(_looked_up(scored, places), hashed("dialogue_id"), total, then=["dialogue_id", "turn"])
+        )
         empty_folder(out_uri)
         write_shard(_conversations(_tallied(exchanges, after), counts), out_uri, "part")
-    return {"counts": {"exchanges": total, **counts}, "mix": _shares_of(mix), "variety": {"before": effective_number(before), "kept": effective_number(after)}}
+    return {
+        "counts": {"exchanges": total, **counts},
+        "mix": _shares_of(mix),
+        "variety": {"before": effective_number(before), "kept": effective_number(after)},
+    }
 
 
 def _bins(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
     """A bin (N,) of each exchange by the words of these columns."""
     texts = zip(*(table[name].to_pylist() for name in columns), strict=True)
-    return np.array([hash64("\0".join(normal(word or "") for word in words)) % _BINS for words in texts], np.int64)
+    return np.array(
+        [hash64("\0".join(normal(word or "") for word in words)) % _BINS for words in texts], np.int64
+    )
 
 
 def _tallied(exchanges: Iterable[pa.Table], counts: np.ndarray) -> Iterator[pa.Table]:
@@ -99,14 +139,16 @@ def effective_number(counts: np.ndarray) -> float:
 
 
 def _levels(scored: str, config: SelectConfig) -> Callable[[pa.Table], np.ndarray]:
-    """For the exchanges of a table (N,): how much better than the average those are rated that are alike (config.relative_to).
+    """For the exchanges of a table (N,): how much better than the average those are rated that are alike
+    (config.relative_to).
 
     Few that are alike say little of their kind: their mean is drawn towards the average of all.
     """
     if config.relative_to is None:
         return lambda table: np.zeros(table.num_rows)
     columns = ("question",) if config.relative_to == "question" else ("question", "answer")
-    sums, counts = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)  # of whole numbers: in any order the same
+    # of whole numbers: in any order the same
+    sums, counts = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
     for table in tables(scored, [*columns, "score"], 2**12):
         score_N = table["score"].cast(pa.float64()).to_numpy()  # null is NaN
         known = ~np.isnan(score_N)
@@ -117,17 +159,25 @@ def _levels(scored: str, config: SelectConfig) -> Callable[[pa.Table], np.ndarra
     return lambda table: level[_bins(table, columns)]
 
 
-def _placed(scored: str, levels: Callable[[pa.Table], np.ndarray], scores: Callable[[pa.Table], pa.Array] | None) -> Iterator[pa.Table]:
-    """Exchanges without their image, with their place among the rows of the shards, and what is subtracted from their score."""
+def _placed(
+    scored: str, levels: Callable[[pa.Table], np.ndarray], scores: Callable[[pa.Table], pa.Array] | None
+) -> Iterator[pa.Table]:
+    """Exchanges without their image, with their place among the rows of the shards, and what is
+    subtracted from their score.
+    """
     start = 0
     for table in tables(scored, list(_LIGHT), 2**12):
         if scores is not None:
             table = table.set_column(table.schema.get_field_index("score"), "score", scores(table))
-        yield table.append_column("place", pa.array(np.arange(start, start + table.num_rows))).append_column("level", pa.array(levels(table)))
+        yield table.append_column("place", pa.array(np.arange(start, start + table.num_rows))).append_column(
+            "level", pa.array(levels(table))
+        )
         start += table.num_rows
 
 
-def _units(by_image: Iterable[pa.Table], config: SelectConfig, counts: Counter[str], mix: dict[str, Counter[str]]) -> Iterator[pa.Table]:
+def _units(
+    by_image: Iterable[pa.Table], config: SelectConfig, counts: Counter[str], mix: dict[str, Counter[str]]
+) -> Iterator[pa.Table]:
     """Tables of _UNIT: what is ranked."""
     made = (unit for rows in groups_of(by_image, "image_id") for unit in units_of_image(rows, config, counts))
     while part := list(itertools.islice(made, 4096)):
@@ -141,8 +191,11 @@ def _units(by_image: Iterable[pa.Table], config: SelectConfig, counts: Counter[s
         yield pa.table({**columns, "key": descending(scores), "tie": ties}, schema=_UNIT)
 
 
-def units_of_image(exchanges: Sequence[dict[str, Any]], config: SelectConfig, counts: Counter[str]) -> list[dict[str, Any]]:
-    """What of one image is ranked: {"unit", "modality", "score", "rank" (the score less what its like have), "places"} (pure).
+def units_of_image(
+    exchanges: Sequence[dict[str, Any]], config: SelectConfig, counts: Counter[str]
+) -> list[dict[str, Any]]:
+    """What of one image is ranked: {"unit", "modality", "score", "rank" (the score less what its like have),
+    "places"} (pure).
 
     Args:
         exchanges: of the image, those of a dialogue together and in order.
@@ -159,9 +212,22 @@ def units_of_image(exchanges: Sequence[dict[str, Any]], config: SelectConfig, co
                 counts["left out: no score"] += 1
                 continue
             name = unit[0]["sample_id"] if config.aggregate == "turns" else unit[0]["dialogue_id"]
-            score, rank = (min(values) if config.aggregate == "min" else sum(values) / len(values) for values in (scores, [row["score"] - row["level"] for row in unit]))
-            made = {"unit": name, "modality": unit[0]["modality"] or UNKNOWN, "score": score, "rank": rank, "places": [row["place"] for row in unit]}
-            said = tuple(normal(f"{row['question']} {row['answer']}") for row in unit) if config.deduplicate else (name,)
+            score, rank = (
+                min(values) if config.aggregate == "min" else sum(values) / len(values)
+                for values in (scores, [row["score"] - row["level"] for row in unit])
+            )
+            made = {
+                "unit": name,
+                "modality": unit[0]["modality"] or UNKNOWN,
+                "score": score,
+                "rank": rank,
+                "places": [row["place"] for row in unit],
+            }
+            said = (
+                tuple(normal(f"{row['question']} {row['answer']}") for row in unit)
+                if config.deduplicate
+                else (name,)
+            )
             if said in best:
                 counts["left out: says what another says"] += 1
             if said not in best or (config.order == "score" and rank > best[said]["rank"]):
@@ -172,7 +238,11 @@ def units_of_image(exchanges: Sequence[dict[str, Any]], config: SelectConfig, co
 def _kept(units: Ordered, config: SelectConfig, mix: dict[str, Counter[str]]) -> Iterator[pa.Table]:
     """{"place"} of every exchange that is kept."""
     names = sorted(mix) if config.per_modality != "global" else [_GLOBAL]
-    sizes = {name: mix[name]["before"] for name in names} if config.per_modality != "global" else {_GLOBAL: sum(one["before"] for one in mix.values())}
+    sizes = (
+        {name: mix[name]["before"] for name in names}
+        if config.per_modality != "global"
+        else {_GLOBAL: sum(one["before"] for one in mix.values())}
+    )
     ranked = sum(sizes.values())
     wanted = min(config.top, ranked) if config.top is not None else max(1, round(config.fraction * ranked))
     quotas = shares(wanted, sizes, "equal" if config.per_modality == "equal" else "proportional", config.seed)
@@ -185,7 +255,9 @@ def _kept(units: Ordered, config: SelectConfig, mix: dict[str, Counter[str]]) ->
         return np.column_stack([table["key"].to_numpy(), table["tie"].to_numpy()])
 
     limits = thresholds(
-        lambda: ((groups_of_units(table), keys(table)) for table in units), {names.index(name): quota for name, quota in quotas.items() if quota}, words=2,
+        lambda: ((groups_of_units(table), keys(table)) for table in units),
+        {names.index(name): quota for name, quota in quotas.items() if quota},
+        words=2,
     )
     for table in units:
         groups, key_N = groups_of_units(table), keys(table)
@@ -200,7 +272,9 @@ def _kept(units: Ordered, config: SelectConfig, mix: dict[str, Counter[str]]) ->
 
 
 def _looked_up(scored: str, places: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The exchanges at these places, which come in order; of the first turn of a dialogue in a row of them alone the image is kept."""
+    """The exchanges at these places, which come in order; of the first turn of a dialogue in a row of
+    them alone the image is kept.
+    """
     wanted = itertools.chain.from_iterable(table["place"].to_pylist() for table in places)
     place = next(wanted, None)
     start = 0
@@ -221,8 +295,15 @@ def _looked_up(scored: str, places: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _conversations(exchanges: Iterable[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:
-    for table in tables_of((conversation_row(rows) for rows in groups_of(exchanges, "dialogue_id")), CONVERSATION, 64):
-        counts.update({"dialogues kept": table.num_rows, "exchanges kept": pc.sum(pc.list_value_length(table["turns"])).as_py() // 2})
+    for table in tables_of(
+        (conversation_row(rows) for rows in groups_of(exchanges, "dialogue_id")), CONVERSATION, 64
+    ):
+        counts.update(
+            {
+                "dialogues kept": table.num_rows,
+                "exchanges kept": pc.sum(pc.list_value_length(table["turns"])).as_py() // 2,
+            }
+        )
         yield table
 
 
@@ -230,8 +311,12 @@ def _shares_of(mix: dict[str, Counter[str]]) -> dict[str, dict[str, Any]]:
     before, kept = (sum(tally[name] for tally in mix.values()) for name in ("before", "kept"))
     return {
         modality: {
-            "before": tally["before"], "kept": tally["kept"], "share before": tally["before"] / before, "share kept": tally["kept"] / max(kept, 1),
-            "mean score before": tally["score before"] / tally["before"], "mean score kept": tally["score kept"] / tally["kept"] if tally["kept"] else None,
+            "before": tally["before"],
+            "kept": tally["kept"],
+            "share before": tally["before"] / before,
+            "share kept": tally["kept"] / max(kept, 1),
+            "mean score before": tally["score before"] / tally["before"],
+            "mean score kept": tally["score kept"] / tally["kept"] if tally["kept"] else None,
         }
         for modality, tally in sorted(mix.items())
     }

@@ -1,7 +1,9 @@
-"""Dialogues about images by a strong model (BioMed-VITAL, generation): records.IMAGE_TEXT in, records.GENERATED out.
+"""Dialogues about images by a strong model (BioMed-VITAL, generation): records.IMAGE_TEXT in,
+records.GENERATED out.
 
-The writer sees the image, what is written about it, and one demonstration of each modality, drawn by the image's id from the
-dialogues that clinicians approved. Where clinicians are to choose, the questions of its dialogue are answered once more.
+The writer sees the image, what is written about it, and one demonstration of each modality, drawn by the
+image's id from the dialogues that clinicians approved. Where clinicians are to choose, the questions of its
+dialogue are answered once more.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Generate(RowWorker):
 
     Args:
         config: rounds, answers, attempts, sampling.
-        demonstrations: see medray.data.exchanges.demonstrations_of; those about an image are not shown for that image.
+        demonstrations: see medray.data.exchanges.demonstrations_of; those about an image are not shown for
+            that image.
     """
 
     schema = GENERATED
@@ -57,28 +60,66 @@ class Generate(RowWorker):
         shown = one_per_modality(others, f"{self.config.seed}|{row['sample_id']}")
         dropped: list[dict[str, str]] = []
         write = await self.writer(row, usage)
-        made = {**row, "demonstrations": [one["dialogue_id"] for one in shown], "writer": writer_name(self.config), "dropped": dropped, "rounds": None, "error": None}
+        made = {
+            **row,
+            "demonstrations": [one["dialogue_id"] for one in shown],
+            "writer": writer_name(self.config),
+            "dropped": dropped,
+            "rounds": None,
+            "error": None,
+        }
 
-        rounds = await self._read(write, dialogue_prompt(caption, context, shown, self.config.rounds), "dialogue", self._rounds, dropped)
+        rounds = await self._read(
+            write,
+            dialogue_prompt(caption, context, shown, self.config.rounds),
+            "dialogue",
+            self._rounds,
+            dropped,
+        )
         if rounds is None:
             return {**made, "error": f"no dialogue: {dropped[-1]['reason']}", **vars(usage)}
         answers = [[one["answer"]] for one in rounds]
         if self.config.answers == 2:
             questions = [one["question"] for one in rounds]
-            again = await self._read(write, answer_again_prompt(caption, context, questions), "again", lambda text: _answers_to(questions, text), dropped)
-            answers = [[*own, other] for own, other in zip(answers, again or [None] * len(rounds), strict=True)]
-        return {**made, "rounds": [{"question": one["question"], "answers": said} for one, said in zip(rounds, answers, strict=True)], **vars(usage)}
+            again = await self._read(
+                write,
+                answer_again_prompt(caption, context, questions),
+                "again",
+                lambda text: _answers_to(questions, text),
+                dropped,
+            )
+            answers = [
+                [*own, other] for own, other in zip(answers, again or [None] * len(rounds), strict=True)
+            ]
+        return {
+            **made,
+            "rounds": [
+                {"question": one["question"], "answers": said}
+                for one, said in zip(rounds, answers, strict=True)
+            ],
+            **vars(usage),
+        }
 
     def _rounds(self, text: str) -> tuple[list[Mapping[str, str]], list[str]]:
         kept, repeated = without_repeats(parse_rounds(text, self.config.rounds))
         if len(kept) < self.config.rounds[0]:
-            raise DialogueError(f"rounds: {len(kept)} of them do not repeat a question; at least {self.config.rounds[0]} were asked for")
+            raise DialogueError(
+                f"rounds: {len(kept)} of them do not repeat a question; at least {self.config.rounds[0]} "
+                "were asked for"
+            )
         return kept, repeated
 
     async def _read(
-        self, write: Write, text: str, place: str, read: Callable[[str], tuple[ReadT, list[str]]], dropped: list[dict[str, str]],
+        self,
+        write: Write,
+        text: str,
+        place: str,
+        read: Callable[[str], tuple[ReadT, list[str]]],
+        dropped: list[dict[str, str]],
     ) -> ReadT | None:
-        """What `read` makes of a reply; asks config.attempts times at most, and lists what was not used, and why."""
+        """What `read` makes of a reply; asks config.attempts times at most, and lists what was not used,
+        and why.
+        """
         for attempt in range(self.config.attempts):
             try:
                 reply = await write(text, f"{place} {attempt}")
@@ -105,7 +146,9 @@ class Generate(RowWorker):
 
 
 def _answers_to(questions: Sequence[str], text: str) -> tuple[list[str | None], list[str]]:
-    """An answer for each question, None where the reply does not repeat that question. Raises DialogueError where it repeats none."""
+    """An answer for each question, None where the reply does not repeat that question. Raises
+    DialogueError where it repeats none.
+    """
     said = {normal(one["question"]): one["answer"] for one in parse_rounds(text, (1, len(questions)))}
     found = [said.get(normal(question)) for question in questions]
     if not any(found):
@@ -117,7 +160,11 @@ class EngineGenerate(EngineWorker, Generate):
     """A local VLM as writer, asked as `model_settings` says; see Generate and EngineWorker."""
 
     def __init__(
-        self, config: GenerateConfig | dict, demonstrations: Sequence[Demonstration], model: str, data_config: DataConfig | dict,
+        self,
+        config: GenerateConfig | dict,
+        demonstrations: Sequence[Demonstration],
+        model: str,
+        data_config: DataConfig | dict,
         engine_config: EngineConfig | dict,
     ):
         self.config, self.demonstrations = GenerateConfig.model_validate(config), demonstrations
@@ -125,15 +172,23 @@ class EngineGenerate(EngineWorker, Generate):
 
     async def writer(self, row, usage):
         image, key = await self.image(row)
-        sampling = SamplingConfig(temperature=self.config.temperature, top_k=0, top_p=1.0, max_tokens=self.config.max_tokens)
+        sampling = SamplingConfig(
+            temperature=self.config.temperature, top_k=0, top_p=1.0, max_tokens=self.config.max_tokens
+        )
 
         async def write(text: str, place: str) -> Reply:
             prompt = self.engine.chat.prompt_ids([{"role": "user", "text": text}])
-            output = await self.sampled(prompt, image, key, sampling, seed_for(self.config.seed, row["sample_id"], place), usage)
+            output = await self.sampled(
+                prompt, image, key, sampling, seed_for(self.config.seed, row["sample_id"], place), usage
+            )
             text, thinking = without_blocks(self.spoken(prompt, output))
             if thinking == UNFINISHED:
-                raise DialogueError("unfinished thinking: the reply never closes it; raise generate.max_tokens")
-            return Reply(self.engine.chat.without_special_text(text), output.finish_reason, len(output.token_ids))
+                raise DialogueError(
+                    "unfinished thinking: the reply never closes it; raise generate.max_tokens"
+                )
+            return Reply(
+                self.engine.chat.without_special_text(text), output.finish_reason, len(output.token_ids)
+            )
 
         return write
 
@@ -144,7 +199,12 @@ class ApiGenerate(Generate):
     Raises StageError where a remote endpoint has no key in this actor's environment.
     """
 
-    def __init__(self, config: GenerateConfig | dict, demonstrations: Sequence[Demonstration], data_config: DataConfig | dict):
+    def __init__(
+        self,
+        config: GenerateConfig | dict,
+        demonstrations: Sequence[Demonstration],
+        data_config: DataConfig | dict,
+    ):
         self.config, self.demonstrations = GenerateConfig.model_validate(config), demonstrations
         super().__init__(rows_in_flight=self.config.concurrency)
         self.data_config = DataConfig.model_validate(data_config)
@@ -154,7 +214,9 @@ class ApiGenerate(Generate):
         url = await asyncio.to_thread(data_url, row["image"], self.data_config)
 
         async def write(text: str, place: str) -> Reply:
-            return await self.endpoint.ask(text, url, seed_for(self.config.seed, row["sample_id"], place) >> 31, usage)
+            return await self.endpoint.ask(
+                text, url, seed_for(self.config.seed, row["sample_id"], place) >> 31, usage
+            )
 
         return write
 
@@ -163,7 +225,10 @@ class ApiGenerate(Generate):
 
 
 def generate_map(
-    config: GenerateConfig, model: str | None, data_config: DataConfig, engine_config: EngineConfig,
+    config: GenerateConfig,
+    model: str | None,
+    data_config: DataConfig,
+    engine_config: EngineConfig,
     demonstrations: Sequence[Demonstration] = (),
 ) -> tuple[type[RowWorker], dict[str, Any]]:
     """The writer as (callable class, arguments) for `map_batches`.
@@ -172,7 +237,11 @@ def generate_map(
         model: resolved path of the local writer; not used by kind api.
         engine_config: the writer's (OwnEngineConfig.beside).
     """
-    common = {"config": config.model_dump(), "demonstrations": list(demonstrations), "data_config": data_config.model_dump()}
+    common = {
+        "config": config.model_dump(),
+        "demonstrations": list(demonstrations),
+        "data_config": data_config.model_dump(),
+    }
     if config.kind == "api":
         return ApiGenerate, {**client_options(engine_config), "fn_constructor_kwargs": common}
     logger.info(config.described("generate"))

@@ -1,8 +1,8 @@
 """Models on benchmarks: questions -> answers -> scores -> comparison -> results.html.
 
-    stages/05-answers-<model>/rows       records.ANSWERED of every benchmark, by one start of the model's engines
-    stages/10-<benchmark>-<model>/rows   records.PREDICTION of one, re-scored without a model by `--rescore`
-    results.json  results.html  table.md  table.tex
+stages/05-answers-<model>/rows       records.ANSWERED of every benchmark, by one start of the model's engines
+stages/10-<benchmark>-<model>/rows   records.PREDICTION of one, re-scored without a model by `--rescore`
+results.json  results.html  table.md  table.tex
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ from medray.running.run import Run, Stage, digest
 from medray.running.run_hold import held
 
 
-def evaluate_models(config: EvaluateJobConfig, models: list[Asked], benchmarks: Mapping[str, str], run_uri: str, splits: tuple[str, ...] = ()) -> dict[str, Any]:
+def evaluate_models(
+    config: EvaluateJobConfig,
+    models: list[Asked],
+    benchmarks: Mapping[str, str],
+    run_uri: str,
+    splits: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Ask every model every question of the benchmarks, score and compare, or continue.
 
     Args:
@@ -56,12 +62,16 @@ def evaluate_models(config: EvaluateJobConfig, models: list[Asked], benchmarks: 
         run.write_config(config)
         results: dict[str, Any] = {"schema": 1, "benchmarks": {}}
         asked = {name: splits or BENCHMARKS[name].splits for name in benchmarks}
-        questions = {name: make_questions(run, config, name, source, asked[name]) for name, source in benchmarks.items()}
+        questions = {
+            name: make_questions(run, config, name, source, asked[name])
+            for name, source in benchmarks.items()
+        }
         answered = {model.name: predict(run, config, questions, model) for model in models}
         for name, made in questions.items():
             folders = {model: found[name] for model, found in answered.items()}
             results["benchmarks"][name] = {
-                "definition": {**asdict(BENCHMARKS[name]), "splits": asked[name]}, "counts": made["outputs"]["counts"],
+                "definition": {**asdict(BENCHMARKS[name]), "splits": asked[name]},
+                "counts": made["outputs"]["counts"],
                 **scored(run, config, name, folders),
             }
             if config.judge is not None:
@@ -70,30 +80,54 @@ def evaluate_models(config: EvaluateJobConfig, models: list[Asked], benchmarks: 
         table = markdown_table(results)
         run.write_text(table, "table.md")
         run.write_text(latex_table(results), "table.tex")
-        run.write_text(write_page(results, {name: gallery(run, name) for name in benchmarks}, run.timeline), "results.html")
+        run.write_text(
+            write_page(results, {name: gallery(run, name) for name in benchmarks}, run.timeline),
+            "results.html",
+        )
     return {
-        "run": run.uri, "accuracy": {name: {model: score["overall"]["accuracy"] for model, score in one["models"].items()} for name, one in results["benchmarks"].items()},
-        "report": run.path("results.html"), "table": table, "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),
+        "run": run.uri,
+        "accuracy": {
+            name: {model: score["overall"]["accuracy"] for model, score in one["models"].items()}
+            for name, one in results["benchmarks"].items()
+        },
+        "report": run.path("results.html"),
+        "table": table,
+        "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),
         "wall_seconds": round(time.time() - started, 1),
     }
 
 
-def make_questions(run: Run, config: EvaluateJobConfig, name: str, source: str, splits: tuple[str, ...]) -> dict[str, Any]:
+def make_questions(
+    run: Run, config: EvaluateJobConfig, name: str, source: str, splits: tuple[str, ...]
+) -> dict[str, Any]:
     """The benchmark's questions as records.BENCHMARK_QUESTION shards."""
     benchmark = BENCHMARKS[name]
     samples_uri, identity = samples_of(run, config, name, source)
     settings = {
-        "samples": identity, "benchmark": asdict(benchmark), "splits": splits, "seed": config.evaluate.seed, "most": config.evaluate.max_images,
+        "samples": identity,
+        "benchmark": asdict(benchmark),
+        "splits": splits,
+        "seed": config.evaluate.seed,
+        "most": config.evaluate.max_images,
         "columns": BENCHMARK_QUESTION.names,
     }
-    made = run.stage(f"02-{name}-questions", settings, lambda stage: explode(stage, config, samples_uri, name, splits, f"{name}-{digest(settings)}/"))
+    made = run.stage(
+        f"02-{name}-questions",
+        settings,
+        lambda stage: explode(stage, config, samples_uri, name, splits, f"{name}-{digest(settings)}/"),
+    )
     if not made["outputs"]["counts"]["questions"]:
-        raise StageError(f"{name}: {source} has no question of the splits {', '.join(splits) or 'any'} and kinds {', '.join(benchmark.kinds)}{_there(samples_uri, splits)}")
+        raise StageError(
+            f"{name}: {source} has no question of the splits {', '.join(splits) or 'any'} and kinds "
+            f"{', '.join(benchmark.kinds)}{_there(samples_uri, splits)}"
+        )
     return made
 
 
 def _there(samples_uri: str, splits: tuple[str, ...]) -> str:
-    """What the samples of a benchmark hold instead: images by split and questions by kind, and what to set."""
+    """What the samples of a benchmark hold instead: images by split and questions by kind, and what to
+    set.
+    """
     from medray.storage.shards import stored_rows
 
     images: Counter[str] = Counter()
@@ -102,26 +136,42 @@ def _there(samples_uri: str, splits: tuple[str, ...]) -> str:
         if row["error"] is None:
             images[row["split"] or "unknown"] += 1
             kinds.update(question["answer_type"] for question in row["questions"] or ())
-    said = "; ".join(", ".join(f"{name} ({number:,})" for name, number in found.most_common(20)) or "none" for found in (images, kinds))
+    said = "; ".join(
+        ", ".join(f"{name} ({number:,})" for name, number in found.most_common(20)) or "none"
+        for found in (images, kinds)
+    )
     other = next((split for split in images if split not in splits), None)
-    return f"; its images by split and questions by kind are: {said}" + (f"; name others with --split {other}" if other else "")
+    return f"; its images by split and questions by kind are: {said}" + (
+        f"; name others with --split {other}" if other else ""
+    )
 
 
 def samples_of(run: Run, config: EvaluateJobConfig, name: str, source: str) -> tuple[str, str]:
-    """(records.SAMPLE shards, hash of what they hold) of a benchmark's source; a prepared directory is used as it is."""
+    """(records.SAMPLE shards, hash of what they hold) of a benchmark's source; a prepared directory is
+    used as it is.
+    """
     benchmark = BENCHMARKS[name]
     prepared = manifest_of(source)
     if prepared is not None:
         return f"{source.rstrip('/')}/shards", digest(prepared)
-    data = config.data.model_copy(update={"source": source, "format": benchmark.format, "testbed_val_fraction": 0.0})
+    data = config.data.model_copy(
+        update={"source": source, "format": benchmark.format, "testbed_val_fraction": 0.0}
+    )
     if benchmark.files:
-        data = data.model_copy(update={"source": _beside(source, benchmark.files), "images": config.data.images or source})
+        data = data.model_copy(
+            update={"source": _beside(source, benchmark.files), "images": config.data.images or source}
+        )
 
     def read() -> dict[str, Any]:
         index = run.stage(f"00-{name}-index", index_inputs(data), lambda stage: write_index(stage, data))
         return run.stage(
-            f"01-{name}-samples", {"index": index["hash"], "limits": data.model_dump(include=LIMITS)},
-            lambda stage: checked_samples(stage, config, write_samples(stage, data, index["outputs"]["rows"], benchmark.format, stage.path("rows"))),
+            f"01-{name}-samples",
+            {"index": index["hash"], "limits": data.model_dump(include=LIMITS)},
+            lambda stage: checked_samples(
+                stage,
+                config,
+                write_samples(stage, data, index["outputs"]["rows"], benchmark.format, stage.path("rows")),
+            ),
         )
 
     samples = run.reread(read, f"00-{name}-index", f"01-{name}-samples")
@@ -141,7 +191,9 @@ def _beside(source: str, part: str) -> str:
     return fs.unstrip_protocol(found[0]) if "://" in source else found[0]
 
 
-def explode(stage: Stage, config: EvaluateJobConfig, samples_uri: str, name: str, splits: tuple[str, ...], prefix: str) -> dict[str, Any]:
+def explode(
+    stage: Stage, config: EvaluateJobConfig, samples_uri: str, name: str, splits: tuple[str, ...], prefix: str
+) -> dict[str, Any]:
     """SAMPLE rows to one row per question, its `key` the prefix and its id."""
     from ray.data.expressions import col
 
@@ -154,9 +206,15 @@ def explode(stage: Stage, config: EvaluateJobConfig, samples_uri: str, name: str
     if config.evaluate.max_images is not None:
         rows = rows.limit(config.evaluate.max_images)
     arguments = {"name": name, "prefix": prefix, "seed": config.evaluate.seed}
-    rows = rows.map_batches(_questions, fn_kwargs=arguments, batch_size=32, batch_format="pyarrow", num_cpus=cpus)
+    rows = rows.map_batches(
+        _questions, fn_kwargs=arguments, batch_size=32, batch_format="pyarrow", num_cpus=cpus
+    )
     write_in_order(rows, stage.path("rows"), cpus)
-    return {"rows": stage.path("rows"), "prefix": prefix, "counts": {"questions": count_rows(stage.path("rows"))}}
+    return {
+        "rows": stage.path("rows"),
+        "prefix": prefix,
+        "counts": {"questions": count_rows(stage.path("rows"))},
+    }
 
 
 def _questions(table: pa.Table, name: str, prefix: str, seed: int) -> pa.Table:
@@ -166,9 +224,16 @@ def _questions(table: pa.Table, name: str, prefix: str, seed: int) -> pa.Table:
     kinds, languages = BENCHMARKS[name].kinds, BENCHMARKS[name].languages
     made = []
     for sample in table.to_pylist():
-        base = {"image_id": sample["image_id"], "image": sample["image"], "modality": sample["modality"], "benchmark": name}
+        base = {
+            "image_id": sample["image_id"],
+            "image": sample["image"],
+            "modality": sample["modality"],
+            "benchmark": name,
+        }
         for row in questions([list(member) for member in members_of(sample)], kinds, seed):
-            if row["answer_type"] in kinds and (not languages or (row.get("language") or languages[0]) in languages):
+            if row["answer_type"] in kinds and (
+                not languages or (row.get("language") or languages[0]) in languages
+            ):
                 made.append({**base, **row, "key": f"{prefix}{row['sample_id']}"})
     return pa.Table.from_pylist(made, schema=BENCHMARK_QUESTION)
 
@@ -177,7 +242,10 @@ def scored(run: Run, config: EvaluateJobConfig, name: str, folders: Mapping[str,
     """Scores of every model, and each against the first on the same questions."""
     from medray.evaluation.scores import score_models
 
-    inputs = {"rows": {model: one["hash"] for model, one in folders.items()}, "config": config.evaluate.outcome("arms", "kinds")}
+    inputs = {
+        "rows": {model: one["hash"] for model, one in folders.items()},
+        "config": config.evaluate.outcome("arms", "kinds"),
+    }
 
     def work(_: Stage) -> dict[str, Any]:
         uris = {model: one["outputs"]["rows"] for model, one in folders.items()}
@@ -200,5 +268,11 @@ def gallery(run: Run, name: str, most: int = 24) -> list[tuple[dict[str, Any], d
             if row["sample_id"] in wanted and row["answer"] is not None:
                 answers[row["sample_id"]][model] = row["answer"]
     order = sorted(first, key=lambda row: -len(set(answers[row["sample_id"]].values())))[:most]
-    images = dict(images_of(run.path("stages", f"02-{name}-questions", "rows"), {row["sample_id"] for row in order}))
-    return [({**row, "image": images[row["sample_id"]]}, answers[row["sample_id"]]) for row in order if row["sample_id"] in images]
+    images = dict(
+        images_of(run.path("stages", f"02-{name}-questions", "rows"), {row["sample_id"] for row in order})
+    )
+    return [
+        ({**row, "image": images[row["sample_id"]]}, answers[row["sample_id"]])
+        for row in order
+        if row["sample_id"] in images
+    ]

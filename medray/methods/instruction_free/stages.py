@@ -1,4 +1,6 @@
-"""The stages of instruction-free tuning that self-training does not have (medray.methods.shared.stages holds what both share)."""
+"""The stages of instruction-free tuning that self-training does not have (medray.methods.shared.stages
+holds what both share).
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,26 @@ _NOT_READ = {"max_unlabelled", "unlabelled_per_round", "turns"}
 
 
 def data_inputs(config: InstructionFreeConfig) -> dict[str, Any]:
-    """What the data stage depends on. The seed draws the images to tune on, so it counts only where some are left out."""
+    """What the data stage depends on. The seed draws the images to tune on, so it counts only where some
+    are left out.
+    """
     evaluate = config.evaluate
     return {
-        "data": config.data.outcome(*_NOT_READ), "seed": config.tune.seed if config.data.label_fraction < 1 else None,
-        "prompt": evaluate.describe_prompt, "kinds": evaluate.kinds, "eval_seed": evaluate.seed, "max_eval": evaluate.max_images, "eval_rows": config.tune.eval_rows,
+        "data": config.data.outcome(*_NOT_READ),
+        "seed": config.tune.seed if config.data.label_fraction < 1 else None,
+        "prompt": evaluate.describe_prompt,
+        "kinds": evaluate.kinds,
+        "eval_seed": evaluate.seed,
+        "max_eval": evaluate.max_images,
+        "eval_rows": config.tune.eval_rows,
         "general": [evaluate.general, evaluate.general_split, evaluate.max_general],
     }
 
 
 def prepare_data(stage: Stage, config: InstructionFreeConfig) -> dict[str, Any]:
-    """Source -> descriptions to tune on, held-out descriptions, sets of questions, quarantine (Parquet shards)."""
+    """Source -> descriptions to tune on, held-out descriptions, sets of questions, quarantine (Parquet
+    shards).
+    """
     from medray.methods.instruction_free.training_sets import (
         PARTS,
         form_of,
@@ -38,17 +49,37 @@ def prepare_data(stage: Stage, config: InstructionFreeConfig) -> dict[str, Any]:
 
     asked = config.evaluate
     counts = write_descriptions(
-        config.data, stage.dir, asked.describe_prompt, asked.kinds, config.tune.seed, asked.seed, asked.max_images, config.tune.eval_rows)
+        config.data,
+        stage.dir,
+        asked.describe_prompt,
+        asked.kinds,
+        config.tune.seed,
+        asked.seed,
+        asked.max_images,
+        config.tune.eval_rows,
+    )
     account = stages.checked_account(stage, config)
     general = 0
     if asked.general is not None:
-        general = write_general(config.data, stage.path("general"), asked.general, asked.general_split, asked.kinds, asked.seed, asked.max_general)
+        general = write_general(
+            config.data,
+            stage.path("general"),
+            asked.general,
+            asked.general_split,
+            asked.kinds,
+            asked.seed,
+            asked.max_general,
+        )
         if asked.general != TESTBED_SCENES:
             stages.checked_account(stage, config, "general")
     return {
-        "counts": {**counts, "general": general}, "account": account, "form": form_of(config.data), **{part: stage.path(part) for part in PARTS},
+        "counts": {**counts, "general": general},
+        "account": account,
+        "form": form_of(config.data),
+        **{part: stage.path(part) for part in PARTS},
         "general": stage.path("general", "questions"),
-        "questions": stage.path("choices" if counts["choices"] else "described"),  # what an export is verified with
+        # what an export is verified with
+        "questions": stage.path("choices" if counts["choices"] else "described"),
     }
 
 
@@ -57,7 +88,9 @@ def warm_up(stage: Stage, config: InstructionFreeConfig, base: Model, data: dict
     return _train(stage, config, base, data, config.warm_up, None, with_model=False)
 
 
-def tune(stage: Stage, config: InstructionFreeConfig, base: Model, data: dict[str, Any], proxy: str | None) -> dict[str, Any]:
+def tune(
+    stage: Stage, config: InstructionFreeConfig, base: Model, data: dict[str, Any], proxy: str | None
+) -> dict[str, Any]:
     """Train model and proxy together; the exported model has no proxy, which lies beside it.
 
     Args:
@@ -67,16 +100,33 @@ def tune(stage: Stage, config: InstructionFreeConfig, base: Model, data: dict[st
 
 
 def _train(
-    stage: Stage, config: InstructionFreeConfig, base: Model, data: dict[str, Any], train: InstructionFreeTrainConfig, proxy: str | None, with_model: bool,
+    stage: Stage,
+    config: InstructionFreeConfig,
+    base: Model,
+    data: dict[str, Any],
+    train: InstructionFreeTrainConfig,
+    proxy: str | None,
+    with_model: bool,
 ) -> dict[str, Any]:
     from medray.storage.shards import count_rows
     from medray.train.worker import check_trained, export_proxy, run_training
 
     rows, held_out = data["outputs"]["descriptions"], data["outputs"]["eval_descriptions"]
-    train_ds, eval_ds = (stages.encoded(uri, base.path, config, "description", train) if count_rows(uri) else None for uri in (rows, held_out))
+    train_ds, eval_ds = (
+        stages.encoded(uri, base.path, config, "description", train) if count_rows(uri) else None
+        for uri in (rows, held_out)
+    )
     result = run_training(
-        stage.path("train"), train_ds, eval_ds if train.eval_rows else None, rows=count_rows(rows), model_dir=base.path, model_config=config.model,
-        train_config=train, objective="instruction_free", proxy=proxy, max_quarantined=config.max_quarantined,
+        stage.path("train"),
+        train_ds,
+        eval_ds if train.eval_rows else None,
+        rows=count_rows(rows),
+        model_dir=base.path,
+        model_config=config.model,
+        train_config=train,
+        objective="instruction_free",
+        proxy=proxy,
+        max_quarantined=config.max_quarantined,
     )
     stages.keep_logs(stage, result)
     check_trained(result, config.max_quarantined, stage.path("quarantine.jsonl"))
@@ -91,7 +141,12 @@ def _train(
 
 
 def evaluate(
-    stage: Stage, config: InstructionFreeConfig, model: Model, name: str, data: dict[str, Any], base: dict[str, Any] | None = None,
+    stage: Stage,
+    config: InstructionFreeConfig,
+    model: Model,
+    name: str,
+    data: dict[str, Any],
+    base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Greedy answers to all sets of questions by one start of the engines, scored.
 
@@ -116,12 +171,20 @@ def evaluate(
     found = data["outputs"]
     sets = [one for one in QUESTION_SETS if found["counts"][one]]
     arguments = {
-        **stages.engine_arguments(config, model), "name": name, "max_tokens": config.evaluate.max_tokens, "option_likelihood": True, "options": stated_options,
+        **stages.engine_arguments(config, model),
+        "name": name,
+        "max_tokens": config.evaluate.max_tokens,
+        "option_likelihood": True,
+        "options": stated_options,
     }
     rows, again = write_resumable(
-        [found[one] for one in sets], stage.path("answers"), stage.path("committed"),
-        lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)), 8 * config.engine.rows_per_task,
-        config.data.read_cpus, id_column="key",
+        [found[one] for one in sets],
+        stage.path("answers"),
+        stage.path("committed"),
+        lambda rows: rows.map_batches(Predict, fn_constructor_kwargs=arguments, **map_options(config.engine)),
+        8 * config.engine.rows_per_task,
+        config.data.read_cpus,
+        id_column="key",
     )
     stages.check_answered(stage.path("answers"), rows, config.max_quarantined, "key")
     split_answers(stage, sets)
@@ -131,12 +194,22 @@ def evaluate(
         outputs["balanced"] = balanced_accuracy(stage.path("sets", "choices"), config.evaluate)
     if found["form"]:
         form = FORMS[found["form"]]
-        outputs["leakage"] = leakage([stage.path("sets", one) for one in sets if one in ("choices", "plain")], form, config.evaluate)
+        outputs["leakage"] = leakage(
+            [stage.path("sets", one) for one in sets if one in ("choices", "plain")], form, config.evaluate
+        )
         outputs["overlap"] = description_overlap(stage.path("sets", "described"), config.evaluate)
     if base is not None:
         before = base["outputs"]["sets"]
-        outputs["differences"] = {one: compare(before[one], stage.path("sets", one), config.evaluate)["accuracy"] for one in sets if one != "described"}
-        outputs["retention"] = retention(before["general"], stage.path("sets", "general"), config.evaluate) if "general" in sets else None
+        outputs["differences"] = {
+            one: compare(before[one], stage.path("sets", one), config.evaluate)["accuracy"]
+            for one in sets
+            if one != "described"
+        }
+        outputs["retention"] = (
+            retention(before["general"], stage.path("sets", "general"), config.evaluate)
+            if "general" in sets
+            else None
+        )
     return {**outputs, "counts": {"questions": rows, **again, **not_scored(scores.values())}}
 
 

@@ -1,8 +1,10 @@
-"""Source -> descriptions to tune on, held-out descriptions and questions, quarantine: what instruction-free tuning reads.
+"""Source -> descriptions to tune on, held-out descriptions and questions, quarantine: what instruction-free
+tuning reads.
 
-Of an attribute table (medray.data.attribute_descriptions.FORMS) the descriptions and the multiple-choice questions are made as the paper's
-authors make them; of other sources the captions or reports are the descriptions. Beside them stand the questions that a source has or
-that medray makes of attributes (medray.methods.shared.training_sets.questions).
+Of an attribute table (medray.data.attribute_descriptions.FORMS) the descriptions and the multiple-choice
+questions are made as the paper's authors make them; of other sources the captions or reports are the
+descriptions. Beside them stand the questions that a source has or that medray makes of attributes
+(medray.methods.shared.training_sets.questions).
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ QUESTION_SETS = ("choices", "plain", "described", "general")
 
 
 def form_of(config: DataConfig) -> str | None:
-    """The name in FORMS of the source's attribute table, also where jobs/prepare_data.py has read it; None where it is none."""
+    """The name in FORMS of the source's attribute table, also where jobs/prepare_data.py has read it;
+    None where it is none.
+    """
     if config.source == "testbed:cells":
         return "wbcatt"
     manifest = manifest_of(config.source)
@@ -45,8 +49,14 @@ def form_of(config: DataConfig) -> str | None:
 
 
 def write_descriptions(
-    config: DataConfig, out_dir: str, prompt: str, kinds: tuple[str, ...] = ANSWER_TYPES, seed: int = 0, eval_seed: int = 0,
-    max_eval_images: int | None = None, eval_rows: int = 0,
+    config: DataConfig,
+    out_dir: str,
+    prompt: str,
+    kinds: tuple[str, ...] = ANSWER_TYPES,
+    seed: int = 0,
+    eval_seed: int = 0,
+    max_eval_images: int | None = None,
+    eval_rows: int = 0,
 ) -> dict[str, int]:
     """Write PARTS under `out_dir` and return the number of rows of each.
 
@@ -62,19 +72,29 @@ def write_descriptions(
     form = form_of(config)
     make = DescriptionRows(form, prompt, tuple(kinds), eval_seed)
     known = ("record", "attributes", "caption") if form else ("caption",)
-    needs = Needs("instruction_free", known, known, f" (attributes of the tables {', '.join(FORMS)} only): jobs/self_train.py learns from dialogues and questions (docs/data.md)")
+    needs = Needs(
+        "instruction_free",
+        known,
+        known,
+        f" (attributes of the tables {', '.join(FORMS)} only): jobs/self_train.py learns from dialogues and "
+        "questions (docs/data.md)",
+    )
     counts = write_parts(config, out_dir, PARTS, make, limits, seed, {"eval_descriptions": eval_rows}, needs)
     for part, split in (("descriptions", "train_split"), ("described", "eval_split")):
         if not counts[part]:
             raise DataError(
-                f"data.source: {config.source} has no description in its split {getattr(config, split)!r} ({counts}); give images with captions, reports or "
-                f"a known attribute table ({', '.join(FORMS)}), look at data.{split}, and at {out_dir}/quarantine")
+                f"data.source: {config.source} has no description in its split {getattr(config, split)!r} "
+                f"({counts}); give images with captions, reports or "
+                f"a known attribute table ({', '.join(FORMS)}), look at data.{split}, and at "
+                f"{out_dir}/quarantine"
+            )
     return counts
 
 
 @dataclass(frozen=True)
 class DescriptionRows:
-    """What is taken of an image (medray.methods.shared.training_sets.Make). An attribute record with nothing to describe is set aside.
+    """What is taken of an image (medray.methods.shared.training_sets.Make). An attribute record with nothing
+    to describe is set aside.
 
     Args:
         form: name in FORMS; None: captions are the descriptions.
@@ -87,7 +107,9 @@ class DescriptionRows:
     kinds: tuple[str, ...] = ANSWER_TYPES
     seed: int = 0
 
-    def __call__(self, part: str, group: dict[str, Any], members: list[list[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def __call__(
+        self, part: str, group: dict[str, Any], members: list[list[Any]]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         for identity, payload in members:
             try:
                 description = self.description(payload)
@@ -101,10 +123,23 @@ class DescriptionRows:
                 yield "descriptions", row
             else:
                 yield "eval_descriptions", row
-                yield "described", of_set("described", {"sample_id": identity, "question": self.prompt, "reference": description, "answer_type": "open"})
+                yield (
+                    "described",
+                    of_set(
+                        "described",
+                        {
+                            "sample_id": identity,
+                            "question": self.prompt,
+                            "reference": description,
+                            "answer_type": "open",
+                        },
+                    ),
+                )
         if part == "eval":
             yield from (("choices", of_set("choices", row)) for row in self.choices(members))
-            yield from (("plain", of_set("plain", row)) for row in own_questions(members, self.kinds, self.seed))
+            yield from (
+                ("plain", of_set("plain", row)) for row in own_questions(members, self.kinds, self.seed)
+            )
 
     def description(self, payload: Mapping[str, Any]) -> str | None:
         """The description a payload gives, if any. Raises DataError where all its attributes are absent."""
@@ -135,9 +170,16 @@ def of_set(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_general(
-    config: DataConfig, out_dir: str, source: str, split: str, kinds: tuple[str, ...] = ANSWER_TYPES, seed: int = 0, max_images: int | None = None,
+    config: DataConfig,
+    out_dir: str,
+    source: str,
+    split: str,
+    kinds: tuple[str, ...] = ANSWER_TYPES,
+    seed: int = 0,
+    max_images: int | None = None,
 ) -> int:
-    """Write general questions, to see what a tuned model has kept, to `out_dir`/questions; returns their number.
+    """Write general questions, to see what a tuned model has kept, to `out_dir`/questions; returns their
+    number.
 
     Args:
         config: limits and CPUs of reading.
@@ -149,14 +191,26 @@ def write_general(
     """
     if source == TESTBED_SCENES:
         return _write_scenes(out_dir, max_images or 100, kinds, seed)
-    config = config.model_copy(update={"source": source, "format": "auto", "images": None, "eval_split": split})
+    config = config.model_copy(
+        update={"source": source, "format": "auto", "images": None, "eval_split": split}
+    )
     schemas = {"questions": records.BENCHMARK_QUESTION, "quarantine": records.QUARANTINE}
     needs = Needs(
-        "evaluate.general", eval_labels=("qa", "turns", "record"), otherwise="; give another source of questions, or evaluate.general=null", train=False,
-        eval_field="evaluate.general_split", source_field="evaluate.general")
-    counts = write_parts(config, out_dir, schemas, GeneralRows(tuple(kinds), seed), {"eval": max_images}, needs=needs)
+        "evaluate.general",
+        eval_labels=("qa", "turns", "record"),
+        otherwise="; give another source of questions, or evaluate.general=null",
+        train=False,
+        eval_field="evaluate.general_split",
+        source_field="evaluate.general",
+    )
+    counts = write_parts(
+        config, out_dir, schemas, GeneralRows(tuple(kinds), seed), {"eval": max_images}, needs=needs
+    )
     if not counts["questions"]:
-        raise DataError(f"evaluate.general: {source} has no question in its split {split!r}; name another with evaluate.general_split, and look at {out_dir}/quarantine")
+        raise DataError(
+            f"evaluate.general: {source} has no question in its split {split!r}; name another with "
+            f"evaluate.general_split, and look at {out_dir}/quarantine"
+        )
     return counts["questions"]
 
 
@@ -167,8 +221,12 @@ class GeneralRows:
     kinds: tuple[str, ...]
     seed: int = 0
 
-    def __call__(self, part: str, group: dict[str, Any], members: list[list[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        yield from (("questions", of_set("general", row)) for row in own_questions(members, self.kinds, self.seed))
+    def __call__(
+        self, part: str, group: dict[str, Any], members: list[list[Any]]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from (
+            ("questions", of_set("general", row)) for row in own_questions(members, self.kinds, self.seed)
+        )
 
 
 def _write_scenes(out_dir: str, scenes: int, kinds: tuple[str, ...], seed: int) -> int:
@@ -176,7 +234,10 @@ def _write_scenes(out_dir: str, scenes: int, kinds: tuple[str, ...], seed: int) 
 
     fs, root = url_to_fs(f"{out_dir}/questions")
     fs.makedirs(root, exist_ok=True)
-    table = pa.Table.from_pylist([of_set("general", row) for row in scene_questions(scenes, kinds, seed)], schema=records.BENCHMARK_QUESTION)
+    table = pa.Table.from_pylist(
+        [of_set("general", row) for row in scene_questions(scenes, kinds, seed)],
+        schema=records.BENCHMARK_QUESTION,
+    )
     with fs.open(f"{root}/scenes.parquet", "wb") as handle:
         pq.write_table(table, handle, row_group_size=64)
     return table.num_rows

@@ -1,4 +1,6 @@
-"""Prepared shards out to the formats other tools read, as one stream: WebDataset tars, LLaVA JSON, TRL preference rows."""
+"""Prepared shards out to the formats other tools read, as one stream: WebDataset tars, LLaVA JSON, TRL
+preference rows.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def check_export(kind: str, dataset: str) -> None:
 def export_dataset(kind: str, dataset: str, target: str) -> dict[str, Any]:
     """Write every record of the prepared directory `dataset` that the format has a place for.
 
-    Returns {"to", "format", "rows", "left_out": records without a place}. Raises DataError where nothing was written, RunHeld where another job writes there.
+    Returns {"to", "format", "rows", "left_out": records without a place}. Raises DataError where nothing was
+    written, RunHeld where another job writes there.
     """
     write, kinds = WRITERS[kind]
     left_out = 0
@@ -51,7 +54,9 @@ def export_dataset(kind: str, dataset: str, target: str) -> dict[str, Any]:
     with held(Run(target), keep=False):
         rows = write(fitting(), target)
     if not rows:
-        raise DataError(f"{dataset} holds nothing that {kind} has a place for ({left_out} records of other kinds)")
+        raise DataError(
+            f"{dataset} holds nothing that {kind} has a place for ({left_out} records of other kinds)"
+        )
     return {"to": target, "format": kind, "rows": rows, "left_out": left_out}
 
 
@@ -65,10 +70,15 @@ def flat_rows(shards_uri: str) -> Iterator[dict[str, Any]]:
 
 
 def _records(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    base = {name: sample[name] for name in ("image_id", "image", "image_format", "split", "group_id", "modality")}
+    base = {
+        name: sample[name] for name in ("image_id", "image", "image_format", "split", "group_id", "modality")
+    }
     for identity, payload in members_of(sample):
         flat = payload.get("qa") or payload.get("preference") or payload
         if "record" in flat:
             flat = {"attributes": flat["record"]}
-        kind = next((name for name in ("caption", "turns", "question", "prompt", "attributes") if name in flat), "image")
+        kind = next(
+            (name for name in ("caption", "turns", "question", "prompt", "attributes") if name in flat),
+            "image",
+        )
         yield {**base, **flat, "sample_id": identity, "kind": kind}

@@ -37,14 +37,29 @@ from medray.storage.shards import parquet_files, tables, tables_with_files
 logger = logging.getLogger("medray")
 
 SCHEMA_VERSION = 1
-# A task that groups holds a block's rows as Python objects, several times their size in Arrow; smaller ones would be too many to sort.
+# A task that groups holds a block's rows as Python objects, several times their size in Arrow; smaller ones
+# would be too many to sort.
 INDEX_BLOCK_BYTES = 32 * 2**20
-LIMITS = {"max_image_bytes", "max_image_pixels", "max_aspect", "min_image_side", "rows_per_shard"}  # fields that decide what a shard holds
+# fields that decide what a shard holds
+LIMITS = {"max_image_bytes", "max_image_pixels", "max_aspect", "min_image_side", "rows_per_shard"}
 # Fields that no index depends on: they say what images serve for in a method.
 _NOT_INDEXED = {"label_fraction", "max_labelled", "max_unlabelled", "unlabelled_per_round", "turns"}
 _TEXT_COLUMNS = [
-    "sample_id", "split", "modality", "source", "image_format", "width", "height", "warnings", "captions", "dialogues", "questions", "preferences",
-    "attributes", "set_aside", "error",
+    "sample_id",
+    "split",
+    "modality",
+    "source",
+    "image_format",
+    "width",
+    "height",
+    "warnings",
+    "captions",
+    "dialogues",
+    "questions",
+    "preferences",
+    "attributes",
+    "set_aside",
+    "error",
 ]
 PARTS_OF_A_RECORD = ("attributes", "captions", "dialogues", "questions", "preferences")
 FEW = 20  # records set aside never fail the job: it names each of them, and its product is looked at
@@ -66,15 +81,35 @@ def prepare_dataset(config: PrepareDataConfig, run_uri: str) -> dict[str, Any]:
         index, shards, account = run.reread(lambda: read_source(run, config), "01-index", "02-shards")
         kind = index["outputs"]["format"]
         if not account["outputs"]["counts"]["images"]:
-            raise DataError(f"data.source: nothing in {config.data.source} can be used; {run.path('quarantine')} says why: {account['outputs']['reasons']}")
-        leaks = run.stage("04-leaks", {"shards": shards["hash"], "config": config.leaks}, lambda stage: search_leaks(stage, config))
+            raise DataError(
+                f"data.source: nothing in {config.data.source} can be used; {run.path('quarantine')} says "
+                f"why: {account['outputs']['reasons']}"
+            )
+        leaks = run.stage(
+            "04-leaks",
+            {"shards": shards["hash"], "config": config.leaks},
+            lambda stage: search_leaks(stage, config),
+        )
         seen = {**index["outputs"]["account"], "warnings": account["outputs"]["tallies"]["warnings"]}
-        manifest = {"schema": SCHEMA_VERSION, "kind": "medray-dataset", "format": kind, **account["outputs"]["counts"], **seen, "leaks": leaks["outputs"]["counts"]}
+        manifest = {
+            "schema": SCHEMA_VERSION,
+            "kind": "medray-dataset",
+            "format": kind,
+            **account["outputs"]["counts"],
+            **seen,
+            "leaks": leaks["outputs"]["counts"],
+        }
         run.write_json(manifest, "manifest.json")
         write_report(run, config, manifest, account["outputs"], leaks["outputs"])
     return {
-        "run": run.uri, "format": kind, **account["outputs"]["counts"], **seen, "leaks": leaks["outputs"]["counts"],
-        "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1), "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"),
+        "run": run.uri,
+        "format": kind,
+        **account["outputs"]["counts"],
+        **seen,
+        "leaks": leaks["outputs"]["counts"],
+        "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),
+        "wall_seconds": round(time.time() - started, 1),
+        "report": run.path("report.html"),
     }
 
 
@@ -88,7 +123,15 @@ def read_source(run: Run, config: PrepareDataConfig) -> tuple[dict[str, Any], ..
         return write_samples(stage, config.data, index["outputs"]["rows"], kind, run.path("shards"))
 
     shards = run.stage("02-shards", {"index": index["hash"], "limits": limits}, written)
-    return index, shards, run.stage("03-account", {"shards": shards["hash"]}, lambda stage: take_account(stage, config.max_quarantined))
+    return (
+        index,
+        shards,
+        run.stage(
+            "03-account",
+            {"shards": shards["hash"]},
+            lambda stage: take_account(stage, config.max_quarantined),
+        ),
+    )
 
 
 def index_inputs(data: DataConfig) -> dict[str, Any]:
@@ -129,7 +172,14 @@ def write_samples(stage: Stage, data: DataConfig, index_uri: str, kind: str, out
 
     if not stage.exists("done"):
         stage.run.remove(out.removeprefix(stage.run.uri).strip("/"))  # left by another source
-    rows = write_converted(index_uri, out, stage.path("done"), ToSamples(data.model_dump(), kind), data.rows_per_shard, data.read_cpus)
+    rows = write_converted(
+        index_uri,
+        out,
+        stage.path("done"),
+        ToSamples(data.model_dump(), kind),
+        data.rows_per_shard,
+        data.read_cpus,
+    )
     return {"rows": out, "counts": {"rows": rows}}
 
 
@@ -142,24 +192,34 @@ def check_samples(uri: str, max_quarantined: float) -> None:
                 if not is_duplicate(one["reason"]):
                     found.add(one["reason"], one["sample_id"])
                     found.files.add(path)
-            good += 0 if row["error"] is not None else max(1, sum(len(row[name] or ()) for name in PARTS_OF_A_RECORD))
+            good += (
+                0
+                if row["error"] is not None
+                else max(1, sum(len(row[name] or ()) for name in PARTS_OF_A_RECORD))
+            )
     check_set_aside("records", good + found.total, found, max_quarantined)
 
 
 def take_account(stage: Stage, max_quarantined: float = 1.0) -> dict[str, Any]:
     """Counts of everything in the shards, and the quarantine table; reads no image.
 
-    Raises StageError if more of the records were set aside than `max_quarantined` allows, and more than FEW. If all were, the
-    caller says so.
+    Raises StageError if more of the records were set aside than `max_quarantined` allows, and more than FEW.
+    If all were, the caller says so.
     """
     stage.run.remove("quarantine")
     stage.run.fs.makedirs(stage.run.path("quarantine"), exist_ok=True)
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     found = SetAside()
-    tallies: dict[str, Counter[str]] = {name: Counter() for name in ("splits", "modalities", "formats", "answer_types", "attributes", "warnings", "languages")}
+    tallies: dict[str, Counter[str]] = {
+        name: Counter()
+        for name in ("splits", "modalities", "formats", "answer_types", "attributes", "warnings", "languages")
+    }
     sizes: Counter[int] = Counter()
-    with stage.run.fs.open(stage.run.path("quarantine", "part-000000.parquet"), "wb") as handle, pq.ParquetWriter(handle, QUARANTINE) as quarantine:
+    with (
+        stage.run.fs.open(stage.run.path("quarantine", "part-000000.parquet"), "wb") as handle,
+        pq.ParquetWriter(handle, QUARANTINE) as quarantine,
+    ):
         for path, table in tables_with_files(stage.run.path("shards"), _TEXT_COLUMNS):
             bad = []
             for row in table.to_pylist():
@@ -180,12 +240,34 @@ def take_account(stage: Stage, max_quarantined: float = 1.0) -> dict[str, Any]:
             if bad:
                 quarantine.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE))
     if counts["images"]:
-        check_set_aside("records", counts["records"] + found.total, found, max_quarantined, stage.run.path("quarantine"), FEW)
-    fixed = {name: counts[name] for name in ("images", "attributes", "captions", "dialogues", "questions", "preferences", "quarantined", "duplicates", "images set aside")}
+        check_set_aside(
+            "records",
+            counts["records"] + found.total,
+            found,
+            max_quarantined,
+            stage.run.path("quarantine"),
+            FEW,
+        )
+    fixed = {
+        name: counts[name]
+        for name in (
+            "images",
+            "attributes",
+            "captions",
+            "dialogues",
+            "questions",
+            "preferences",
+            "quarantined",
+            "duplicates",
+            "images set aside",
+        )
+    }
     return {
         "counts": {**fixed, "splits": dict(sorted(tallies.pop("splits").items()))},
         "tallies": {name: dict(tally.most_common(200)) for name, tally in tallies.items()},
-        "reasons": dict(reasons.most_common(50)), "longest_side": percentiles(sizes), "quarantine": stage.run.path("quarantine"),
+        "reasons": dict(reasons.most_common(50)),
+        "longest_side": percentiles(sizes),
+        "quarantine": stage.run.path("quarantine"),
     }
 
 
@@ -223,11 +305,18 @@ def percentiles(sizes: Counter[int]) -> dict[str, int]:
 
 
 def search_leaks(stage: Stage, config: PrepareDataConfig) -> dict[str, Any]:
-    """Images that stand in a held-out split and in another: leaks.parquet, counts, and a picture of the first pairs."""
+    """Images that stand in a held-out split and in another: leaks.parquet, counts, and a picture of the
+    first pairs.
+    """
     from medray.ingest.leaks import find_leaks, leak_picture, leak_table_markdown
 
     shards = stage.run.path("shards")
-    leaks = find_leaks(lambda: tables(shards, _LEAK_COLUMNS), set(config.leaks.held_out), config.leaks.radius, config.leaks.max_pairs)
+    leaks = find_leaks(
+        lambda: tables(shards, _LEAK_COLUMNS),
+        set(config.leaks.held_out),
+        config.leaks.radius,
+        config.leaks.max_pairs,
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(leaks.pairs, sink)
     stage.run.write_bytes(sink.getvalue().to_pybytes(), "leaks", "pairs.parquet")
@@ -238,8 +327,16 @@ def search_leaks(stage: Stage, config: PrepareDataConfig) -> dict[str, Any]:
         images = dict(images_of(shards, wanted))
         stage.run.write_bytes(leak_picture(leaks, images.__getitem__), "leaks", "pairs.png")
         picture = stage.run.path("leaks", "pairs.png")
-    counts = {f"{held} also in {other}": {**asdict(found), "leaked": found.leaked} for (held, other), found in leaks.overlaps.items()}
-    return {"counts": counts, "table": leak_table_markdown(leaks), "picture": picture, "folder": stage.run.path("leaks")}
+    counts = {
+        f"{held} also in {other}": {**asdict(found), "leaked": found.leaked}
+        for (held, other), found in leaks.overlaps.items()
+    }
+    return {
+        "counts": counts,
+        "table": leak_table_markdown(leaks),
+        "picture": picture,
+        "folder": stage.run.path("leaks"),
+    }
 
 
 def images_of(uri: str, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
@@ -252,6 +349,8 @@ def images_of(uri: str, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
                 ids = file.read_row_group(group, columns=["sample_id"])["sample_id"].to_pylist()
                 if wanted.isdisjoint(ids):
                     continue
-                for identity, image in zip(ids, file.read_row_group(group, columns=["image"])["image"].to_pylist(), strict=True):
+                for identity, image in zip(
+                    ids, file.read_row_group(group, columns=["image"])["image"].to_pylist(), strict=True
+                ):
                     if identity in wanted:
                         yield identity, image

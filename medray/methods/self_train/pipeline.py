@@ -37,23 +37,33 @@ from medray.running.run_hold import held
 def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
     """Run or continue the whole method in the run directory `run_uri`.
 
-    Returns the summary that the job prints: run, base, tuned (mean accuracy with interval), pairs, seconds, report,
-    model, and a text table of the arms.
+    Returns the summary that the job prints: run, base, tuned (mean accuracy with interval), pairs, seconds,
+    report, model, and a text table of the arms.
 
-    Raises ConfigError before anything starts, StageError where a stage cannot go on (for example when the judge
-    leaves no pair); the run directory stays and the same call continues it.
+    Raises ConfigError before anything starts, StageError where a stage cannot go on (for example when the
+    judge leaves no pair); the run directory stays and the same call continues it.
     """
     check_self_training(config)
     started = time.time()
     run = Run(run_uri)
     with held(run), ray_session(config.cluster):
         run.write_config(config)
-        data = run.stage("00-data", steps.data_inputs(config), lambda stage: steps.prepare_data(stage, config))
+        data = run.stage(
+            "00-data", steps.data_inputs(config), lambda stage: steps.prepare_data(stage, config)
+        )
         base = stages.resolve_base(config)
 
         sft = run.stage(
-            "01-sq_sft", {"data": data["hash"], "model": stages.model_inputs(config.model), "base": base.hash, "train": config.sft.outcome()},
-            lambda stage: stages.tune(stage, config, base, data["outputs"]["conversations"], "sft", config.sft),
+            "01-sq_sft",
+            {
+                "data": data["hash"],
+                "model": stages.model_inputs(config.model),
+                "base": base.hash,
+                "train": config.sft.outcome(),
+            },
+            lambda stage: stages.tune(
+                stage, config, base, data["outputs"]["conversations"], "sft", config.sft
+            ),
         )
         model = stages.exported(sft)
         stages.verify(run, "01-verify", config, model, data)
@@ -62,30 +72,49 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
         pairs_made = 0
         for number in range(1, config.rounds + 1):
             played = run.stage(
-                f"{number}1-self_play", {"data": data["hash"], "model": model.hash, "config": config.self_play, "round": number,
-                                          **stages.asked_inputs(config), "fresh": config.data.unlabelled_per_round == "fresh" and config.rounds},
+                f"{number}1-self_play",
+                {
+                    "data": data["hash"],
+                    "model": model.hash,
+                    "config": config.self_play,
+                    "round": number,
+                    **stages.asked_inputs(config),
+                    "fresh": config.data.unlabelled_per_round == "fresh" and config.rounds,
+                },
                 lambda stage, model=model, number=number: steps.self_play(stage, config, model, data, number),
             )
             judged = run.stage(
-                f"{number}2-judge", {"rows": played["hash"], **stages.judge_inputs(config)},
+                f"{number}2-judge",
+                {"rows": played["hash"], **stages.judge_inputs(config)},
                 lambda stage, played=played: steps.judge(stage, config, played),
             )
             pairs = run.stage(
-                f"{number}3-pairs", {"rows": judged["hash"], "rules": steps.pair_rules(config)},
+                f"{number}3-pairs",
+                {"rows": judged["hash"], "rules": steps.pair_rules(config)},
                 lambda stage, judged=judged: steps.make_pairs(stage, config, judged),
             )
             if pairs["outputs"]["counts"]["pairs"] == 0:
                 raise StageError(
                     f"round {number}: the judge left no preference pair ({pairs['outputs']['counts']}); "
-                    "lower judge.min_margin or judge.min_chosen_score, raise self_play.answer.temperature or question more images"
+                    "lower judge.min_margin or judge.min_chosen_score, raise self_play.answer.temperature or "
+                    "question more images"
                 )
             reference = run.stage(
-                f"{number}4-reference", {"pairs": pairs["hash"], "model": model.hash, "settings": stages.model_inputs(config.model)},
+                f"{number}4-reference",
+                {"pairs": pairs["hash"], "model": model.hash, "settings": stages.model_inputs(config.model)},
                 lambda stage, pairs=pairs, model=model: steps.reference_logps(stage, config, model, pairs),
             )
             tuned = run.stage(
-                f"{number}5-dpo", {"pairs": reference["hash"], "model": model.hash, "settings": stages.model_inputs(config.model), "train": config.dpo.outcome()},
-                lambda stage, reference=reference, model=model: stages.tune(stage, config, model, reference["outputs"]["rows"], "dpo", config.dpo),
+                f"{number}5-dpo",
+                {
+                    "pairs": reference["hash"],
+                    "model": model.hash,
+                    "settings": stages.model_inputs(config.model),
+                    "train": config.dpo.outcome(),
+                },
+                lambda stage, reference=reference, model=model: stages.tune(
+                    stage, config, model, reference["outputs"]["rows"], "dpo", config.dpo
+                ),
             )
             model = stages.exported(tuned)
             stages.verify(run, f"{number}6-verify", config, model, data)
@@ -98,14 +127,23 @@ def self_train(config: SelfTrainingConfig, run_uri: str) -> dict[str, Any]:
                 continue
             before = scores.get(steps.previous_model(name) or "")
             scores[name] = run.stage(
-                f"90-evaluate-{name}", {"data": data["hash"], "model": one.hash, **steps.evaluation_inputs(config, before)},
-                lambda stage, one=one, name=name, before=before: steps.evaluate(stage, config, one, name, data, before),
+                f"90-evaluate-{name}",
+                {"data": data["hash"], "model": one.hash, **steps.evaluation_inputs(config, before)},
+                lambda stage, one=one, name=name, before=before: steps.evaluate(
+                    stage, config, one, name, data, before
+                ),
             )
         results = write_report(run, config, scores)
         publish_models(run, config, SELF_TRAINING, models, list(models)[-1], results)
     return {
-        "run": run.uri, "base": results["accuracy"].get("base"), "tuned": results["accuracy"][list(scores)[-1]],
-        "pairs": pairs_made, "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),
-        "wall_seconds": round(time.time() - started, 1), "report": run.path("report.html"), "model": model.path,
-        **data["outputs"].get("account", {}), "table": results["table"],
+        "run": run.uri,
+        "base": results["accuracy"].get("base"),
+        "tuned": results["accuracy"][list(scores)[-1]],
+        "pairs": pairs_made,
+        "seconds": round(sum(stage["seconds"] for stage in run.timeline), 1),
+        "wall_seconds": round(time.time() - started, 1),
+        "report": run.path("report.html"),
+        "model": model.path,
+        **data["outputs"].get("account", {}),
+        "table": results["table"],
     }

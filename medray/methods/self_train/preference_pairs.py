@@ -13,15 +13,26 @@ from medray.inference.judges.base import EMPTY, IDENTICAL
 from medray.records import PREFERENCE
 from medray.storage.shards import rows_of_file, tables_of, write_shard
 
-DROP_REASONS = (EMPTY, IDENTICAL, "judge error", "order disagreement", "tie", "both answers poor", "row error")
+DROP_REASONS = (
+    EMPTY,
+    IDENTICAL,
+    "judge error",
+    "order disagreement",
+    "tie",
+    "both answers poor",
+    "row error",
+)
 
 
-def preference_rows(judged: dict[str, Any], config: JudgeConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def preference_rows(
+    judged: dict[str, Any], config: JudgeConfig
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """At most one pair per question: the best against the worst answer of its accepted verdicts.
 
-    A verdict is accepted when the judge gave both scores, both orders agree (where both were asked) and the scores
-    differ by more than config.min_margin, the better one being at least config.min_chosen_score where that is set. With
-    two answers there is one verdict per question; with more, the accepted verdict with the largest margin makes the pair.
+    A verdict is accepted when the judge gave both scores, both orders agree (where both were asked) and the
+    scores differ by more than config.min_margin, the better one being at least config.min_chosen_score where
+    that is set. With two answers there is one verdict per question; with more, the accepted verdict with the
+    largest margin makes the pair.
 
     Args:
         judged: a row of records.JUDGED.
@@ -44,9 +55,16 @@ def preference_rows(judged: dict[str, Any], config: JudgeConfig) -> tuple[list[d
         chosen, rejected = (first, second) if margin > 0 else (second, first)
         scores = sorted((verdict["first_score"], verdict["second_score"]), reverse=True)
         pair = {
-            "sample_id": question["question_id"], "image_id": judged["sample_id"], "image": judged["image"], "prompt": question["question"],
-            "chosen": chosen, "rejected": rejected, "chosen_score": scores[0], "rejected_score": scores[1],
-            "judge": judged["judge"], "order_agreement": verdict["order_agreement"],
+            "sample_id": question["question_id"],
+            "image_id": judged["sample_id"],
+            "image": judged["image"],
+            "prompt": question["question"],
+            "chosen": chosen,
+            "rejected": rejected,
+            "chosen_score": scores[0],
+            "rejected_score": scores[1],
+            "judge": judged["judge"],
+            "order_agreement": verdict["order_agreement"],
         }
         known = best.get(question["question_id"])
         if known is None or abs(margin) > known["chosen_score"] - known["rejected_score"]:
@@ -71,12 +89,21 @@ def write_pairs(shards: pa.Table, out_uri: str, judge: dict[str, Any]) -> pa.Tab
             made, drops = preference_rows(row, config)
             counts.update({f"dropped: {reason}": times for reason, times in drops.items()})
             for pair in made:
-                counts.update({"pairs": 1, "words, chosen": len(pair["chosen"].split()), "words, rejected": len(pair["rejected"].split())})
+                counts.update(
+                    {
+                        "pairs": 1,
+                        "words, chosen": len(pair["chosen"].split()),
+                        "words, rejected": len(pair["rejected"].split()),
+                    }
+                )
                 yield pair
 
     for shard in shards.to_pylist():
         write_shard(tables_of(pairs(shard["path"]), PREFERENCE, 64), out_uri, f"pairs-{shard['number']:05d}")
-    return pa.table({"name": list(counts), "number": list(counts.values())}, schema=pa.schema([("name", pa.string()), ("number", pa.int64())]))
+    return pa.table(
+        {"name": list(counts), "number": list(counts.values())},
+        schema=pa.schema([("name", pa.string()), ("number", pa.int64())]),
+    )
 
 
 def _drop_reason(verdict: dict[str, Any], first: str, second: str, config: JudgeConfig) -> str | None:
@@ -90,6 +117,9 @@ def _drop_reason(verdict: dict[str, Any], first: str, second: str, config: Judge
         return "order disagreement"
     if abs(verdict["first_score"] - verdict["second_score"]) <= config.min_margin:
         return "tie"
-    if config.min_chosen_score is not None and max(verdict["first_score"], verdict["second_score"]) < config.min_chosen_score:
+    if (
+        config.min_chosen_score is not None
+        and max(verdict["first_score"], verdict["second_score"]) < config.min_chosen_score
+    ):
         return "both answers poor"
     return None

@@ -44,7 +44,11 @@ def write_report(run: Run, config: SelfTrainingConfig, scores: dict[str, dict[st
         "scores": by_model,
         "differences": {name: manifest["outputs"].get("difference") for name, manifest in scores.items()},
         **recorded(run.timeline),
-        "judge": {name: manifest["outputs"]["ledger"] for name, manifest in stages.items() if "ledger" in manifest["outputs"]},
+        "judge": {
+            name: manifest["outputs"]["ledger"]
+            for name, manifest in stages.items()
+            if "ledger" in manifest["outputs"]
+        },
     }
     results["table"] = text_table(by_model)
     metrics = write_metrics(run, read_metrics(run))
@@ -53,7 +57,13 @@ def write_report(run: Run, config: SelfTrainingConfig, scores: dict[str, dict[st
     return results
 
 
-def render(run: Run, config: SelfTrainingConfig, results: dict[str, Any], stages: dict[str, Any], metrics: dict[str, list[dict]]) -> str:
+def render(
+    run: Run,
+    config: SelfTrainingConfig,
+    results: dict[str, Any],
+    stages: dict[str, Any],
+    metrics: dict[str, list[dict]],
+) -> str:
     """The HTML page."""
     by_model = results["scores"]
     sections = [
@@ -68,34 +78,58 @@ def render(run: Run, config: SelfTrainingConfig, results: dict[str, Any], stages
         ("Time", html_report.timeline(run.timeline)),
         ("Configuration", html_report.config_section(config.model_dump(mode="json"))),
     ]
-    return html_report.page("Self-training report", sections, f"{config.model.path} on {config.data.source}; run {run.uri}")
+    return html_report.page(
+        "Self-training report", sections, f"{config.model.path} on {config.data.source}; run {run.uri}"
+    )
 
 
 def _accuracy(by_model: dict[str, Any], results: dict[str, Any]) -> str:
     kinds = sorted({kind for score in by_model.values() for kind in score["by_type"]})
     rows = [
-        [name, html_report.with_interval(score["overall"]["accuracy"]), *(
-            html_report.with_interval(score["by_type"][kind]["accuracy"]) if kind in score["by_type"] else "" for kind in kinds
-        ), score["overall"]["n"], score["overall"]["images"]]
+        [
+            name,
+            html_report.with_interval(score["overall"]["accuracy"]),
+            *(
+                html_report.with_interval(score["by_type"][kind]["accuracy"])
+                if kind in score["by_type"]
+                else ""
+                for kind in kinds
+            ),
+            score["overall"]["n"],
+            score["overall"]["images"],
+        ]
         for name, score in by_model.items()
     ]
-    plot = html_report.arms_plot({name: score["overall"]["accuracy"] for name, score in by_model.items()}, "strict accuracy, 95 % interval over images")
+    plot = html_report.arms_plot(
+        {name: score["overall"]["accuracy"] for name, score in by_model.items()},
+        "strict accuracy, 95 % interval over images",
+    )
     gains = [
         [name, difference["against"], html_report.with_interval(difference)]
-        for name, difference in results["differences"].items() if difference
+        for name, difference in results["differences"].items()
+        if difference
     ]
     gain_table = html_report.table(["model", "against", "paired difference"], gains) if gains else ""
-    return html_report.table(["model", "all", *kinds, "questions", "images"], rows) + f'<div class="plots">{plot}</div>' + gain_table
+    return (
+        html_report.table(["model", "all", *kinds, "questions", "images"], rows)
+        + f'<div class="plots">{plot}</div>'
+        + gain_table
+    )
 
 
 def _pairs(results: dict[str, Any], stages: dict[str, Any]) -> str:
     rows = [
         [name, key, value]
-        for name, manifest in stages.items() if name.endswith("-pairs")
+        for name, manifest in stages.items()
+        if name.endswith("-pairs")
         for key, value in manifest["outputs"]["counts"].items()
     ]
-    ledger = [[name, key, value] for name, entries in results["judge"].items() for key, value in entries.items()]
-    return html_report.table(["stage", "what", "number"], rows) + (html_report.table(["judge", "what", "number"], ledger) if ledger else "")
+    ledger = [
+        [name, key, value] for name, entries in results["judge"].items() for key, value in entries.items()
+    ]
+    return html_report.table(["stage", "what", "number"], rows) + (
+        html_report.table(["judge", "what", "number"], ledger) if ledger else ""
+    )
 
 
 def _judged_sample(run: Run, stages: dict[str, Any], rows: int = 40) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""Describe -> ask -> answer: the model makes its own questions and candidate answers (STLLaVA-Med, stages 3 and 4).
+"""Describe -> ask -> answer: the model makes its own questions and candidate answers (STLLaVA-Med, stages 3
+and 4).
 
 Per image: a greedy description; n independent questions in the questioner's role after [describe prompt,
-description]; m answers to each kept question, single turn, without the description in context. One engine start
-serves all three phases, and continuous batching mixes the phases of different images.
+description]; m answers to each kept question, single turn, without the description in context. One engine
+start serves all three phases, and continuous batching mixes the phases of different images.
 """
 
 from __future__ import annotations
@@ -32,42 +33,75 @@ class Questioner(EngineWorker):
     config: SelfPlayConfig | GenerateConfig  # ask, answer, answers, describe_prompt and seed are read
     round: int = 0  # part of every seed
 
-    async def described(self, sample_id: str, image: Any, key: str, sampling: SamplingConfig, usage: Usage) -> list[Turn]:
+    async def described(
+        self, sample_id: str, image: Any, key: str, sampling: SamplingConfig, usage: Usage
+    ) -> list[Turn]:
         """The turns that come before a question: the describe prompt and the model's description."""
         opening: list[Turn] = [{"role": "user", "text": self.config.describe_prompt}]
         prompt = self.engine.chat.prompt_ids(opening)
         output = await self.sampled(prompt, image, key, sampling, self._seed(sample_id, "describe"), usage)
-        return [*opening, {"role": "assistant", "text": self.engine.chat.without_special_text(self.said(prompt, output).answer).strip()}]
+        return [
+            *opening,
+            {
+                "role": "assistant",
+                "text": self.engine.chat.without_special_text(self.said(prompt, output).answer).strip(),
+            },
+        ]
 
-    async def asked(self, sample_id: str, described: list[Turn], indices: Iterable[int], image: Any, key: str, usage: Usage) -> list[Output]:
+    async def asked(
+        self,
+        sample_id: str,
+        described: list[Turn],
+        indices: Iterable[int],
+        image: Any,
+        key: str,
+        usage: Usage,
+    ) -> list[Output]:
         """One question per index, each sampled by itself."""
         asking = self.engine.chat.prompt_ids(described, role="questioner")
-        outputs = await asyncio.gather(*(
-            self.sampled(asking, image, key, self.config.ask, self._seed(sample_id, "ask", index), usage) for index in indices
-        ))
+        outputs = await asyncio.gather(
+            *(
+                self.sampled(asking, image, key, self.config.ask, self._seed(sample_id, "ask", index), usage)
+                for index in indices
+            )
+        )
         return [self._without_thinking(asking, output) for output in outputs]
 
-    async def answers(self, sample_id: str, question: int, text: str, image: Any, key: str, usage: Usage) -> list[dict[str, Any]]:
+    async def answers(
+        self, sample_id: str, question: int, text: str, image: Any, key: str, usage: Usage
+    ) -> list[dict[str, Any]]:
         """config.answers rows of records.CANDIDATE, sampled without the description in sight."""
         prompt = self.engine.chat.prompt_ids([{"role": "user", "text": text}])
         seeds = [self._seed(sample_id, "answer", question, index) for index in range(self.config.answers)]
-        return [self._candidate(self._without_thinking(prompt, output)) for output in await asyncio.gather(*(
-            self.sampled(prompt, image, key, self.config.answer, seed, usage) for seed in seeds
-        ))]
+        return [
+            self._candidate(self._without_thinking(prompt, output))
+            for output in await asyncio.gather(
+                *(self.sampled(prompt, image, key, self.config.answer, seed, usage) for seed in seeds)
+            )
+        ]
 
     def _without_thinking(self, prompt: list[int], output: Output) -> Output:
-        """The output with its answer as text; an unfinished thinking leaves none, and is its finish_reason."""
+        """The output with its answer as text; an unfinished thinking leaves none, and is its
+        finish_reason.
+        """
         answer, thinking = self.said(prompt, output)
         if thinking is None:
             return output
-        return replace(output, text=answer, special=False, finish_reason=UNFINISHED_THINKING if thinking == UNFINISHED else output.finish_reason)
+        return replace(
+            output,
+            text=answer,
+            special=False,
+            finish_reason=UNFINISHED_THINKING if thinking == UNFINISHED else output.finish_reason,
+        )
 
     def _candidate(self, output: Output) -> dict[str, Any]:
         # An answer that spells a special token would become that token in training: it counts as empty.
         broken = output.special or self.engine.chat.has_special_text(output.text)
         return {
-            "text": "" if broken else output.text.strip(), "seed": output.seed,
-            "finish_reason": "special_token" if broken else output.finish_reason, "tokens": len(output.token_ids),
+            "text": "" if broken else output.text.strip(),
+            "seed": output.seed,
+            "finish_reason": "special_token" if broken else output.finish_reason,
+            "tokens": len(output.token_ids),
         }
 
     def _seed(self, sample_id: str, *place: str | int) -> int:
@@ -90,8 +124,13 @@ class SelfPlay(Questioner):
     config: SelfPlayConfig
 
     def __init__(
-        self, model: str, model_config: ModelConfig | dict, data_config: DataConfig | dict, engine_config: EngineConfig | dict,
-        config: SelfPlayConfig | dict, round: int = 1,
+        self,
+        model: str,
+        model_config: ModelConfig | dict,
+        data_config: DataConfig | dict,
+        engine_config: EngineConfig | dict,
+        config: SelfPlayConfig | dict,
+        round: int = 1,
     ):
         super().__init__(model, model_config, data_config, engine_config)
         self.config = SelfPlayConfig.model_validate(config)
@@ -103,11 +142,20 @@ class SelfPlay(Questioner):
         described = await self.described(sample_id, image, key, self.config.describe, usage)
         outputs = await self.asked(sample_id, described, range(self.config.questions), image, key, usage)
         kept, dropped = keep_questions(outputs, self.engine.chat.has_special_text)
-        answers = await asyncio.gather(*(self.answers(sample_id, index, text, image, key, usage) for index, text in kept))
+        answers = await asyncio.gather(
+            *(self.answers(sample_id, index, text, image, key, usage) for index, text in kept)
+        )
         return {
-            "sample_id": sample_id, "image": row["image"], "description": described[-1]["text"],
+            "sample_id": sample_id,
+            "image": row["image"],
+            "description": described[-1]["text"],
             "questions": [
-                {"question_id": f"{sample_id}/r{self.round}/q{index}", "question": text, "seed": self._seed(sample_id, "ask", index), "answers": candidates}
+                {
+                    "question_id": f"{sample_id}/r{self.round}/q{index}",
+                    "question": text,
+                    "seed": self._seed(sample_id, "ask", index),
+                    "answers": candidates,
+                }
                 for (index, text), candidates in zip(kept, answers, strict=True)
             ],
             "dropped_questions": dropped,
@@ -115,15 +163,18 @@ class SelfPlay(Questioner):
         }
 
 
-def keep_questions(asked: list[Output], has_special_text: Any) -> tuple[list[tuple[int, str]], list[dict[str, str]]]:
+def keep_questions(
+    asked: list[Output], has_special_text: Any
+) -> tuple[list[tuple[int, str]], list[dict[str, str]]]:
     """Which of the sampled questions are worth answering.
 
     Args:
         asked: in the order sampled; the first of several equal ones is kept.
         has_special_text: says whether a text spells out a special token.
 
-    Returns (index and text of those kept, {"question", "reason"} of the others); reasons are "empty", "special_token", "unfinished
-    thinking" and "duplicate" (equal after lower-casing and dropping everything but letters and digits).
+    Returns (index and text of those kept, {"question", "reason"} of the others); reasons are "empty",
+    "special_token", "unfinished thinking" and "duplicate" (equal after lower-casing and dropping everything
+    but letters and digits).
     """
     kept: list[tuple[int, str]] = []
     dropped: list[dict[str, str]] = []

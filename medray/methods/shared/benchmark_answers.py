@@ -1,7 +1,8 @@
-"""Models asked the questions of benchmarks: one start of the engines per model, whatever the number of benchmarks.
+"""Models asked the questions of benchmarks: one start of the engines per model, whatever the number of
+benchmarks.
 
-    stages/05-answers-<model>/rows       records.ANSWERED of every benchmark, as they came
-    stages/10-<benchmark>-<model>/rows   records.PREDICTION of one benchmark
+stages/05-answers-<model>/rows       records.ANSWERED of every benchmark, as they came
+stages/10-<benchmark>-<model>/rows   records.PREDICTION of one benchmark
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ class Asked:
     api: str | None = None
 
 
-def predict(run: Run, config: EvaluateJobConfig, questions: Mapping[str, dict[str, Any]], model: Asked) -> dict[str, dict[str, Any]]:
-    """The stage of each benchmark that holds one model's answers to it. They are asked together; what was answered before is not.
+def predict(
+    run: Run, config: EvaluateJobConfig, questions: Mapping[str, dict[str, Any]], model: Asked
+) -> dict[str, dict[str, Any]]:
+    """The stage of each benchmark that holds one model's answers to it. They are asked together; what was
+    answered before is not.
 
     Args:
         questions: by benchmark, the stage that holds its questions.
@@ -42,7 +46,9 @@ def predict(run: Run, config: EvaluateJobConfig, questions: Mapping[str, dict[st
     """
     settings, mapped = worker_of(config, model)
     parts = {name: made["hash"] for name, made in questions.items()}
-    asked = run.stage(f"05-answers-{model.name}", settings, lambda stage: ask(stage, config, questions, mapped), parts)["outputs"]
+    asked = run.stage(
+        f"05-answers-{model.name}", settings, lambda stage: ask(stage, config, questions, mapped), parts
+    )["outputs"]
     answers = asked["rows"]
     try:
         outcome = asked["digests"]
@@ -52,7 +58,9 @@ def predict(run: Run, config: EvaluateJobConfig, questions: Mapping[str, dict[st
     def own(name: str) -> dict[str, Any]:
         # Not the stage's hash: it changes when another benchmark is added, and the answers to this one stay.
         inputs = {**settings, "questions": parts[name], "answers": outcome[name]}
-        return run.stage(f"10-{name}-{model.name}", inputs, lambda stage: take(stage, answers, questions[name]["outputs"]))
+        return run.stage(
+            f"10-{name}-{model.name}", inputs, lambda stage: take(stage, answers, questions[name]["outputs"])
+        )
 
     return {name: own(name) for name in questions}
 
@@ -63,7 +71,11 @@ def worker_of(config: EvaluateJobConfig, model: Asked) -> tuple[dict[str, Any], 
     from medray.models.vlm import model_hash, resolve_model
     from medray.running.actor_pools import client_options, map_options
 
-    common = {"name": model.name, "suffixes": {name: benchmark.suffixes for name, benchmark in BENCHMARKS.items()}, "text_only": config.text_only}
+    common = {
+        "name": model.name,
+        "suffixes": {name: benchmark.suffixes for name, benchmark in BENCHMARKS.items()},
+        "text_only": config.text_only,
+    }
     if model.api is None:
         path = resolve_model(model.path)
         identity = model_hash(path)
@@ -75,22 +87,44 @@ def worker_of(config: EvaluateJobConfig, model: Asked) -> tuple[dict[str, Any], 
         api = config.api.model_copy(update={"model": model.api, "max_tokens": config.evaluate.max_tokens})
         identity = f"{api.base_url}:{model.api}"
         answering = {"api": api.outcome(), "seed": config.evaluate.seed}
-        arguments = {**common, "config": api.model_dump(), "data_config": config.data.model_dump(), "seed": config.evaluate.seed}
+        arguments = {
+            **common,
+            "config": api.model_dump(),
+            "data_config": config.data.model_dump(),
+            "seed": config.evaluate.seed,
+        }
         mapped = {"fn": ApiPredict, "fn_constructor_kwargs": arguments, **client_options(config.engine)}
-    settings = {"model": identity, "name": model.name, "text_only": config.text_only, "max_tokens": config.evaluate.max_tokens, **answering}
+    settings = {
+        "model": identity,
+        "name": model.name,
+        "text_only": config.text_only,
+        "max_tokens": config.evaluate.max_tokens,
+        **answering,
+    }
     return settings, mapped
 
 
-def ask(stage: Stage, config: EvaluateJobConfig, questions: Mapping[str, dict[str, Any]], mapped: dict[str, Any]) -> dict[str, Any]:
+def ask(
+    stage: Stage, config: EvaluateJobConfig, questions: Mapping[str, dict[str, Any]], mapped: dict[str, Any]
+) -> dict[str, Any]:
     """The questions of all benchmarks to one model; continues row by row."""
     from medray.storage.resumable import write_resumable
 
     rows, again = write_resumable(
-        [made["outputs"]["rows"] for made in questions.values()], stage.path("rows"), stage.path("committed"),
-        lambda rows: rows.map_batches(**mapped), 8 * config.engine.rows_per_task, config.data.read_cpus, id_column="key",
+        [made["outputs"]["rows"] for made in questions.values()],
+        stage.path("rows"),
+        stage.path("committed"),
+        lambda rows: rows.map_batches(**mapped),
+        8 * config.engine.rows_per_task,
+        config.data.read_cpus,
+        id_column="key",
     )
     check_answered(stage.path("rows"), rows, config.max_quarantined, "key")
-    return {"rows": stage.path("rows"), "digests": digests_of(stage.path("rows"), questions), "counts": {"answers": rows, **again}}
+    return {
+        "rows": stage.path("rows"),
+        "digests": digests_of(stage.path("rows"), questions),
+        "counts": {"answers": rows, **again},
+    }
 
 
 def digests_of(answers: str, questions: Mapping[str, dict[str, Any]]) -> dict[str, str]:
@@ -113,17 +147,25 @@ def take(stage: Stage, answers: str, questions: dict[str, Any]) -> dict[str, Any
     stage.reset("rows")
     found = write_own(stage, answers, pc.starts_with(pc.field("key"), questions["prefix"]), "rows")
     if found != questions["counts"]["questions"]:
-        raise StageError(f"{answers}: {found} answers to {questions['counts']['questions']} questions; files are missing or twice: remove the stage's folder to ask again")
+        raise StageError(
+            f"{answers}: {found} answers to {questions['counts']['questions']} questions; files are missing "
+            "or twice: remove the stage's folder to ask again"
+        )
     return {"rows": stage.path("rows"), "counts": {"questions": found}}
 
 
 def write_own(stage: Stage, answers: str, mine: pc.Expression, *folder: str) -> int:
-    """Write the answers (records.ANSWERED) that `mine` picks as records.PREDICTION into a folder of the stage; returns their number."""
+    """Write the answers (records.ANSWERED) that `mine` picks as records.PREDICTION into a folder of the
+    stage; returns their number.
+    """
     from medray.storage.shards import tables
 
     stage.run.fs.makedirs(stage.path(*folder), exist_ok=True)
     found = 0
-    with stage.run.fs.open(stage.path(*folder, "part-000000.parquet"), "wb") as handle, pq.ParquetWriter(handle, PREDICTION) as writer:
+    with (
+        stage.run.fs.open(stage.path(*folder, "part-000000.parquet"), "wb") as handle,
+        pq.ParquetWriter(handle, PREDICTION) as writer,
+    ):
         for table in tables(answers, rows=2**16):
             own = table.filter(mine)
             if own.num_rows:

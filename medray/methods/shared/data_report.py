@@ -18,28 +18,64 @@ from medray.private_files import write_private
 from medray.reporting import html_report
 from medray.running.run import Run
 
-_SHEET_COLUMNS = ["sample_id", "split", "modality", "image", "width", "height", "attributes", "captions", "dialogues", "questions", "preferences", "error"]
+_SHEET_COLUMNS = [
+    "sample_id",
+    "split",
+    "modality",
+    "image",
+    "width",
+    "height",
+    "attributes",
+    "captions",
+    "dialogues",
+    "questions",
+    "preferences",
+    "error",
+]
 
 
-def write_report(run: Run, config: PrepareDataConfig, manifest: dict[str, Any], account: dict[str, Any], leaks: dict[str, Any]) -> None:
+def write_report(
+    run: Run,
+    config: PrepareDataConfig,
+    manifest: dict[str, Any],
+    account: dict[str, Any],
+    leaks: dict[str, Any],
+) -> None:
     counts = {name: value for name, value in manifest.items() if isinstance(value, (int, str))}
     side = account["longest_side"]
     tallies = "".join(
-        f"<h3>{html.escape(name.replace('_', ' '))}</h3>{html_report.table(['', 'rows'], tally.items())}" for name, tally in account["tallies"].items() if set(tally) - {"unknown"}
+        f"<h3>{html.escape(name.replace('_', ' '))}</h3>{html_report.table(['', 'rows'], tally.items())}"
+        for name, tally in account["tallies"].items()
+        if set(tally) - {"unknown"}
     )
-    picture = f'<p>{_png(run.fs.cat_file(leaks["picture"]))}</p>' if leaks["picture"] else ""
+    picture = f"<p>{_png(run.fs.cat_file(leaks['picture']))}</p>" if leaks["picture"] else ""
     sections = [
-        ("What is inside", html_report.table(["", ""], counts.items()) + html_report.table(["split", "images"], manifest["splits"].items())),
-        ("Images", f"<p>longest side {side['smallest']} to {side['largest']} pixels, median {side['median']}</p>"),
+        (
+            "What is inside",
+            html_report.table(["", ""], counts.items())
+            + html_report.table(["split", "images"], manifest["splits"].items()),
+        ),
+        (
+            "Images",
+            f"<p>longest side {side['smallest']} to {side['largest']} pixels, median {side['median']}</p>",
+        ),
         ("In numbers", tallies),
-        ("Set aside", html_report.table(["reason", "rows"], account["reasons"].items()) if account["reasons"] else "<p>nothing</p>"),
+        (
+            "Set aside",
+            html_report.table(["reason", "rows"], account["reasons"].items())
+            if account["reasons"]
+            else "<p>nothing</p>",
+        ),
         *not_used(manifest),
         ("Leaks between splits", f"<pre>{html.escape(leaks['table'])}</pre>{picture}"),
         ("Samples", sheet(run.path("shards"), 12)),
         ("Stages", html_report.timeline(run.timeline)),
         ("Configuration", html_report.config_section(config.model_dump(mode="json"))),
     ]
-    run.write_text(html_report.page("Prepared data", sections, f"{manifest['format']} from {config.data.source}"), "report.html")
+    run.write_text(
+        html_report.page("Prepared data", sections, f"{manifest['format']} from {config.data.source}"),
+        "report.html",
+    )
 
 
 def not_used(seen: dict[str, Any]) -> list[tuple[str, str]]:
@@ -54,25 +90,37 @@ def not_used(seen: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     unread = seen.get("unread", {})
     return [
-        ("Files not read", html_report.table(["suffix", "files"], unread.items()) if unread else "<p>none</p>"),
+        (
+            "Files not read",
+            html_report.table(["suffix", "files"], unread.items()) if unread else "<p>none</p>",
+        ),
         ("Fields not used", html_report.table(["file", "fields (records)"], unused) if unused else ""),
     ]
 
 
 def seen_lines(summary: dict[str, Any]) -> str:
-    """What the last lines of a job say of a source, beside what was read: a line for each kind; "" for nothing."""
+    """What the last lines of a job say of a source, beside what was read: a line for each kind; "" for
+    nothing.
+    """
     unused = [f"{file}: {', '.join(fields)}" for file, fields in summary.get("unused", {}).items()]
     warned = ", ".join(f"{number:,} x {name}" for name, number in summary.get("warnings", {}).items())
     lines = [
         unread_line(summary.get("unread", {})),
-        f"fields not used: {'; '.join(unused[:8])}{f' and {len(unused) - 8} more files' if len(unused) > 8 else ''}" if unused else "",
+        (
+            "fields not used: "
+            f"{'; '.join(unused[:8])}{f' and {len(unused) - 8} more files' if len(unused) > 8 else ''}"
+        )
+        if unused
+        else "",
         f"warnings: {warned}" if warned else "",
     ]
     return "\n".join(line for line in lines if line)
 
 
 def account_of_run(timeline: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the data stage of a method saw and did not use (medray.methods.shared.training_sets.read_account); {} if none is recorded."""
+    """What the data stage of a method saw and did not use
+    (medray.methods.shared.training_sets.read_account); {} if none is recorded.
+    """
     outputs = [stage["outputs"] for stage in timeline if stage["stage"].startswith("00-data")]
     return next((found["account"] for found in outputs if "account" in found), {})
 
@@ -80,7 +128,10 @@ def account_of_run(timeline: list[dict[str, Any]]) -> dict[str, Any]:
 def prepared_lines(summary: dict[str, Any]) -> str:
     """The last lines of jobs/prepare_data.py for people: counts, what was not read, the report."""
     splits = ", ".join(f"{number:,} {name}" for name, number in summary["splits"].items())
-    read = f"images {summary['images']:,} ({splits})   quarantined {summary['quarantined']:,}   duplicates {summary['duplicates']:,}"
+    read = (
+        f"images {summary['images']:,} ({splits})   quarantined {summary['quarantined']:,}   duplicates "
+        f"{summary['duplicates']:,}"
+    )
     seen = seen_lines(summary)
     return f"{read}\n{seen + chr(10) if seen else ''}report {summary['report']}"
 
@@ -88,20 +139,43 @@ def prepared_lines(summary: dict[str, Any]) -> str:
 def _png(data: bytes) -> str:
     import base64
 
-    return f'<img alt="pairs of leaked images" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    return (
+        '<img alt="pairs of leaked images" style="max-width:100%" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    )
 
 
 def sheet(shards_uri: str, most: int, seed: int = 0) -> str:
     """HTML cards of some images with everything that is known of them."""
     cards = []
     for row in some_rows(shards_uri, most, seed):
-        lines = [f"<b>{html.escape(row['sample_id'])}</b> <span class='tag'>{row['split']} · {row['width']} x {row['height']} · {row['modality'] or 'modality unknown'}</span>"]
-        lines += ["; ".join(f"{html.escape(name)}: {html.escape(value)}" for name, value in one["values"]) for one in (row["attributes"] or [])[:1]]
+        lines = [
+            f"<b>{html.escape(row['sample_id'])}</b> <span class='tag'>{row['split']} · {row['width']} x "
+            f"{row['height']} · {row['modality'] or 'modality unknown'}</span>"
+        ]
+        lines += [
+            "; ".join(f"{html.escape(name)}: {html.escape(value)}" for name, value in one["values"])
+            for one in (row["attributes"] or [])[:1]
+        ]
         lines += [html.escape(one["caption"][:400]) for one in (row["captions"] or [])[:1]]
-        lines += [f"{html.escape(one['question'][:300])} <i>{html.escape(one['reference'][:200])}</i>" for one in (row["questions"] or [])[:3]]
-        lines += [" / ".join(html.escape(turn["text"][:160]) for turn in one["turns"][:4]) for one in (row["dialogues"] or [])[:1]]
-        lines += [f"{html.escape(one['prompt'][:200])}: <span class='good'>{html.escape(one['chosen'][:200])}</span>" for one in (row["preferences"] or [])[:1]]
-        cards.append(f'<div class="card">{html_report.image_tag(row["image"])}<div>{"<br>".join(lines)}</div></div>')
+        lines += [
+            f"{html.escape(one['question'][:300])} <i>{html.escape(one['reference'][:200])}</i>"
+            for one in (row["questions"] or [])[:3]
+        ]
+        lines += [
+            " / ".join(html.escape(turn["text"][:160]) for turn in one["turns"][:4])
+            for one in (row["dialogues"] or [])[:1]
+        ]
+        lines += [
+            (
+                f"{html.escape(one['prompt'][:200])}: <span "
+                f"class='good'>{html.escape(one['chosen'][:200])}</span>"
+            )
+            for one in (row["preferences"] or [])[:1]
+        ]
+        cards.append(
+            f'<div class="card">{html_report.image_tag(row["image"])}<div>{"<br>".join(lines)}</div></div>'
+        )
     return "".join(cards)
 
 
@@ -120,7 +194,13 @@ def some_rows(shards_uri: str, most: int, seed: int = 0) -> Iterator[dict[str, A
             file = pq.ParquetFile(handle)
             if not file.num_row_groups:
                 continue
-            rows = [row for row in file.read_row_group(rng.randrange(file.num_row_groups), columns=_SHEET_COLUMNS).to_pylist() if row["error"] is None]
+            rows = [
+                row
+                for row in file.read_row_group(
+                    rng.randrange(file.num_row_groups), columns=_SHEET_COLUMNS
+                ).to_pylist()
+                if row["error"] is None
+            ]
         for row in rows[:share]:
             if given == most:
                 return
@@ -129,7 +209,8 @@ def some_rows(shards_uri: str, most: int, seed: int = 0) -> Iterator[dict[str, A
 
 
 def inspect(uri: str, rows: int, out: str | None = None) -> dict[str, Any]:
-    """The manifest of a prepared dataset; writes its sample sheet (HTML) to `out`, default sheet.html in the dataset.
+    """The manifest of a prepared dataset; writes its sample sheet (HTML) to `out`, default sheet.html in the
+    dataset.
 
     Raises DataError where `uri` is no prepared dataset.
     """
@@ -138,8 +219,14 @@ def inspect(uri: str, rows: int, out: str | None = None) -> dict[str, Any]:
 
     manifest = manifest_of(uri)
     if manifest is None:
-        raise DataError(f"{uri} has no manifest.json; give a directory that jobs/prepare_data.py has finished")
-    page = html_report.page("Samples", [("Samples", sheet(f"{uri.rstrip('/')}/shards", rows))], f"{manifest['format']}, {manifest['images']} images")
+        raise DataError(
+            f"{uri} has no manifest.json; give a directory that jobs/prepare_data.py has finished"
+        )
+    page = html_report.page(
+        "Samples",
+        [("Samples", sheet(f"{uri.rstrip('/')}/shards", rows))],
+        f"{manifest['format']}, {manifest['images']} images",
+    )
     target = out or f"{uri.rstrip('/')}/sheet.html"
     fs, path = url_to_fs(target)
     if isinstance(fs, LocalFileSystem):

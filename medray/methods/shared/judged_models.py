@@ -1,4 +1,6 @@
-"""Models rated by a judge on a benchmark's open questions: pairwise win rate, and LLaVA-Med's score against the references."""
+"""Models rated by a judge on a benchmark's open questions: pairwise win rate, and LLaVA-Med's score
+against the references.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ _VERDICT_COLUMNS = [name for name in SELF_PLAY.names if name != "image"] + ["ver
 
 
 class JudgeRows:
-    """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.QUESTION to what judges take, open questions only.
+    """Callable for Dataset.map_batches(batch_format="pyarrow"): rows of records.QUESTION to what judges take,
+    open questions only.
 
     Holds the ids and answers of the open questions, of both models: some hundred bytes each.
 
@@ -36,21 +39,37 @@ class JudgeRows:
         return pa.Table.from_pylist(list(self._made(table)), schema=SELF_PLAY)
 
     def keeps(self, row: dict[str, Any]) -> bool:
-        """Whether a question, by its `sample_id` and `answer_type`, has a row: it is open, and both models answered it."""
+        """Whether a question, by its `sample_id` and `answer_type`, has a row: it is open, and both
+        models answered it.
+        """
         identity = row["sample_id"]
-        return row["answer_type"] == "open" and identity in self.second and (self.first is None or identity in self.first)
+        return (
+            row["answer_type"] == "open"
+            and identity in self.second
+            and (self.first is None or identity in self.first)
+        )
 
     def _made(self, table: pa.Table) -> Iterator[dict[str, Any]]:
         from medray.evaluation.chat_score import chat_rows
 
         questions = [row for row in table.to_pylist() if row["answer_type"] == "open"]
-        return chat_rows(questions, self.second) if self.first is None else judge_rows(questions, self.first, self.second)
+        return (
+            chat_rows(questions, self.second)
+            if self.first is None
+            else judge_rows(questions, self.first, self.second)
+        )
 
 
 def judge_models(
-    run: Run, config: EvaluateJobConfig | ClinicianPreferenceConfig, name: str, questions: dict[str, Any], folders: Mapping[str, dict[str, Any]], chats: bool = True,
+    run: Run,
+    config: EvaluateJobConfig | ClinicianPreferenceConfig,
+    name: str,
+    questions: dict[str, Any],
+    folders: Mapping[str, dict[str, Any]],
+    chats: bool = True,
 ) -> dict[str, Any]:
-    """{"win_rates": {"b against a": ...}, "chats": {model: ...}} of one benchmark; chats need a judge that writes scores.
+    """{"win_rates": {"b against a": ...}, "chats": {model: ...}} of one benchmark; chats need a judge that
+    writes scores.
 
     Both are empty, and no judge starts, where it has no open question.
 
@@ -60,23 +79,39 @@ def judge_models(
     from medray.evaluation.chat_score import chat_score
 
     base, *others = folders
-    asked = {row["sample_id"]: row for row in stored_rows(questions["outputs"]["rows"], ["sample_id", *QUESTION_COLUMNS]) if row["answer_type"] == "open"}
+    asked = {
+        row["sample_id"]: row
+        for row in stored_rows(questions["outputs"]["rows"], ["sample_id", *QUESTION_COLUMNS])
+        if row["answer_type"] == "open"
+    }
     found: dict[str, Any] = {"win_rates": {}, "chats": {}}
     if not asked:
         return found
     judge = judge_inputs(config)  # once: it reads a local judge's weights
     for model in others:
-        rows = _judged(run, config, judge, f"30-{name}-{model}-against-{base}", questions, folders[base], folders[model])
-        found["win_rates"][f"{model} against {base}"] = win_rate(stored_rows(rows, _VERDICT_COLUMNS), asked, config.evaluate)
+        rows = _judged(
+            run, config, judge, f"30-{name}-{model}-against-{base}", questions, folders[base], folders[model]
+        )
+        found["win_rates"][f"{model} against {base}"] = win_rate(
+            stored_rows(rows, _VERDICT_COLUMNS), asked, config.evaluate
+        )
     if chats and config.judge.scoring == "scores":
         for model in folders:
-            rows = _judged(run, config, judge, f"30-{name}-{model}-against-references", questions, None, folders[model])
+            rows = _judged(
+                run, config, judge, f"30-{name}-{model}-against-references", questions, None, folders[model]
+            )
             found["chats"][model] = chat_score(stored_rows(rows, _VERDICT_COLUMNS), asked, config.evaluate)
     return found
 
 
 def _judged(
-    run: Run, config: EvaluateJobConfig | ClinicianPreferenceConfig, judge: dict[str, Any], name: str, questions: dict[str, Any], first: dict | None, second: dict[str, Any],
+    run: Run,
+    config: EvaluateJobConfig | ClinicianPreferenceConfig,
+    judge: dict[str, Any],
+    name: str,
+    questions: dict[str, Any],
+    first: dict | None,
+    second: dict[str, Any],
 ) -> str:
     """Judged rows (records.JUDGED); continues row by row."""
     from medray.inference.judges.judges import judge_map
@@ -94,13 +129,22 @@ def _judged(
         pool = ray.data.ActorPoolStrategy(size=1)  # it holds the answers of both models
 
         def judged(rows: Any) -> Any:
-            # Without a share of a CPU, which it hardly uses: beside the judge's it would leave Ray Data too little to list files (medray.plan.demand).
-            made = rows.map_batches(JudgeRows, fn_constructor_kwargs=arguments, batch_format="pyarrow", num_cpus=0, compute=pool)
+            # Without a share of a CPU, which it hardly uses: beside the judge's it would leave Ray Data too
+            # little to list files (medray.plan.demand).
+            made = rows.map_batches(
+                JudgeRows, fn_constructor_kwargs=arguments, batch_format="pyarrow", num_cpus=0, compute=pool
+            )
             return made.map_batches(judge_class, **options)
 
         rows, again = write_resumable(
-            questions["outputs"]["rows"], stage.path("rows"), stage.path("committed"), judged, 8 * engine.rows_per_task, config.data.read_cpus,
-            keeps=JudgeRows(**arguments).keeps, keep_columns=["answer_type"],
+            questions["outputs"]["rows"],
+            stage.path("rows"),
+            stage.path("committed"),
+            judged,
+            8 * engine.rows_per_task,
+            config.data.read_cpus,
+            keeps=JudgeRows(**arguments).keeps,
+            keep_columns=["answer_type"],
         )
         check_judged(stage, config)
         return {"rows": stage.path("rows"), "counts": {"questions": rows, **again}}

@@ -17,9 +17,16 @@ def text_table(by_model: dict[str, dict[str, Any]]) -> str:
     kinds = sorted({kind for score in by_model.values() for kind in score["by_type"]})
     lines = [f"{'model':<10}{'all':>24}" + "".join(f"{kind:>24}" for kind in kinds) + f"{'words':>8}"]
     for name, score in by_model.items():
-        cells = [score["overall"]["accuracy"], *(score["by_type"].get(kind, {}).get("accuracy") for kind in kinds)]
+        cells = [
+            score["overall"]["accuracy"],
+            *(score["by_type"].get(kind, {}).get("accuracy") for kind in kinds),
+        ]
         words = score["overall"]["answer_words"]
-        lines.append(f"{name:<10}" + "".join(f"{html_report.with_interval(c) if c else '':>24}" for c in cells) + f"{words:>8.2f}")
+        lines.append(
+            f"{name:<10}"
+            + "".join(f"{html_report.with_interval(c) if c else '':>24}" for c in cells)
+            + f"{words:>8.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -44,12 +51,18 @@ def metrics_of(run: Run, shared: Run) -> dict[str, list[dict[str, Any]]]:
 
 def read_metrics(run: Run) -> dict[str, list[dict[str, Any]]]:
     """The training metrics of the run's stages so far, by stage."""
-    return {manifest["stage"]: list(_lines(run, manifest["stage"])) for manifest in run.timeline if "metrics" in manifest["outputs"]}
+    return {
+        manifest["stage"]: list(_lines(run, manifest["stage"]))
+        for manifest in run.timeline
+        if "metrics" in manifest["outputs"]
+    }
 
 
 def write_metrics(run: Run, metrics: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     """Training metrics by stage into metrics.jsonl and TensorBoard files; returns them."""
-    text = "".join(json.dumps({"stage": name, **row}) + "\n" for name, rows in metrics.items() for row in rows)
+    text = "".join(
+        json.dumps({"stage": name, **row}) + "\n" for name, rows in metrics.items() for row in rows
+    )
     run.write_text(text, "metrics.jsonl")
 
     from torch.utils.tensorboard import SummaryWriter
@@ -76,10 +89,23 @@ def attributes_table(by_model: dict[str, Any]) -> str:
     names = sorted({name for score in by_model.values() for name in score["by_attribute"]})
     rows = []
     for name in names:
-        floors = [score["by_attribute"][name]["majority"] for score in by_model.values() if name in score["by_attribute"]]
-        rows.append([name, floors[0], *(
-            html_report.with_interval(score["by_attribute"][name]["accuracy"]) if name in score["by_attribute"] else "" for score in by_model.values()
-        )])
+        floors = [
+            score["by_attribute"][name]["majority"]
+            for score in by_model.values()
+            if name in score["by_attribute"]
+        ]
+        rows.append(
+            [
+                name,
+                floors[0],
+                *(
+                    html_report.with_interval(score["by_attribute"][name]["accuracy"])
+                    if name in score["by_attribute"]
+                    else ""
+                    for score in by_model.values()
+                ),
+            ]
+        )
     return html_report.table(["attribute", "majority floor", *by_model], rows)
 
 
@@ -87,19 +113,24 @@ def form_table(by_model: dict[str, Any]) -> str:
     """Length and form of the answers of every model."""
     rows = [
         [name, kind, score["answer_words"], score.get("unparsable", 0.0), score["n"]]
-        for name, whole in by_model.items() for kind, score in whole["by_type"].items()
+        for name, whole in by_model.items()
+        for kind, score in whole["by_type"].items()
     ]
     return html_report.table(["model", "kind", "mean answer words", "share unparsable", "questions"], rows)
 
 
 def counts_table(results: dict[str, Any]) -> str:
-    """The numbers of `recorded` and of `ledgers`, where the results have them; a count by name takes a line for each name."""
+    """The numbers of `recorded` and of `ledgers`, where the results have them; a count by name takes a
+    line for each name.
+    """
     rows: list[list[Any]] = []
     for stage, found in itertools.chain(results["counts"].items(), results.get("ledgers", {}).items()):
         for key, value in found.items():
-            named = {f"{key}: {name}": number for name, number in value.items()} if isinstance(value, dict) else {key: value}
+            named = (
+                {f"{key}: {name}": number for name, number in value.items()}
+                if isinstance(value, dict)
+                else {key: value}
+            )
             rows += [[stage, *one] for one in named.items()]
     rows += [[stage, "attempts", number] for stage, number in results["attempts"].items() if number > 1]
     return html_report.table(["stage", "what", "number"], rows)
-
-

@@ -1,9 +1,10 @@
 """Models side by side: results.html (one file that opens offline), Markdown and LaTeX tables.
 
-`results` is what jobs/evaluate.py writes as results.json: {"benchmarks": {name: {"models": {model: scores.score}, and where there
-are any "comparison": scores.compare_models, "win_rates": {"b against a": win_rate.win_rate}, "chats": {model:
-chat_score.chat_score}, "definition": {what makes the benchmark}, "counts": {...}}}}. Legacy and strict columns stand side by side
-everywhere, with n, the mean answer length and 95 % intervals over images.
+`results` is what jobs/evaluate.py writes as results.json: {"benchmarks": {name: {"models": {model:
+scores.score}, and where there are any "comparison": scores.compare_models, "win_rates": {"b against a":
+win_rate.win_rate}, "chats": {model: chat_score.chat_score}, "definition": {what makes the benchmark},
+"counts": {...}}}}. Legacy and strict columns stand side by side everywhere, with n, the mean answer length
+and 95 % intervals over images.
 """
 
 from __future__ import annotations
@@ -16,60 +17,87 @@ from medray.evaluation.prediction_table import GROUPS, answer_numbers
 from medray.reporting import html_report
 
 Models = Mapping[str, Mapping[str, Any]]  # model name -> what scores.score returns
-Example = tuple[Mapping[str, Any], Mapping[str, str]]  # row of records.QUESTION with its image, answer of each model
+# row of records.QUESTION with its image, answer of each model
+Example = tuple[Mapping[str, Any], Mapping[str, str]]
 
 # Columns of a block of one answer type: (head, way to the score).
 _BLOCK: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
     "open": (
-        ("recall, legacy", ("legacy", "recall")), ("recall, strict", ("strict", "recall")), ("recall, set", ("set_recall",)),
-        ("F1, legacy", ("legacy", "f1")), ("F1, strict", ("strict", "f1")), ("exact match", ("accuracy",)),
-        *((f"BLEU-{order}", ("bleu", order - 1)) for order in range(1, 5)), ("ROUGE-L", ("rouge_l",)),
+        ("recall, legacy", ("legacy", "recall")),
+        ("recall, strict", ("strict", "recall")),
+        ("recall, set", ("set_recall",)),
+        ("F1, legacy", ("legacy", "f1")),
+        ("F1, strict", ("strict", "f1")),
+        ("exact match", ("accuracy",)),
+        *((f"BLEU-{order}", ("bleu", order - 1)) for order in range(1, 5)),
+        ("ROUGE-L", ("rouge_l",)),
     ),
     "closed": (
-        ("accuracy, legacy", ("legacy",)), ("accuracy, strict", ("strict",)), ("legacy as published", ("legacy_published",)),
-        ("by likelihood", ("likelihood", "accuracy")), ("by likelihood per token", ("likelihood", "normalised")),
+        ("accuracy, legacy", ("legacy",)),
+        ("accuracy, strict", ("strict",)),
+        ("legacy as published", ("legacy_published",)),
+        ("by likelihood", ("likelihood", "accuracy")),
+        ("by likelihood per token", ("likelihood", "normalised")),
     ),
     "mcq": (
-        ("accuracy, strict", ("strict",)), ("by likelihood", ("likelihood", "accuracy")),
+        ("accuracy, strict", ("strict",)),
+        ("by likelihood", ("likelihood", "accuracy")),
         ("by likelihood per token", ("likelihood", "normalised")),
     ),
 }
 _TITLES = {"open": "open questions", "closed": "closed questions", "mcq": "multiple choice"}
 # The columns of the narrow tables: (head, answer type, way to the score).
 _HEADLINE = (
-    ("open recall, legacy", "open", ("legacy", "recall")), ("open recall, strict", "open", ("strict", "recall")),
-    ("open recall, set", "open", ("set_recall",)), ("closed, legacy", "closed", ("legacy",)), ("closed, strict", "closed", ("strict",)),
+    ("open recall, legacy", "open", ("legacy", "recall")),
+    ("open recall, strict", "open", ("strict", "recall")),
+    ("open recall, set", "open", ("set_recall",)),
+    ("closed, legacy", "closed", ("legacy",)),
+    ("closed, strict", "closed", ("strict",)),
     ("multiple choice, strict", "mcq", ("strict",)),
 )
 _READING = (
-    "legacy: bug-compatible with LLaVA-Med's public evaluation, to compare with papers (a repeated right word raises recall; yes, no "
-    "and the reference are looked for as substrings). strict: multiset overlap; the parsed answer equals the reference; one option letter. "
-    "set: share of the reference's distinct words. Legacy as published: LLaVA-Med's script leaves closed questions out of its mean where the answer "
-    "says yes or no and is wrong; \"left out\" is their share. Brackets hold 95 % bootstrap intervals over images; questions on one image are kept together. "
-    "Unparsable answers count as wrong and are listed; questions without an answer (errors) are in no mean. Floors: the best constant answer of "
-    "each attribute (majority), drawing an option (chance), and the same model with a blank image (text only)."
+    "legacy: bug-compatible with LLaVA-Med's public evaluation, to compare with papers (a repeated right "
+    "word raises recall; yes, no "
+    "and the reference are looked for as substrings). strict: multiset overlap; the parsed answer equals the "
+    "reference; one option letter. "
+    "set: share of the reference's distinct words. Legacy as published: LLaVA-Med's script leaves closed "
+    "questions out of its mean where the answer "
+    'says yes or no and is wrong; "left out" is their share. Brackets hold 95 % bootstrap intervals over '
+    "images; questions on one image are kept together. "
+    "Unparsable answers count as wrong and are listed; questions without an answer (errors) are in no mean. "
+    "Floors: the best constant answer of "
+    "each attribute (majority), drawing an option (chance), and the same model with a blank image (text "
+    "only)."
 )
 
 
 def write_page(
-    results: Mapping[str, Any], examples: Mapping[str, Iterable[Example]] | None = None, timeline: Sequence[Mapping[str, Any]] = (),
-    title: str = "Evaluation", most: int = 12,
+    results: Mapping[str, Any],
+    examples: Mapping[str, Iterable[Example]] | None = None,
+    timeline: Sequence[Mapping[str, Any]] = (),
+    title: str = "Evaluation",
+    most: int = 12,
 ) -> str:
     """The HTML page.
 
     Args:
-        examples: benchmark -> (row of records.QUESTION with its image, answer of each model), for the gallery of wins and losses
-            of the last model against the first; read until `most` of each are found.
+        examples: benchmark -> (row of records.QUESTION with its image, answer of each model), for the gallery
+            of wins and losses of the last model against the first; read until `most` of each are found.
         timeline: the run's stages, for a plot of where time went.
     """
     sections = [("How to read this", f'<p class="soft">{html.escape(_READING)}</p>')]
     for name, benchmark in results["benchmarks"].items():
-        sections += [(f"{name}: {head}", inner) for head, inner in _sections(benchmark, (examples or {}).get(name, ()), most)]
+        sections += [
+            (f"{name}: {head}", inner)
+            for head, inner in _sections(benchmark, (examples or {}).get(name, ()), most)
+        ]
     sections.append(("Time", html_report.timeline(list(timeline))))
     return html_report.page(title, sections, f"{', '.join(results['benchmarks'])}")
 
 
-def _sections(benchmark: Mapping[str, Any], examples: Iterable[Example], most: int) -> Iterator[tuple[str, str]]:
+def _sections(
+    benchmark: Mapping[str, Any], examples: Iterable[Example], most: int
+) -> Iterator[tuple[str, str]]:
     models = benchmark["models"]
     kinds = _kinds([models])
     yield "models", _pairs(benchmark) + _wide(_head(kinds), _rows(models, kinds)) + _plots(models, kinds)
@@ -81,7 +109,12 @@ def _sections(benchmark: Mapping[str, Any], examples: Iterable[Example], most: i
     yield "chat score", _chats(benchmark["chats"]) if benchmark.get("chats") else ""
     for key, label in GROUPS.items():
         rows = _rows(models, kinds, key)
-        yield f"by {label}", _wide(_head(kinds, key), rows) if len({row[0] for row in rows}) > 1 or key == "by_attribute" else ""
+        yield (
+            f"by {label}",
+            _wide(_head(kinds, key), rows)
+            if len({row[0] for row in rows}) > 1 or key == "by_attribute"
+            else "",
+        )
     yield "wins and losses", wins_and_losses(examples, list(models), most)
 
 
@@ -89,16 +122,20 @@ def markdown_table(results: Mapping[str, Any], by: str | None = None) -> str:
     """All benchmarks and models as a Markdown table, scores in per cent.
 
     Args:
-        by: a table of the scores such as "by_modality": a line per benchmark, group and model; default all questions.
+        by: a table of the scores such as "by_modality": a line per benchmark, group and model; default all
+            questions.
     """
     head, rows = _table(results, by)
-    marks = ["---" if name in ("benchmark", "model", by and by.removeprefix("by_")) else "---:" for name in head]
+    marks = [
+        "---" if name in ("benchmark", "model", by and by.removeprefix("by_")) else "---:" for name in head
+    ]
     lines = [head, marks, *([_plain(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(_markdown(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 def latex_table(results: Mapping[str, Any], by: str | None = None, caption: str = "", label: str = "") -> str:
-    r"""All benchmarks and models as a LaTeX table (booktabs), scores in per cent; `by` as for `markdown_table`.
+    r"""All benchmarks and models as a LaTeX table (booktabs), scores in per cent; `by` as for
+    `markdown_table`.
 
     Texts are escaped; `label` is written as it stands.
     """
@@ -106,8 +143,15 @@ def latex_table(results: Mapping[str, Any], by: str | None = None, caption: str 
     body = [" & ".join(_latex(_plain(cell)) for cell in row) + r" \\" for row in rows]
     names = 2 if by is None else 3
     lines = [
-        r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{'l' * names}{'r' * (len(head) - names)}}}", r"\toprule",
-        " & ".join(_latex(name) for name in head) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\begin{{tabular}}{{{'l' * names}{'r' * (len(head) - names)}}}",
+        r"\toprule",
+        " & ".join(_latex(name) for name in head) + r" \\",
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
     ]
     lines += [rf"\caption{{{_latex(caption)}}}"] if caption else []
     lines += [rf"\label{{{label}}}"] if label else []
@@ -117,12 +161,17 @@ def latex_table(results: Mapping[str, Any], by: str | None = None, caption: str 
 def _table(results: Mapping[str, Any], by: str | None) -> tuple[list[str], list[list[Any]]]:
     """Head and rows over all benchmarks."""
     kinds = _kinds([benchmark["models"] for benchmark in results["benchmarks"].values()])
-    rows = [[name, *row] for name, benchmark in results["benchmarks"].items() for row in _rows(benchmark["models"], kinds, by)]
+    rows = [
+        [name, *row]
+        for name, benchmark in results["benchmarks"].items()
+        for row in _rows(benchmark["models"], kinds, by)
+    ]
     return _filled(["benchmark", *_head(kinds, by)], rows)
 
 
 def wins_and_losses(examples: Iterable[Example], models: list[str], most: int = 12) -> str:
-    """Cards of questions on which the last model beats the first, and of those where it is the other way round.
+    """Cards of questions on which the last model beats the first, and of those where it is the other way
+    round.
 
     Better is a higher strict score (open: F1 of the words shared with the reference; else a hit).
     """
@@ -151,12 +200,19 @@ def _strict(row: Mapping[str, Any], answer: str) -> float:
 def _card(row: Mapping[str, Any], answers: Mapping[str, str], scores: Mapping[str, float]) -> str:
     best = max(scores.values())
     lines = "".join(
-        f'<div class="{"good" if scores[model] == best else "bad"}">{html.escape(model)} ({scores[model]:.2f}): {html.escape(text)}</div>'
+        (
+            f'<div class="{"good" if scores[model] == best else "bad"}">{html.escape(model)} '
+            f"({scores[model]:.2f}): {html.escape(text)}</div>"
+        )
         for model, text in answers.items()
     )
-    what = " · ".join(str(row[name]) for name in ("answer_type", "attribute", "modality", "sample_id") if row.get(name))
+    what = " · ".join(
+        str(row[name]) for name in ("answer_type", "attribute", "modality", "sample_id") if row.get(name)
+    )
     return (
-        f'<div class="card">{_image(row.get("image"))}<div><b>{html.escape(row["question"])}</b><div>reference: {html.escape(row["reference"])}</div>'
+        "<div "
+        f'class="card">{_image(row.get("image"))}<div><b>{html.escape(row["question"])}</b><div>reference: '
+        f"{html.escape(row['reference'])}</div>"
         f'{lines}<div class="tag">{html.escape(what)}</div></div></div>'
     )
 
@@ -166,7 +222,8 @@ def _image(data: bytes | None) -> str:
 
     try:
         return html_report.image_tag(data) if data else "<i>no image</i>"
-    except (OSError, ValueError, Image.DecompressionBombError):  # the row boundary: one bad image must not cost the page
+    except (OSError, ValueError, Image.DecompressionBombError):
+        # the row boundary: one bad image must not cost the page
         return "<i>image cannot be shown</i>"
 
 
@@ -201,7 +258,9 @@ def _rows(models: Models, kinds: list[str], by: str | None = None) -> list[list[
     names = sorted({name for result in models.values() for name in result[by]})
     return [
         [name, model, *cells(result[by][name], result[by][name]["types"])]
-        for name in names for model, result in models.items() if name in result[by]
+        for name in names
+        for model, result in models.items()
+        if name in result[by]
     ]
 
 
@@ -219,7 +278,15 @@ def _markdown(text: str) -> str:
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
 }
 
@@ -244,7 +311,11 @@ def _wide(head: list[str], rows: Iterable[list[Any]]) -> str:
 def _pairs(benchmark: Mapping[str, Any]) -> str:
     """What makes the benchmark: its split, the words put after the question, its note."""
     pairs = {**benchmark.get("definition", {}), **benchmark.get("counts", {})}
-    rows = [[name, _words(value)] for name, value in pairs.items() if value not in ("", None) and value != [] and value != () and value != {}]
+    rows = [
+        [name, _words(value)]
+        for name, value in pairs.items()
+        if value not in ("", None) and value != [] and value != () and value != {}
+    ]
     return html_report.table(["benchmark", ""], rows) if rows else ""
 
 
@@ -256,11 +327,22 @@ def _words(value: Any) -> Any:
 
 def _block_table(models: Models, kind: str) -> str:
     rows = [
-        [model, block["n"], block["images"], *(_at(block, way) for _, way in _BLOCK[kind]), block.get("legacy_left_out"), block.get("unparsable"), block["answer_words"]]
-        for model, result in models.items() if (block := result["by_type"].get(kind))
+        [
+            model,
+            block["n"],
+            block["images"],
+            *(_at(block, way) for _, way in _BLOCK[kind]),
+            block.get("legacy_left_out"),
+            block.get("unparsable"),
+            block["answer_words"],
+        ]
+        for model, result in models.items()
+        if (block := result["by_type"].get(kind))
     ]
     left_out = "left out"
-    return _wide(["model", "n", "images", *(head for head, _ in _BLOCK[kind]), left_out, "unparsable", "words"], rows)
+    return _wide(
+        ["model", "n", "images", *(head for head, _ in _BLOCK[kind]), left_out, "unparsable", "words"], rows
+    )
 
 
 def _plots(models: Models, kinds: list[str]) -> str:
@@ -278,37 +360,66 @@ def _plots(models: Models, kinds: list[str]) -> str:
 def _form(models: Models, kinds: list[str]) -> str:
     rows = [
         [
-            model, kind, block["n"], block["errors"], block["answer_words"], block["answer_tokens"], block["truncated"], block.get("unparsable"),
+            model,
+            kind,
+            block["n"],
+            block["errors"],
+            block["answer_words"],
+            block["answer_tokens"],
+            block["truncated"],
+            block.get("unparsable"),
             block.get("unfinished_thinking") or None,
         ]
-        for model, result in models.items() for kind in kinds if (block := result["by_type"].get(kind))
+        for model, result in models.items()
+        for kind in kinds
+        if (block := result["by_type"].get(kind))
     ]
-    return _wide(["model", "kind", "n", "errors", "words", "tokens", "truncated", "unparsable", "unfinished thinking"], rows) + "".join(_notes(models))
+    return _wide(
+        ["model", "kind", "n", "errors", "words", "tokens", "truncated", "unparsable", "unfinished thinking"],
+        rows,
+    ) + "".join(_notes(models))
 
 
 def _notes(models: Models) -> Iterator[str]:
-    """What was not scored as it stands: answers with thinking before them, and questions without an answer by reason."""
+    """What was not scored as it stands: answers with thinking before them, and questions without an
+    answer by reason.
+    """
     for model, result in models.items():
         said = []
         if (thinking := result.get("thinking") or {}).get("answers"):
             said.append(
-                f"{thinking['answers']:,} answers hold thinking; what stands after it is scored. {thinking['unfinished']:,} never end it "
+                f"{thinking['answers']:,} answers hold thinking; what stands after it is scored. "
+                f"{thinking['unfinished']:,} never end it "
                 "and count as empty answers; give the model more tokens (evaluate.max_tokens)"
             )
-        said += [f"{number:,} without an answer: {reason}" for reason, number in (result.get("error_reasons") or {}).items()]
+        said += [
+            f"{number:,} without an answer: {reason}"
+            for reason, number in (result.get("error_reasons") or {}).items()
+        ]
         if said:
-            yield f"<p class=\"soft\">{html.escape(model)}: {html.escape('; '.join(said))}.</p>"
+            yield f'<p class="soft">{html.escape(model)}: {html.escape("; ".join(said))}.</p>'
 
 
 def _floors(models: Models, kinds: list[str]) -> str:
     rows = [
         [
-            model, kind, block["accuracy"], block["chance"], block["majority"],
+            model,
+            kind,
+            block["accuracy"],
+            block["chance"],
+            block["majority"],
             *(_at(block, ("text_only", name)) for name in ("accuracy", "gain", "recall", "recall_gain")),
         ]
-        for model, result in models.items() for kind in kinds if (block := result["by_type"].get(kind))
+        for model, result in models.items()
+        for kind in kinds
+        if (block := result["by_type"].get(kind))
     ]
-    text_only = ["text only: accuracy", "gain by the image", "text only: recall", "gain by the image (recall)"]
+    text_only = [
+        "text only: accuracy",
+        "gain by the image",
+        "text only: recall",
+        "gain by the image (recall)",
+    ]
     return _wide(["model", "kind", "accuracy, strict", "chance", "majority", *text_only], rows)
 
 
@@ -317,8 +428,20 @@ def _comparisons(comparisons: Mapping[str, Any]) -> str:
     for model, found in comparisons["models"].items():
         for kind, difference in {"all": found["accuracy"], **found["by_type"]}.items():
             tests = [difference[name] for name in ("p_bootstrap", "p_permutation")]
-            rows.append([model, kind, found["n"] if kind == "all" else None, difference, *tests, difference.get("p_holm")])
-    about = f"Strict accuracy minus that of {comparisons['against']}, on the same questions; p-values are two-sided, by images."
+            rows.append(
+                [
+                    model,
+                    kind,
+                    found["n"] if kind == "all" else None,
+                    difference,
+                    *tests,
+                    difference.get("p_holm"),
+                ]
+            )
+    about = (
+        f"Strict accuracy minus that of {comparisons['against']}, on the same questions; p-values are "
+        "two-sided, by images."
+    )
     head = ["model", "kind", "n", "difference", "p (bootstrap)", "p (sign flips)", "p (sign flips, Holm)"]
     return f'<p class="soft">{html.escape(about)}</p>' + _wide(head, rows)
 
@@ -327,10 +450,13 @@ def _win_rates(win_rates: Mapping[str, Mapping[str, Any]]) -> str:
     names = ("win_rate", "win", "tie", "loss", "p_permutation", "order_disagreement", "first_shown")
     rows = [
         [pair, group, found["asked"], found["n"], *(found[name] for name in names), *found["failed"].values()]
-        for pair, result in win_rates.items() for group, found in {"all": result, **result["by_type"], **result["by_modality"]}.items()
+        for pair, result in win_rates.items()
+        for group, found in {"all": result, **result["by_type"], **result["by_modality"]}.items()
     ]
     failed = [f"failed: {reason}" for result in list(win_rates.values())[:1] for reason in result["failed"]]
-    return _wide(["pair", "questions", "asked", "judged", *(name.replace("_", " ") for name in names), *failed], rows)
+    return _wide(
+        ["pair", "questions", "asked", "judged", *(name.replace("_", " ") for name in names), *failed], rows
+    )
 
 
 def _chats(chats: Mapping[str, Mapping[str, Any]]) -> str:
@@ -339,5 +465,18 @@ def _chats(chats: Mapping[str, Mapping[str, Any]]) -> str:
         for group, found in {"all": result, **result["by_type"], **result["by_modality"]}.items():
             score = found["score"]
             shown = f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]" if score else None
-            rows.append([model, group, found["asked"], found["n"], shown, found["reference_mean"], found["answer_mean"], sum(found["failed"].values())])
-    return _wide(["model", "questions", "asked", "rated", "score", "reference rated", "answer rated", "failed"], rows)
+            rows.append(
+                [
+                    model,
+                    group,
+                    found["asked"],
+                    found["n"],
+                    shown,
+                    found["reference_mean"],
+                    found["answer_mean"],
+                    sum(found["failed"].values()),
+                ]
+            )
+    return _wide(
+        ["model", "questions", "asked", "rated", "score", "reference rated", "answer rated", "failed"], rows
+    )

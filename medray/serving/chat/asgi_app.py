@@ -40,20 +40,38 @@ class Endpoint:
     Args:
         models: that can be asked, in the order they are listed.
         answer: a checked request and its id -> JSON or server-sent events. Raises ApiError.
-        ready: model -> whether it can answer (a model that starts with its first request can); models it leaves out cannot.
-        observe: told of every chat request, and of others that failed: model ("" where none was named rightly), status, seconds. Of streams when they end.
+        ready: model -> whether it can answer (a model that starts with its first request can); models it
+            leaves out cannot.
+        observe: told of every chat request, and of others that failed: model ("" where none was named
+            rightly), status, seconds. Of streams when they end.
         examples: {"question", "reference", "image"} to try, image as a data URI.
     """
 
     def __init__(
-        self, config: ServeConfig, models: Sequence[Hosted], answer: Answer, ready: Callable[[], Awaitable[dict[str, bool]]],
-        observe: Callable[[str, int, float], None] = lambda *_: None, examples: Sequence[dict[str, str]] = (),
+        self,
+        config: ServeConfig,
+        models: Sequence[Hosted],
+        answer: Answer,
+        ready: Callable[[], Awaitable[dict[str, bool]]],
+        observe: Callable[[str, int, float], None] = lambda *_: None,
+        examples: Sequence[dict[str, str]] = (),
     ):
-        self.config, self.models, self.answer, self.ready, self.observe, self.examples = config, {model.name: model for model in models}, answer, ready, observe, examples
+        self.config, self.models, self.answer, self.ready, self.observe, self.examples = (
+            config,
+            {model.name: model for model in models},
+            answer,
+            ready,
+            observe,
+            examples,
+        )
         self.images = ImageLoader(config.limits)
         self.rates = RateLimit(config.limits.requests_per_minute)
         self.started = int(time.time())
-        self._looking, self._looked, self._ready = asyncio.Lock(), -math.inf, dict.fromkeys(self.models, False)
+        self._looking, self._looked, self._ready = (
+            asyncio.Lock(),
+            -math.inf,
+            dict.fromkeys(self.models, False),
+        )
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -64,11 +82,17 @@ class Endpoint:
                 if wait := self.rates.wait(who):
                     raise _limited(wait)
                 body = parsed(await request.body(), self.config.limits)
-                limit_name = ANSWER_TOKENS if body.max_completion_tokens else "max_tokens"  # as the caller wrote it
+                # as the caller wrote it
+                limit_name = ANSWER_TOKENS if body.max_completion_tokens else "max_tokens"
                 model = self._model(body.model)
                 asked = model.name
                 check(body, self.config.limits)
-                made = await prepared(body, self.config.limits, model.system_prompt, lambda url: self.images.load(url, model.pad_to_square))
+                made = await prepared(
+                    body,
+                    self.config.limits,
+                    model.system_prompt,
+                    lambda url: self.images.load(url, model.pad_to_square),
+                )
                 response = await self.answer({**made, "model": model.name}, number)
         except ApiError as error:
             if error.param == ANSWER_TOKENS and limit_name:
@@ -80,7 +104,15 @@ class Endpoint:
             response = failure(error, number)
         seconds = time.monotonic() - began
         # Who, what for, how long: never what was said or shown.
-        logger.info("%s key %s model %s: %d in %.2f s%s", number, who, asked or "-", response.status_code, seconds, ", streams" if isinstance(response, StreamingResponse) else "")
+        logger.info(
+            "%s key %s model %s: %d in %.2f s%s",
+            number,
+            who,
+            asked or "-",
+            response.status_code,
+            seconds,
+            ", streams" if isinstance(response, StreamingResponse) else "",
+        )
         if isinstance(response, StreamingResponse):
             response.body_iterator = self._streamed(response.body_iterator, asked, number, seconds)
         else:
@@ -91,11 +123,17 @@ class Endpoint:
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise ApiError(f"the model {name!r} is not served; there are {', '.join(self.models)}"[:500], 404, "model", "model_not_found")
+            raise ApiError(
+                f"the model {name!r} is not served; there are {', '.join(self.models)}"[:500],
+                404,
+                "model",
+                "model_not_found",
+            )
         return self.models[name]
 
     async def _streamed(self, chunks: Any, model: str, number: str, seconds: float) -> AsyncIterator[Any]:
-        """The stream, and where it is not over by the request's deadline or breaks off, an error event at its end.
+        """The stream, and where it is not over by the request's deadline or breaks off, an error event at its
+        end.
 
         Args:
             seconds: that are gone.
@@ -119,7 +157,9 @@ class Endpoint:
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models."""
-        return JSONResponse({"object": "list", "data": [self._shown(model) for model in self.models.values()]})
+        return JSONResponse(
+            {"object": "list", "data": [self._shown(model) for model in self.models.values()]}
+        )
 
     async def one_model(self, request: Request) -> Response:
         """GET /v1/models/{id}."""
@@ -129,14 +169,22 @@ class Endpoint:
             return error_response(error)
 
     def _shown(self, model: Hosted) -> dict[str, Any]:
-        return {"id": model.name, "object": "model", "created": self.started, "owned_by": "medray", "about": model.about}
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "medray",
+            "about": model.about,
+        }
 
     async def health(self, request: Request) -> Response:
         """GET /health: the process answers."""
         return JSONResponse({"status": "ok"})
 
     async def readiness(self, request: Request) -> Response:
-        """GET /ready: 503 until every model can answer. Anybody may ask, so one looks at a time, and what is found holds for a second."""
+        """GET /ready: 503 until every model can answer. Anybody may ask, so one looks at a time, and what
+        is found holds for a second.
+        """
         async with self._looking:
             if time.monotonic() - self._looked >= 1:
                 try:
@@ -144,14 +192,27 @@ class Endpoint:
                         found = await self.ready()
                 except TimeoutError:
                     found = {}
-                self._ready, self._looked = {name: found.get(name, False) for name in self.models}, time.monotonic()
+                self._ready, self._looked = (
+                    {name: found.get(name, False) for name in self.models},
+                    time.monotonic(),
+                )
         ready = all(self._ready.values())
         return JSONResponse({"ready": ready, "models": self._ready}, 200 if ready else 503)
 
     async def try_it(self, request: Request) -> Response:
-        """GET /try: what the page shows beside the models; behind the key, since examples are images of the run."""
+        """GET /try: what the page shows beside the models; behind the key, since examples are images of
+        the run.
+        """
         models = [self._shown(model) for model in self.models.values()]
-        return JSONResponse({"title": self.config.title, "notice": NOT_A_DEVICE, "tokens": self.config.limits.tokens, "models": models, "examples": list(self.examples)})
+        return JSONResponse(
+            {
+                "title": self.config.title,
+                "notice": NOT_A_DEVICE,
+                "tokens": self.config.limits.tokens,
+                "models": models,
+                "examples": list(self.examples),
+            }
+        )
 
 
 def _limited(seconds: float) -> ApiError:
@@ -160,7 +221,13 @@ def _limited(seconds: float) -> ApiError:
 
 
 def _late(seconds: float) -> ApiError:
-    return ApiError(f"no whole answer within {seconds:g} seconds; ask for fewer tokens, or try again", 408, None, "timeout", "timeout_error")
+    return ApiError(
+        f"no whole answer within {seconds:g} seconds; ask for fewer tokens, or try again",
+        408,
+        None,
+        "timeout",
+        "timeout_error",
+    )
 
 
 def error_response(error: ApiError) -> JSONResponse:
@@ -183,12 +250,24 @@ def make_app(endpoint: Endpoint, tokens: Tokens | None) -> Guard:
         tokens: whose keys are taken; None asks for none.
     """
     routes = [
-        Route("/v1/chat/completions", endpoint.chat, methods=["POST"]), Route("/v1/models", endpoint.list_models), Route("/v1/models/{name:path}", endpoint.one_model),
-        Route("/health", endpoint.health), Route("/ready", endpoint.readiness), Route("/try", endpoint.try_it), Route("/", _page),
+        Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
+        Route("/v1/models", endpoint.list_models),
+        Route("/v1/models/{name:path}", endpoint.one_model),
+        Route("/health", endpoint.health),
+        Route("/ready", endpoint.readiness),
+        Route("/try", endpoint.try_it),
+        Route("/", _page),
         Mount("/static", StaticFiles(directory=STATIC, packages=[("medray.serving", "static")])),
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: to_the_guard})
     limits = endpoint.config.limits
     return Guard(
-        app, tokens.holder if tokens else lambda token: NOBODY, {"/", "/static/", "/health", "/ready"}, limits.body_bytes, headers=PAGE_HEADERS,
-        open_posts={"/v1/", "/try"} if tokens is None else (), body_seconds=limits.seconds, failed=lambda seconds: endpoint.observe("", 500, seconds))
+        app,
+        tokens.holder if tokens else lambda token: NOBODY,
+        {"/", "/static/", "/health", "/ready"},
+        limits.body_bytes,
+        headers=PAGE_HEADERS,
+        open_posts={"/v1/", "/try"} if tokens is None else (),
+        body_seconds=limits.seconds,
+        failed=lambda seconds: endpoint.observe("", 500, seconds),
+    )

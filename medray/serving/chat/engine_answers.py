@@ -1,6 +1,8 @@
-"""What an engine answers, with its errors in the endpoint's form: as an error while nothing was said yet, streaming or not (no Ray, no vLLM).
+"""What an engine answers, with its errors in the endpoint's form: as an error while nothing was said yet,
+streaming or not (no Ray, no vLLM).
 
-vLLM begins a stream before it looks at the request, and writes an error into it as an event. A client would get status 200.
+vLLM begins a stream before it looks at the request, and writes an error into it as an event. A client would
+get status 200.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ def api_error(status: Any, message: str, param: str | None) -> ApiError:
     """An engine's error in the endpoint's form.
 
     Args:
-        param: vLLM's name of the field. What it refuses without naming a field is the prompt: too long, or images that do not fit it.
+        param: vLLM's name of the field. What it refuses without naming a field is the prompt: too long, or
+            images that do not fit it.
     """
     if isinstance(status, int) and 400 <= status < 500:
         code = {400: "invalid_request", 404: "not_found"}.get(status, "refused")
-        return ApiError(message[:1000], status, "messages" if param is None or param in _PROMPT else param, code)
+        return ApiError(
+            message[:1000], status, "messages" if param is None or param in _PROMPT else param, code
+        )
     return ApiError("the model's engine failed at this request", 500, None, "internal_error", "server_error")
 
 
@@ -37,7 +42,8 @@ async def checked(items: AsyncIterator[Any], refuse: Callable[[ApiError], Any]) 
     held: list[str] = []  # events before the first that says something
     begun = False
     async for item in items:
-        for part in item if isinstance(item, list) else [item]:  # ray.serve.llm batches all that a request for a stream yields
+        # ray.serve.llm batches all that a request for a stream yields
+        for part in item if isinstance(item, list) else [item]:
             failure = _error_in(part)
             if failure is not None:
                 if begun:
@@ -61,7 +67,11 @@ async def checked(items: AsyncIterator[Any], refuse: Callable[[ApiError], Any]) 
 def _error_in(part: Any) -> ApiError | None:
     if not isinstance(part, str):
         error = getattr(part, "error", None)
-        return None if error is None else api_error(getattr(error, "code", None), error.message, getattr(error, "param", None))
+        return (
+            None
+            if error is None
+            else api_error(getattr(error, "code", None), error.message, getattr(error, "param", None))
+        )
     if not part.startswith('data: {"error"'):
         return None
     error = json.loads(part.removeprefix("data: "))["error"]
@@ -74,4 +84,9 @@ def _says_nothing(event: str) -> bool:
         choices = json.loads(event.removeprefix("data: "))["choices"]
     except (ValueError, KeyError, TypeError):  # [DONE]
         return False
-    return bool(choices) and all(choice.get("finish_reason") is None and not (choice.get("delta") or {}).get("content") and choice.get("logprobs") is None for choice in choices)
+    return bool(choices) and all(
+        choice.get("finish_reason") is None
+        and not (choice.get("delta") or {}).get("content")
+        and choice.get("logprobs") is None
+        for choice in choices
+    )

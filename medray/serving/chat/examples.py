@@ -17,7 +17,8 @@ _SIDE = 512  # pixels: large enough for the models, small enough to send with th
 
 
 def examples_of(config: ServeConfig) -> list[dict[str, str]]:
-    """{"question", "reference", "image"} of the first run's held-out questions, of one image each; image as a data URI.
+    """{"question", "reference", "image"} of the first run's held-out questions, of one image each; image as a
+    data URI.
 
     None where the run keeps its questions elsewhere (jobs with --shared), or has none.
     """
@@ -30,7 +31,8 @@ def examples_of(config: ServeConfig) -> list[dict[str, str]]:
         return [_shown(row) for row in _first(manifest["outputs"]["questions"], config.examples)]
     except (FileNotFoundError, KeyError):
         return []
-    except (ValueError, DataError) as error:  # a damaged file costs the page its examples, not the endpoint its start
+    except (ValueError, DataError) as error:
+        # a damaged file costs the page its examples, not the endpoint its start
         logger.warning("no examples for the page: a file of %s is damaged: %s", uris[0], error)
         return []
 
@@ -51,6 +53,7 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     from medray.config import DataConfig
     from medray.images.decoding import decode, png_url
 
-    small = decode(row["image"], DataConfig())  # as models see it, and without whatever the file tells beside its pixels
+    # as models see it, and without whatever the file tells beside its pixels
+    small = decode(row["image"], DataConfig())
     small.thumbnail((_SIDE, _SIDE))
     return {"question": row["question"], "reference": row["reference"] or "", "image": png_url(small)}

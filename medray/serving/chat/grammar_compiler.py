@@ -1,7 +1,8 @@
 """A process that tries JSON schemas: a compilation cannot be interrupted, but a process can be ended.
 
-Started by medray.serving.chat.grammars with this file's path. It reads JSON lines: first {"tokenizer": what TokenizerInfo.serialize_json gave, "vocab_size"}, then a schema (as
-text) on each line; it writes "ready", then for each schema {"problem": text or null}. It ends with its standard input.
+Started by medray.serving.chat.grammars with this file's path. It reads JSON lines: first {"tokenizer": what
+TokenizerInfo.serialize_json gave, "vocab_size"}, then a schema (as text) on each line; it writes "ready",
+then for each schema {"problem": text or null}. It ends with its standard input.
 """
 
 from __future__ import annotations
@@ -36,21 +37,27 @@ def problem_of(compiler: Any, vocab_size: int, text: str) -> str | None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the server: it ends this process by its standard input
+    # Ctrl-C at the server: it ends this process by its standard input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also where the server is killed while a schema is compiled
+        # PR_SET_PDEATHSIG: also where the server is killed while a schema is compiled
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     import xgrammar
 
     start = json.loads(sys.stdin.readline())
-    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo.deserialize_json(start["tokenizer"]), max_threads=1, cache_enabled=False)
+    compiler = xgrammar.GrammarCompiler(
+        xgrammar.TokenizerInfo.deserialize_json(start["tokenizer"]), max_threads=1, cache_enabled=False
+    )
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
     print("ready", file=answers)
     for line in sys.stdin:
-        print(json.dumps({"problem": problem_of(compiler, start["vocab_size"], json.loads(line))}), file=answers)
+        print(
+            json.dumps({"problem": problem_of(compiler, start["vocab_size"], json.loads(line))}), file=answers
+        )
 
 
 if __name__ == "__main__":

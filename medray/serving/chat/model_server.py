@@ -39,18 +39,30 @@ def settings(model: Hosted, config: ReplicaConfig, local: str | None = None) -> 
     """What ray.serve.llm is told.
 
     Args:
-        local: folder of the model on this node, or a hub id; None where only placement is asked for, and the model may be elsewhere.
+        local: folder of the model on this node, or a hub id; None where only placement is asked for, and the
+            model may be elsewhere.
     """
     engine, place, (low, high) = model.engine, config.place, config.replicas
     _, cpus, gpus = config.bundle(engine)
-    bundle: dict[str, float] = {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **({"memory": int(place.memory_gib * 2**30)} if place.memory_gib else {}), **place.resources}
+    bundle: dict[str, float] = {
+        "CPU": cpus,
+        **({"GPU": gpus} if gpus else {}),
+        **({"memory": int(place.memory_gib * 2**30)} if place.memory_gib else {}),
+        **place.resources,
+    }
     deployment: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": 0},  # the engine's bundle counts its CPUs
-        "max_ongoing_requests": max(2 * int(config.target_ongoing_requests), engine.max_num_seqs), "max_queued_requests": config.queued,
-        "graceful_shutdown_timeout_s": config.drain_seconds, "graceful_shutdown_wait_loop_s": 1.0,
+        "max_ongoing_requests": max(2 * int(config.target_ongoing_requests), engine.max_num_seqs),
+        "max_queued_requests": config.queued,
+        "graceful_shutdown_timeout_s": config.drain_seconds,
+        "graceful_shutdown_wait_loop_s": 1.0,
         "autoscaling_config": {
-            "min_replicas": low, "max_replicas": high, "initial_replicas": low, "target_ongoing_requests": config.target_ongoing_requests,
-            "upscale_delay_s": config.upscale_delay_s, "downscale_delay_s": config.downscale_delay_s,
+            "min_replicas": low,
+            "max_replicas": high,
+            "initial_replicas": low,
+            "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
         },
     }
     arguments: dict[str, Any] = {"tensor_parallel_size": engine.tensor_parallel_size}
@@ -62,21 +74,29 @@ def settings(model: Hosted, config: ReplicaConfig, local: str | None = None) -> 
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
     return LLMConfig(
-        model_loading_config={"model_id": model.name, "model_source": local or model.path}, engine_kwargs=arguments,
-        placement_group_config={"bundle_per_worker": bundle}, deployment_config=deployment, runtime_env={"env_vars": vllm_environment(engine)},
-        callback_config={"callback_class": ModelIsHere}, experimental_configs={"stream_batching_interval_ms": config.stream_milliseconds},
+        model_loading_config={"model_id": model.name, "model_source": local or model.path},
+        engine_kwargs=arguments,
+        placement_group_config={"bundle_per_worker": bundle},
+        deployment_config=deployment,
+        runtime_env={"env_vars": vllm_environment(engine)},
+        callback_config={"callback_class": ModelIsHere},
+        experimental_configs={"stream_batching_interval_ms": config.stream_milliseconds},
     )
 
 
 class ModelIsHere(CallbackBase):
-    """Leaves out ray.serve.llm's own download, for which it starts a task that imports vLLM: the replica has fetched its model."""
+    """Leaves out ray.serve.llm's own download, for which it starts a task that imports vLLM: the replica
+    has fetched its model.
+    """
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
 
 
 class CPUEngine(VLLMEngine):
-    """ray.serve.llm starts a process for each worker of an engine on CPU; one worker can live in the engine's own, as in vLLM's server."""
+    """ray.serve.llm starts a process for each worker of an engine on CPU; one worker can live in the
+    engine's own, as in vLLM's server.
+    """
 
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:
         arguments, frontend, config = super()._prepare_engine_config(callback_ctx)
@@ -86,7 +106,8 @@ class CPUEngine(VLLMEngine):
 
 
 class ModelServer(LLMServer):
-    """A replica. Args of the deployment: the configuration of ray.serve.llm (for placement), and what to make of it on the node itself.
+    """A replica. Args of the deployment: the configuration of ray.serve.llm (for placement), and what to make
+    of it on the node itself.
 
     A replica whose engine died ends its process at once: Ray Serve then asks the others and starts a new one.
     """
@@ -95,7 +116,10 @@ class ModelServer(LLMServer):
         hosted = Hosted.model_validate(model)
         local = await asyncio.to_thread(localize, hosted.path)
         os.environ[OWNER_ENV] = str(os.getpid())
-        await super().__init__(settings(hosted, ReplicaConfig.model_validate(config), local), engine_cls=None if hosted.engine.gpus_per_actor else CPUEngine)
+        await super().__init__(
+            settings(hosted, ReplicaConfig.model_validate(config), local),
+            engine_cls=None if hosted.engine.gpus_per_actor else CPUEngine,
+        )
         client = self.engine._engine_client
         threading.Thread(target=_end_with, args=(client,), name="engine-watch", daemon=True).start()
         processor = await asyncio.to_thread(load_processor, local, hosted.trust_remote_code)
@@ -103,12 +127,21 @@ class ModelServer(LLMServer):
         self._grammars = Grammars(processor.tokenizer, client.model_config.get_vocab_size())
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[Any]:
-        """As LLMServer's. Refused are texts that spell a special token, of which the template would make the token, and schemas that no answer can follow."""
+        """As LLMServer's. Refused are texts that spell a special token, of which the template would make
+        the token, and schemas that no answer can follow.
+        """
         for message in request.messages:
             content = message["content"]
             texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
             if any(spells_special(text, self._specials) for text in texts):
-                return _one(_refusal(ApiError("messages: a text spells a special token of the model; leave it out", param="messages")))
+                return _one(
+                    _refusal(
+                        ApiError(
+                            "messages: a text spells a special token of the model; leave it out",
+                            param="messages",
+                        )
+                    )
+                )
         schema = schema_of(request)
         if schema is not None and (problem := await self._grammars.problem(schema)):
             return _one(_refusal(ApiError(f"{SCHEMA}: {problem}", param=SCHEMA)))
@@ -118,8 +151,12 @@ class ModelServer(LLMServer):
 async def _answered(items: AsyncIterator[Any], request: Any, client: Any) -> AsyncIterator[Any]:
     def told(error: ApiError) -> ApiError:
         if error.status < 500:
-            # vLLM names the prompt where prompt and answer together pass the context; then the greater part is at fault.
-            if error.param == "messages" and (request.max_completion_tokens or 0) > client.model_config.max_model_len // 2:
+            # vLLM names the prompt where prompt and answer together pass the context; then the greater part
+            # is at fault.
+            if (
+                error.param == "messages"
+                and (request.max_completion_tokens or 0) > client.model_config.max_model_len // 2
+            ):
                 error.param = ANSWER_TOKENS
             return error
         if client.errored:
@@ -140,7 +177,9 @@ async def _answered(items: AsyncIterator[Any], request: Any, client: Any) -> Asy
 
 def _unfollowed(request: Any) -> ApiError:
     param = "response_format" if request.response_format is not None else "structured_outputs"
-    return ApiError(f"{param}: the engine found no text that goes on in this form; use a simpler one", param=param)
+    return ApiError(
+        f"{param}: the engine found no text that goes on in this form; use a simpler one", param=param
+    )
 
 
 async def _one(item: Any) -> AsyncIterator[Any]:
@@ -148,12 +187,23 @@ async def _one(item: Any) -> AsyncIterator[Any]:
 
 
 def _refusal(error: ApiError) -> ErrorResponse:
-    # Of an error ray.serve.llm's ingress (2.60) hands on message, code and type only: the type carries the field too.
-    return ErrorResponse.model_validate({"error": {"message": error.message, "type": f"{error.kind}/{error.param or ''}", "code": error.status}})
+    # Of an error ray.serve.llm's ingress (2.60) hands on message, code and type only: the type carries the
+    # field too.
+    return ErrorResponse.model_validate(
+        {
+            "error": {
+                "message": error.message,
+                "type": f"{error.kind}/{error.param or ''}",
+                "code": error.status,
+            }
+        }
+    )
 
 
 def _end_with(client: Any) -> None:
-    """End this process when its engine is dead. Ray Serve's own health check would notice after many seconds, and hand out requests meanwhile."""
+    """End this process when its engine is dead. Ray Serve's own health check would notice after many
+    seconds, and hand out requests meanwhile.
+    """
     while not client.errored:
         time.sleep(_WATCHED_EVERY)
     _end(ENGINE_DIED)

@@ -1,7 +1,9 @@
-"""What a chat request may say. Everything else is refused before a model sees it (pure but for the images' loader).
+"""What a chat request may say. Everything else is refused before a model sees it (pure but for the images'
+loader).
 
-The fields are OpenAI's, and top_k, min_p and repetition_penalty of vLLM. Fields that vLLM knows beyond these are refused: some
-run a template of the caller's, some hand options to processors. A field that is null or empty asks for nothing and is ignored.
+The fields are OpenAI's, and top_k, min_p and repetition_penalty of vLLM. Fields that vLLM knows beyond these
+are refused: some run a template of the caller's, some hand options to processors. A field that is null or
+empty asks for nothing and is ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from medray.serving.chat.schemas import PARAM as SCHEMA
 from medray.serving.chat.schemas import SchemaError, check_schema
 
 ANSWER_TOKENS = "max_completion_tokens"
-# Beyond any limit that can be configured with sense, and checked while the body is read: each item in vain costs a kilobyte, and an error.
+# Beyond any limit that can be configured with sense, and checked while the body is read: each item in vain
+# costs a kilobyte, and an error.
 _MOST_MESSAGES, _MOST_PARTS, _MOST_STOPS = 10_000, 1000, 64
 _FIELDS = 10_000  # commas of a body outside its texts and its schema
 _NOT_IN_CHOICES = frozenset("\n\r\0")
@@ -34,7 +37,12 @@ class ApiError(Exception):
     """
 
     def __init__(
-        self, message: str, status: int = 400, param: str | None = None, code: str = "invalid_request", kind: str = "invalid_request_error",
+        self,
+        message: str,
+        status: int = 400,
+        param: str | None = None,
+        code: str = "invalid_request",
+        kind: str = "invalid_request_error",
         retry_after: float | None = None,
     ):
         super().__init__(message)
@@ -43,8 +51,14 @@ class ApiError(Exception):
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a field asks for nothing: null, "", [], {}, or an object with no other values. Not false and 0, which are values."""
-    return value is None or value in ("", []) or (isinstance(value, dict) and all(map(_is_empty, value.values())))
+    """Whether a field asks for nothing: null, "", [], {}, or an object with no other values. Not false
+    and 0, which are values.
+    """
+    return (
+        value is None
+        or value in ("", [])
+        or (isinstance(value, dict) and all(map(_is_empty, value.values())))
+    )
 
 
 class _Part(BaseModel):
@@ -53,7 +67,9 @@ class _Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _ignore_empty_fields(cls, given: Any) -> Any:
-        """Many clients write every field that they know, and send an answer back as the next turn with all of its fields."""
+        """Many clients write every field that they know, and send an answer back as the next turn with
+        all of its fields.
+        """
         if not isinstance(given, dict):
             return given
         required = {field.alias or name for name, field in cls.model_fields.items() if field.is_required()}
@@ -77,7 +93,9 @@ class ImagePart(_Part):
 
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(max_length=_MOST_PARTS)
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(
+        max_length=_MOST_PARTS
+    )
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -134,7 +152,10 @@ class ChatRequest(_Part):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=_MOST_STOPS)] | None = None
+    stop: (
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=_MOST_STOPS)]
+        | None
+    ) = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -147,10 +168,16 @@ class ChatRequest(_Part):
     @model_validator(mode="before")
     @classmethod
     def _ignore_defaults(cls, given: Any) -> Any:
-        """What asks for nothing but what is done anyway is no error: no tools are used, and answers are text."""
+        """What asks for nothing but what is done anyway is no error: no tools are used, and answers are
+        text.
+        """
         if not isinstance(given, dict):
             return given
-        return {key: value for key, value in given.items() if not any(value is known or value == known for known in _DONE_ANYWAY.get(key, ()))}
+        return {
+            key: value
+            for key, value in given.items()
+            if not any(value is known or value == known for known in _DONE_ANYWAY.get(key, ()))
+        }
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -160,15 +187,24 @@ class ChatRequest(_Part):
 
 _DROPPED = {"user", "metadata", "store"}
 _DONE_ANYWAY: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],), "service_tier": ("auto", "default"),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
 }
 
 
 def parsed(body: bytes, limits: LimitsConfig) -> ChatRequest:
     """The request in a body. Raises ApiError (400) that names the field."""
-    # Before it is read: in memory a number of one digit takes fifteen times its two bytes, and an error of its own. Commas of texts are within their limits.
+    # Before it is read: in memory a number of one digit takes fifteen times its two bytes, and an error of
+    # its own. Commas of texts are within their limits.
     if body.count(b",") > limits.text_chars + limits.schema_bytes + _FIELDS:
-        raise ApiError(f"the body has more than {limits.text_chars + limits.schema_bytes + _FIELDS} commas, more than its texts and fields can have", code="limit_exceeded")
+        raise ApiError(
+            f"the body has more than {limits.text_chars + limits.schema_bytes + _FIELDS} commas, more than "
+            "its texts and fields can have",
+            code="limit_exceeded",
+        )
     try:
         value = json.loads(body.decode())  # of bytes it would also read UTF-16, and surrogates
         if b"\\ud" in body.lower():
@@ -191,34 +227,62 @@ def _named(error: ValidationError) -> ApiError:
         del place[4:5]  # the part's type, which pydantic puts after its index
     param = ".".join(str(part) if len(str(part)) <= 64 else f"{str(part)[:64]}…" for part in place) or None
     if first["type"] == "extra_forbidden":
-        return ApiError(f"{param} is not supported here; leave it out", param=param, code="unsupported_parameter")
+        return ApiError(
+            f"{param} is not supported here; leave it out", param=param, code="unsupported_parameter"
+        )
     return ApiError(f"{param}: {first['msg']}" if param else first["msg"], param=param, code="invalid_value")
 
 
 def check(request: ChatRequest, limits: LimitsConfig) -> None:
     """Raises ApiError (400) where a limit is passed or fields do not go together."""
-    texts = ["\n".join(part.text for part in message.content if isinstance(part, TextPart)) for message in request.messages]
+    texts = [
+        "\n".join(part.text for part in message.content if isinstance(part, TextPart))
+        for message in request.messages
+    ]
     images = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
     for what, found, most, param in (
-        ("messages", len(request.messages), limits.messages, "messages"), ("characters", sum(map(len, texts)), limits.text_chars, "messages"),
-        ("images", images, limits.images, "messages"), ("answers", request.n or 1, limits.samples, "n"),
-        ("tokens", request.max_completion_tokens or request.max_tokens or 1, limits.tokens, "max_completion_tokens" if request.max_completion_tokens else "max_tokens"),
+        ("messages", len(request.messages), limits.messages, "messages"),
+        ("characters", sum(map(len, texts)), limits.text_chars, "messages"),
+        ("images", images, limits.images, "messages"),
+        ("answers", request.n or 1, limits.samples, "n"),
+        (
+            "tokens",
+            request.max_completion_tokens or request.max_tokens or 1,
+            limits.tokens,
+            "max_completion_tokens" if request.max_completion_tokens else "max_tokens",
+        ),
         ("stop texts", len(request.stop or ()), 16, "stop"),
     ):
         if found > most:
-            raise ApiError(f"{param}: {found} {what}, at most {most} are allowed", param=param, code="limit_exceeded")
-    if any(isinstance(part, ImagePart) for message in request.messages for part in message.content if message.role != "user"):
+            raise ApiError(
+                f"{param}: {found} {what}, at most {most} are allowed", param=param, code="limit_exceeded"
+            )
+    if any(
+        isinstance(part, ImagePart)
+        for message in request.messages
+        for part in message.content
+        if message.role != "user"
+    ):
         raise ApiError("messages: images belong into user messages", param="messages", code="invalid_value")
     if request.messages[-1].role != "user":
         raise ApiError("messages: the last one must be the user's", param="messages", code="invalid_value")
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
     if (request.n or 1) > 1 and request.temperature == 0:
-        raise ApiError(f"n: {request.n} answers at temperature 0 would all be the same; ask for one, or raise temperature", param="n", code="invalid_value")
+        raise ApiError(
+            f"n: {request.n} answers at temperature 0 would all be the same; ask for one, or raise "
+            "temperature",
+            param="n",
+            code="invalid_value",
+        )
     if request.stream_options and request.stream_options.include_usage and not request.stream:
         raise ApiError("stream_options needs stream: true", param="stream_options", code="invalid_value")
     if (request.response_format and request.response_format.type != "text") and request.structured_outputs:
-        raise ApiError("structured_outputs and response_format exclude each other", param="structured_outputs", code="invalid_value")
+        raise ApiError(
+            "structured_outputs and response_format exclude each other",
+            param="structured_outputs",
+            code="invalid_value",
+        )
     if request.response_format:
         _check_format(request.response_format, limits)
 
@@ -234,8 +298,11 @@ def _check_format(form: ResponseFormat, limits: LimitsConfig) -> None:
         raise ApiError(f"{SCHEMA}: {error}", param=SCHEMA, code=error.code) from None
 
 
-async def prepared(request: ChatRequest, limits: LimitsConfig, system_prompt: str, load: Callable[[str], Awaitable[str]]) -> dict[str, Any]:
-    """The request as a model's engine gets it: checked images, in front of the text they came with, as in tuning.
+async def prepared(
+    request: ChatRequest, limits: LimitsConfig, system_prompt: str, load: Callable[[str], Awaitable[str]]
+) -> dict[str, Any]:
+    """The request as a model's engine gets it: checked images, in front of the text they came with, as in
+    tuning.
 
     Args:
         system_prompt: of conversations that bring none; empty for none.
@@ -247,17 +314,30 @@ async def prepared(request: ChatRequest, limits: LimitsConfig, system_prompt: st
         for place, part in enumerate(message.content):
             if isinstance(part, ImagePart):
                 try:
-                    pictures.append({"type": "image_url", "image_url": {"url": await load(part.image_url.url)}})
+                    pictures.append(
+                        {"type": "image_url", "image_url": {"url": await load(part.image_url.url)}}
+                    )
                 except ApiError as error:
                     error.param = f"messages.{index}.content.{place}.image_url.url"
                     raise
             else:
                 texts.append({"type": "text", "text": part.text})
         role = "system" if message.role == "developer" else message.role
-        messages.append({"role": role, "content": [*pictures, *texts] if pictures else "\n".join(text["text"] for text in texts)})
+        messages.append(
+            {
+                "role": role,
+                "content": [*pictures, *texts] if pictures else "\n".join(text["text"] for text in texts),
+            }
+        )
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
-    dropped = {"messages", "max_tokens", "max_completion_tokens", *_DROPPED, *(() if request.stream else ("stream_options",))}
+    dropped = {
+        "messages",
+        "max_tokens",
+        "max_completion_tokens",
+        *_DROPPED,
+        *(() if request.stream else ("stream_options",)),
+    }
     body = request.model_dump(exclude_none=True, by_alias=True, exclude=dropped)
     if "stream_options" in body:
         body["stream_options"].pop("include_obfuscation")

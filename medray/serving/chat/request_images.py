@@ -1,4 +1,6 @@
-"""Images of requests: data URIs, and https addresses of hosts that were named; decoded here, so that no engine meets a file of a stranger's making."""
+"""Images of requests: data URIs, and https addresses of hosts that were named; decoded here, so that no
+engine meets a file of a stranger's making.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ from medray.config import DataConfig
 from medray.config.serving import LimitsConfig
 from medray.serving.chat.request import ApiError
 
-# RFC 2397: a media type, its parameters, then the marker. Browsers also read blanks between them, and data of no or of an unspecific type.
-_DATA = re.compile(r"data:(image/[a-z0-9.+-]{1,64}|application/octet-stream|)(;[a-z0-9._-]{1,64}=[^;,]{0,128})*;base64,", re.IGNORECASE)
+# RFC 2397: a media type, its parameters, then the marker. Browsers also read blanks between them, and data of
+# no or of an unspecific type.
+_DATA = re.compile(
+    r"data:(image/[a-z0-9.+-]{1,64}|application/octet-stream|)(;[a-z0-9._-]{1,64}=[^;,]{0,128})*;base64,",
+    re.IGNORECASE,
+)
 _LONGEST_HEAD = 1024  # characters before the data; a pattern may take long over more
 _BLANKS = re.compile(r"[ \t\r\n\f]+")
 _STANDARD = bytes.maketrans(b"-_", b"+/")  # RFC 4648, section 5
@@ -28,7 +34,9 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 async def public_addresses(host: str, port: int) -> list[str]:
-    """The IP addresses of a host. Raises ApiError where one of them is private, loopback, link-local or otherwise not public."""
+    """The IP addresses of a host. Raises ApiError where one of them is private, loopback, link-local or
+    otherwise not public.
+    """
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -40,9 +48,15 @@ async def public_addresses(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet; addresses that carry an IPv4 one inside are judged by that too."""
+    """Whether an IP address belongs to the public internet; addresses that carry an IPv4 one inside are
+    judged by that too.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or (getattr(ip, "teredo", None) or (None, None))[1]
+    inner = (
+        getattr(ip, "ipv4_mapped", None)
+        or getattr(ip, "sixtofour", None)
+        or (getattr(ip, "teredo", None) or (None, None))[1]
+    )
     if isinstance(ip, ipaddress.IPv6Address) and ip in ipaddress.ip_network("64:ff9b::/96"):
         inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip.is_global and not ip.is_multicast and (inner is None or is_public(str(inner)))
@@ -56,17 +70,21 @@ class ImageLoader:
         tls: of connections to the hosts (default: the system's authorities).
     """
 
-    def __init__(self, limits: LimitsConfig, resolve: Resolve = public_addresses, tls: ssl.SSLContext | None = None):
+    def __init__(
+        self, limits: LimitsConfig, resolve: Resolve = public_addresses, tls: ssl.SSLContext | None = None
+    ):
         self.limits, self.resolve, self.tls = limits, resolve, tls
         self.decoding = DataConfig(max_image_bytes=limits.image_bytes, max_image_pixels=limits.image_pixels)
         # Not a semaphore: a thread works on when the request that waits for it is given up.
         self.decoders = ThreadPoolExecutor(_DECODED_AT_ONCE, "decode")
 
     async def load(self, url: str, square: bool) -> str:
-        """Raises ApiError (400) for an address that is not allowed, and for an image that cannot be had, is too large or is none.
+        """Raises ApiError (400) for an address that is not allowed, and for an image that cannot be had, is
+        too large or is none.
 
         Args:
-            square: pad the image to a square (LLaVA's image_aspect_ratio=pad), made smaller first where that would have more than image_pixels.
+            square: pad the image to a square (LLaVA's image_aspect_ratio=pad), made smaller first where that
+                would have more than image_pixels.
         """
         url = url.strip()
         if url[:5].lower() == "data:":
@@ -75,15 +93,22 @@ class ImageLoader:
             data = await self._fetched(url)
         else:
             allowed = f" or https://, from {', '.join(self.limits.hosts)}" if self.limits.hosts else ""
-            raise ApiError(f"an image's url must be a data URI (data:image/png;base64,...){allowed}", code="invalid_image_url")
+            raise ApiError(
+                f"an image's url must be a data URI (data:image/png;base64,...){allowed}",
+                code="invalid_image_url",
+            )
         return await asyncio.get_running_loop().run_in_executor(self.decoders, self._encoded, data, square)
 
     def _of_data_uri(self, url: str) -> bytes:
-        """The bytes of a data URI. Line breaks and blanks (RFC 2045), percent escapes, the URL-safe alphabet and missing padding are read too."""
+        """The bytes of a data URI. Line breaks and blanks (RFC 2045), percent escapes, the URL-safe
+        alphabet and missing padding are read too.
+        """
         head = url[: url.find(",", 0, _LONGEST_HEAD) + 1]
         if not _DATA.fullmatch(_BLANKS.sub("", head)):
-            raise ApiError("a data URI of an image begins with data:image/TYPE;base64,", code="invalid_image_url")
-        text = url[len(head):]
+            raise ApiError(
+                "a data URI of an image begins with data:image/TYPE;base64,", code="invalid_image_url"
+            )
+        text = url[len(head) :]
         text = _BLANKS.sub("", unquote(text) if "%" in text else text)
         if 3 * (len(text) - text[-2:].count("=")) // 4 > self.limits.image_bytes:
             raise ApiError(f"the image is larger than {self.limits.image_bytes} bytes", code="limit_exceeded")
@@ -99,13 +124,20 @@ class ImageLoader:
         try:
             async with asyncio.timeout(self.limits.fetch_seconds):
                 # trust_env: no proxy of the environment may be told to fetch it instead.
-                async with httpx.AsyncClient(verify=self.tls or ssl.create_default_context(), trust_env=False, timeout=self.limits.fetch_seconds) as client:
+                async with httpx.AsyncClient(
+                    verify=self.tls or ssl.create_default_context(),
+                    trust_env=False,
+                    timeout=self.limits.fetch_seconds,
+                ) as client:
                     for _ in range(_REDIRECTS + 1):
                         data, url = await self._once(client, url)
                         if data is not None:
                             return data
         except TimeoutError:
-            raise ApiError(f"the image was not there within {self.limits.fetch_seconds:g} seconds", code="image_unavailable") from None
+            raise ApiError(
+                f"the image was not there within {self.limits.fetch_seconds:g} seconds",
+                code="image_unavailable",
+            ) from None
         except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError):
             raise ApiError("the image cannot be fetched from its host", code="image_unavailable") from None
         raise ApiError(f"the image's address leads on more than {_REDIRECTS} times", code="image_unavailable")
@@ -118,20 +150,31 @@ class ImageLoader:
         parts = urlsplit(url)
         literal = f"[{address}]" if ":" in address else address
         target = parts._replace(netloc=f"{literal}:{port}", fragment="").geturl()
-        headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "medray"}
+        headers = {
+            "Host": parts.netloc,
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+            "User-Agent": "medray",
+        }
         async with client.stream("GET", target, headers=headers, extensions={"sni_hostname": host}) as answer:
             if answer.is_redirect:
                 try:
                     return None, urljoin(url, answer.headers.get("location", ""))
                 except ValueError:
-                    raise ApiError("the image's address leads on to one that is none", code="image_unavailable") from None
+                    raise ApiError(
+                        "the image's address leads on to one that is none", code="image_unavailable"
+                    ) from None
             if answer.status_code != 200:
-                raise ApiError(f"the image's host answered with {answer.status_code}", code="image_unavailable")
+                raise ApiError(
+                    f"the image's host answered with {answer.status_code}", code="image_unavailable"
+                )
             data = bytearray()
             async for chunk in answer.aiter_raw():
                 data += chunk
                 if len(data) > self.limits.image_bytes:
-                    raise ApiError(f"the image is larger than {self.limits.image_bytes} bytes", code="limit_exceeded")
+                    raise ApiError(
+                        f"the image is larger than {self.limits.image_bytes} bytes", code="limit_exceeded"
+                    )
             return bytes(data), url
 
     def _allowed(self, url: str) -> tuple[str, int]:
@@ -142,7 +185,13 @@ class ImageLoader:
             raise ApiError("invalid image URL", code="invalid_image_url") from None
         named = host if port == 443 else f"{host}:{port}"
         # ASCII: lower() makes letters of others, such as the k of a kelvin sign.
-        if parts.scheme != "https" or parts.username is not None or parts.password is not None or not parts.netloc.isascii() or named not in self.limits.hosts:
+        if (
+            parts.scheme != "https"
+            or parts.username is not None
+            or parts.password is not None
+            or not parts.netloc.isascii()
+            or named not in self.limits.hosts
+        ):
             raise ApiError(f"images are not fetched from {named or url[:40]}", code="host_not_allowed")
         return host, port
 
@@ -154,4 +203,6 @@ class ImageLoader:
         except ImageError as error:
             message = str(error).replace("data.max_image_bytes ", "").replace("data.max_image_pixels ", "")
             raise ApiError(message, code="invalid_image") from None
-        return png_url(pad_to_square(image, max_pixels=self.limits.image_pixels) if square else image, compress_level=1)
+        return png_url(
+            pad_to_square(image, max_pixels=self.limits.image_pixels) if square else image, compress_level=1
+        )

@@ -1,7 +1,8 @@
 """Which JSON schemas an answer can be held to (pure).
 
-xgrammar (0.2.8), which vLLM compiles schemas with, ignores what it does not know, and much that it knows beside a reference, an alternative or a list of values: answers
-would break the schema without a word. So a schema may only say here what the grammar keeps; anything else is refused by name.
+xgrammar (0.2.8), which vLLM compiles schemas with, ignores what it does not know, and much that it knows
+beside a reference, an alternative or a list of values: answers would break the schema without a word. So a
+schema may only say here what the grammar keeps; anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -17,13 +18,34 @@ PARAM = "response_format.json_schema"
 _COUNTS = {f"{end}{what}" for end in ("min", "max") for what in ("Items", "Length", "Properties")}
 _LARGEST_COUNT = 1000  # of these: a grammar grows with them
 _DEEPEST = 16
-# Words about a schema that restrict no answer; discriminator is OpenAPI's, and says again what the alternatives say.
+# Words about a schema that restrict no answer; discriminator is OpenAPI's, and says again what the
+# alternatives say.
 _NOTES = {
-    "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id", "$comment", "$defs", "definitions", "discriminator", "strict",
+    "title",
+    "description",
+    "default",
+    "examples",
+    "deprecated",
+    "readOnly",
+    "writeOnly",
+    "$schema",
+    "$id",
+    "$comment",
+    "$defs",
+    "definitions",
+    "discriminator",
+    "strict",
 }
 _NUMBER = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _KEYWORDS = {  # that restrict values of a type
-    "object": {"properties", "required", "additionalProperties", "unevaluatedProperties", "minProperties", "maxProperties"},
+    "object": {
+        "properties",
+        "required",
+        "additionalProperties",
+        "unevaluatedProperties",
+        "minProperties",
+        "maxProperties",
+    },
     "array": {"items", "prefixItems", "unevaluatedItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength", "format"},
     "number": _NUMBER,
@@ -32,10 +54,25 @@ _KEYWORDS = {  # that restrict values of a type
     "null": set(),
 }
 _FORMATS = {
-    "date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uri-reference", "uri-template", "uuid", "json-pointer", "relative-json-pointer",
+    "date",
+    "time",
+    "date-time",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "uri",
+    "uri-reference",
+    "uri-template",
+    "uuid",
+    "json-pointer",
+    "relative-json-pointer",
 }
-_FORMS = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")  # each stands for all of an answer; what stands beside one is ignored
-_SCHEMAS = {"items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems"}  # whose value is a schema, or true or false
+# each stands for all of an answer; what stands beside one is ignored
+_FORMS = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
+# whose value is a schema, or true or false
+_SCHEMAS = {"items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems"}
 _NAMED_SCHEMAS = {"properties", "$defs", "definitions"}
 _LISTED_SCHEMAS = {"prefixItems", "anyOf", "oneOf", "allOf"}
 
@@ -53,7 +90,9 @@ class SchemaError(ValueError):
 
 
 def check_schema(schema: dict[str, Any], limits: LimitsConfig) -> None:
-    """Raise SchemaError for a schema that no grammar keeps, that no finite text fits, or that passes a limit."""
+    """Raise SchemaError for a schema that no grammar keeps, that no finite text fits, or that passes a
+    limit.
+    """
     size = len(json.dumps(schema).encode())
     if size > limits.schema_bytes:
         raise SchemaError(f"{size} bytes, at most {limits.schema_bytes} are allowed", "limit_exceeded")
@@ -70,12 +109,19 @@ def _depth(value: Any) -> int:
     level, depth = [value], -1
     while level and depth <= _DEEPEST:
         depth += 1
-        level = [inner for one in level if isinstance(one, dict | list) for inner in (one.values() if isinstance(one, dict) else one)]
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
     return depth
 
 
 def _schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
-    """A schema and all schemas inside it; data of a schema, such as the values of enum and default, are none."""
+    """A schema and all schemas inside it; data of a schema, such as the values of enum and default, are
+    none.
+    """
     if not isinstance(schema, dict):
         if not isinstance(schema, bool):
             raise SchemaError(f"{json.dumps(schema)[:40]} stands where a schema belongs")
@@ -105,7 +151,10 @@ def _check_one(schema: dict[str, Any], whole: dict[str, Any]) -> None:
     if form is not None:
         beside = said - {form} - ({"type"} if form in ("const", "enum") else set())
         if beside:
-            raise SchemaError(f"{_named(beside)} beside {form} would be ignored; leave it out, or write it inside", "unsupported_parameter")
+            raise SchemaError(
+                f"{_named(beside)} beside {form} would be ignored; leave it out, or write it inside",
+                "unsupported_parameter",
+            )
         _check_form(form, schema, whole)
         return
     types = _types_of(schema)
@@ -116,12 +165,21 @@ def _check_one(schema: dict[str, Any], whole: dict[str, Any]) -> None:
     for key in sorted(said - {"type"}):
         kinds = [kind for kind in _KEYWORDS if key in _KEYWORDS[kind]]
         if not types.intersection(kinds):
-            raise SchemaError(f"{key} would be ignored: it needs type {' or '.join(kinds)}", "unsupported_parameter")
+            raise SchemaError(
+                f"{key} would be ignored: it needs type {' or '.join(kinds)}", "unsupported_parameter"
+            )
     if "format" in schema:
         if not isinstance(schema["format"], str) or schema["format"] not in _FORMATS:
-            raise SchemaError(f"format {json.dumps(schema['format'])[:40]} is not supported; known: {', '.join(sorted(_FORMATS))}", "unsupported_parameter")
+            raise SchemaError(
+                f"format {json.dumps(schema['format'])[:40]} is not supported; known: "
+                f"{', '.join(sorted(_FORMATS))}",
+                "unsupported_parameter",
+            )
         if "minLength" in schema or "maxLength" in schema:
-            raise SchemaError("minLength and maxLength beside format would be ignored; leave one of them out", "unsupported_parameter")
+            raise SchemaError(
+                "minLength and maxLength beside format would be ignored; leave one of them out",
+                "unsupported_parameter",
+            )
     required, properties = schema.get("required", []), schema.get("properties", {})
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise SchemaError("required must be a list of names")
@@ -137,7 +195,9 @@ def _types_of(schema: dict[str, Any]) -> set[str]:
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     unknown = [kind for kind in types if not isinstance(kind, str) or kind not in _KEYWORDS]
     if unknown or not types:
-        raise SchemaError(f"type {json.dumps(unknown or types)[:40]} is not known; write one of {', '.join(_KEYWORDS)}")
+        raise SchemaError(
+            f"type {json.dumps(unknown or types)[:40]} is not known; write one of {', '.join(_KEYWORDS)}"
+        )
     return set(types)
 
 
@@ -145,9 +205,17 @@ def _check_form(form: str, schema: dict[str, Any], whole: dict[str, Any]) -> Non
     if form == "$ref":
         reference = schema["$ref"]
         if not isinstance(reference, str) or (reference != "#" and not reference.startswith("#/")):
-            raise SchemaError(f"$ref {json.dumps(reference)[:100]} is not supported; write one that begins with #/, such as #/$defs/NAME", "unsupported_parameter")
+            raise SchemaError(
+                f"$ref {json.dumps(reference)[:100]} is not supported; write one that begins with #/, such "
+                "as #/$defs/NAME",
+                "unsupported_parameter",
+            )
         target, seen = _at(reference, whole), [reference]
-        while isinstance(target, dict) and isinstance(following := target.get("$ref"), str) and following not in seen:
+        while (
+            isinstance(target, dict)
+            and isinstance(following := target.get("$ref"), str)
+            and following not in seen
+        ):
             seen.append(following)
             target = _at(following, whole)
         if not isinstance(target, dict | bool):
@@ -162,7 +230,9 @@ def _check_form(form: str, schema: dict[str, Any], whole: dict[str, Any]) -> Non
         if types is not None and not all(_is_of(value, types) for value in values):
             raise SchemaError(f"{form} has a value that is not of type {' or '.join(sorted(types))}")
     elif form == "allOf" and len(schema["allOf"]) > 1:
-        raise SchemaError("allOf of several schemas would be ignored; write them as one", "unsupported_parameter")
+        raise SchemaError(
+            "allOf of several schemas would be ignored; write them as one", "unsupported_parameter"
+        )
 
 
 def _is_of(value: Any, types: set[str]) -> bool:
@@ -202,14 +272,20 @@ def _at(reference: str, schema: Any) -> Any:
         name = part.replace("~1", "/").replace("~0", "~")
         if isinstance(target, list):
             # A place of more than nine digits is in no list, and takes long to read.
-            target = target[int(name)] if name.isascii() and name.isdigit() and len(name) < 10 and int(name) < len(target) else None
+            target = (
+                target[int(name)]
+                if name.isascii() and name.isdigit() and len(name) < 10 and int(name) < len(target)
+                else None
+            )
         else:
             target = target.get(name) if isinstance(target, dict) else None
     return target
 
 
 def _ends(schema: dict[str, Any]) -> bool:
-    """Whether a finite text fits: the least set of schemas of which that holds, grown until it does not change."""
+    """Whether a finite text fits: the least set of schemas of which that holds, grown until it does not
+    change.
+    """
     inside = {id(one): one for one in _schemas_in(schema)}
     ending: set[int] = set()
 
@@ -229,12 +305,19 @@ def _ends(schema: dict[str, Any]) -> bool:
         types = _types_of(one)
         if "type" in one and types - {"object", "array"}:
             return True
-        if "array" in types and (not one.get("minItems") or all(map(ends, [*one.get("prefixItems", ()), one.get("items", True)]))):
+        if "array" in types and (
+            not one.get("minItems") or all(map(ends, [*one.get("prefixItems", ()), one.get("items", True)]))
+        ):
             return True
         if types == {"array"}:
             return False
-        return all(ends(one.get("properties", {}).get(name, True)) for name in one.get("required", ())) and not (
-            one.get("minProperties") and one.get("properties") and not any(map(ends, one["properties"].values())))
+        return all(
+            ends(one.get("properties", {}).get(name, True)) for name in one.get("required", ())
+        ) and not (
+            one.get("minProperties")
+            and one.get("properties")
+            and not any(map(ends, one["properties"].values()))
+        )
 
     while True:
         more = {key for key, one in inside.items() if key not in ending and fits(one)}

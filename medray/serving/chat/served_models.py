@@ -31,8 +31,8 @@ class Hosted(ServedModel):
 def hosted(config: ServeConfig) -> list[Hosted]:
     """The models of an app by the names they answer under, tuned ones before base ones.
 
-    Raises ConfigError for a run directory that is none or is not finished, for names that are taken twice, and for bundled or local
-    models that are not there.
+    Raises ConfigError for a run directory that is none or is not finished, for names that are taken twice,
+    and for bundled or local models that are not there.
     """
     found: dict[str, Hosted] = {}
     bases: dict[str, Hosted] = {}
@@ -41,12 +41,16 @@ def hosted(config: ServeConfig) -> list[Hosted]:
         tuned, base = _of_run(name, uri, config)
         found[tuned.name] = tuned
         # Runs tuned from one base share it, where it is asked in the same way.
-        bases.setdefault(json.dumps([base.path, base.precision, base.pad_to_square, base.system_prompt]), base)
+        bases.setdefault(
+            json.dumps([base.path, base.precision, base.pad_to_square, base.system_prompt]), base
+        )
     for model in config.models:
         found[model.name] = Hosted(**model.model_dump(), engine=config.engine_of(), about=model.path)
     for base in bases.values() if config.base else ():
         if base.name in found:
-            raise ConfigError(f"two models are named {base.name}; give the run another name, or set base=false")
+            raise ConfigError(
+                f"two models are named {base.name}; give the run another name, or set base=false"
+            )
         found[base.name] = base
     for model in found.values():
         _check_path(model)
@@ -61,14 +65,31 @@ def _of_run(name: str, uri: str, config: ServeConfig) -> tuple[Hosted, Hosted]:
         engine = config.engine_of(None if config.engine else EngineConfig.model_validate(settings["engine"]))
         tuned, base = (made["models"][made[which]]["path"] for which in ("tuned", "base"))
     except (KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(f"{uri}: config.yaml or {MODELS} is of another version or was edited ({error}); run the job once more") from error
-    common = {"engine": engine, "precision": model.precision, "pad_to_square": model.pad_to_square, "system_prompt": model.system_prompt, "trust_remote_code": model.trust_remote_code}
+        raise ConfigError(
+            f"{uri}: config.yaml or {MODELS} is of another version or was edited ({error}); run the job once "
+            "more"
+        ) from error
+    common = {
+        "engine": engine,
+        "precision": model.precision,
+        "pad_to_square": model.pad_to_square,
+        "system_prompt": model.system_prompt,
+        "trust_remote_code": model.trust_remote_code,
+    }
     # A model in the run is named by its place there, so that a run can be moved.
-    places = [posixpath.join(uri.rstrip("/"), place) if place.startswith("stages/") else place for place in (tuned, base)]
+    places = [
+        posixpath.join(uri.rstrip("/"), place) if place.startswith("stages/") else place
+        for place in (tuned, base)
+    ]
     label = posixpath.basename(uri.rstrip("/"))
     return (
         Hosted(name=name or "tuned", path=places[0], about=f"{made['method']}, run {label}", **common),
-        Hosted(name=f"{name}-base" if name else "base", path=places[1], about=f"what {label} was tuned from", **common),
+        Hosted(
+            name=f"{name}-base" if name else "base",
+            path=places[1],
+            about=f"what {label} was tuned from",
+            **common,
+        ),
     )
 
 
@@ -78,7 +99,9 @@ def _read(uri: str, name: str, parse: Any) -> Any:
         return parse(fs.cat_file(posixpath.join(root, name)))
     except FileNotFoundError:
         raise ConfigError(
-            f"{uri} has no {name}: it is no run directory, or its job is not finished; the job's own command with --run {uri} finishes it and skips what is done") from None
+            f"{uri} has no {name}: it is no run directory, or its job is not finished; the job's own command "
+            f"with --run {uri} finishes it and skips what is done"
+        ) from None
     except (ImportError, ValueError, yaml.YAMLError, OSError) as error:
         raise ConfigError(f"{uri}: {name} cannot be read: {error}") from error
 

@@ -38,8 +38,11 @@ COOKIE = "medray_clinician"
 MAX_BODY_BYTES = 2**20
 DATABASE_SILENT = "the database does not answer; try again"
 MAX_TEXT = 20_000  # characters of an edited text
-# Items were checked on their way in, under the limits of whoever brought them: a job may allow larger images than the defaults do.
-_STORED = DataConfig(max_image_bytes=2**32, max_image_pixels=LARGEST_SQUARE, max_aspect=LARGEST_SQUARE, min_image_side=1)
+# Items were checked on their way in, under the limits of whoever brought them: a job may allow larger images
+# than the defaults do.
+_STORED = DataConfig(
+    max_image_bytes=2**32, max_image_pixels=LARGEST_SQUARE, max_aspect=LARGEST_SQUARE, min_image_side=1
+)
 
 
 def _storable(text: str) -> str:
@@ -89,7 +92,9 @@ class Said(_Body):
         ticks = (self.good_first, self.good_second)
         if self.status == "judged" and None in ticks:
             raise ValueError("judge both answers")
-        if self.status != "judged" and (ticks != (None, None) or self.edited_question or self.edited_first or self.edited_second):
+        if self.status != "judged" and (
+            ticks != (None, None) or self.edited_question or self.edited_first or self.edited_second
+        ):
             raise ValueError(f"{self.status} goes with no ticks and no edits")
         return self
 
@@ -98,7 +103,13 @@ class Said(_Body):
 
 
 def make_app(
-    store: Store, tokens: Tokens, url: str, title: str = "", guidance: str = "", session_hours: float = 12.0, proxies: Collection[str] = ("127.0.0.1", "::1"),
+    store: Store,
+    tokens: Tokens,
+    url: str,
+    title: str = "",
+    guidance: str = "",
+    session_hours: float = 12.0,
+    proxies: Collection[str] = ("127.0.0.1", "::1"),
 ) -> Any:
     """The guarded app: the page at /, its parts under /static, its data under /api.
 
@@ -110,7 +121,9 @@ def make_app(
     """
     sessions = Sessions(store.engine, tokens, session_hours)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.mount("/static", StaticFiles(directory=STATIC, packages=[("medray.serving", "static")]), name="static")
+    app.mount(
+        "/static", StaticFiles(directory=STATIC, packages=[("medray.serving", "static")]), name="static"
+    )
     _answer_errors(app)
 
     @app.get("/")
@@ -120,7 +133,9 @@ def make_app(
     @app.post("/api/sign-in")
     def sign_in(said: SignIn, request: Request, response: Response) -> dict[str, Any]:
         try:
-            made = sessions.sign_in(said.token.strip(), client_address(request.scope, proxies), request.cookies.get(COOKIE))
+            made = sessions.sign_in(
+                said.token.strip(), client_address(request.scope, proxies), request.cookies.get(COOKIE)
+            )
         except TooManyFailures as error:
             message = f"too many failed sign-ins; try again in {error.seconds:.0f} seconds"
             raise HTTPException(429, message, {"Retry-After": str(math.ceil(error.seconds))}) from None
@@ -128,7 +143,15 @@ def make_app(
             raise HTTPException(401, "this token is not known; ask whoever runs the study for another")
         holder, identity = made
         secure = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto"))
-        response.set_cookie(COOKIE, identity, max_age=int(sessions.seconds), httponly=True, samesite="strict", secure=secure, path="/")
+        response.set_cookie(
+            COOKIE,
+            identity,
+            max_age=int(sessions.seconds),
+            httponly=True,
+            samesite="strict",
+            secure=secure,
+            path="/",
+        )
         return about(holder)
 
     @app.post("/api/sign-out")
@@ -165,14 +188,22 @@ def make_app(
     @app.get("/api/agreement")
     def agreement(request: Request) -> dict[str, Any]:
         lead_only(request)
-        return {**summary(judgement_rows(store.engine)), "progress": progress_of(url, store.judgements_per_item)}
+        return {
+            **summary(judgement_rows(store.engine)),
+            "progress": progress_of(url, store.judgements_per_item),
+        }
 
     @app.get("/api/export")
     def export(request: Request) -> FileResponse:
         lead_only(request)
         folder = tempfile.TemporaryDirectory(prefix="medray-export-")
         archive = zipped(url, Path(folder.name))
-        return FileResponse(archive, media_type="application/zip", filename="judgements.zip", background=BackgroundTask(folder.cleanup))
+        return FileResponse(
+            archive,
+            media_type="application/zip",
+            filename="judgements.zip",
+            background=BackgroundTask(folder.cleanup),
+        )
 
     def about(holder: Holder | None) -> dict[str, Any]:
         if holder is None:
@@ -189,7 +220,15 @@ def make_app(
             raise Unavailable(DATABASE_SILENT) from None
 
     return Guard(
-        app, tokens.holder, {"/", "/static/", "/api/me"}, MAX_BODY_BYTES, COOKIE, PAGE_HEADERS, open_posts={"/api/sign-in"}, holder_of_cookie=of_session)
+        app,
+        tokens.holder,
+        {"/", "/static/", "/api/me"},
+        MAX_BODY_BYTES,
+        COOKIE,
+        PAGE_HEADERS,
+        open_posts={"/api/sign-in"},
+        holder_of_cookie=of_session,
+    )
 
 
 def lead_only(request: Request) -> None:
@@ -198,7 +237,9 @@ def lead_only(request: Request) -> None:
 
 
 def displayable(data: bytes) -> tuple[bytes, int, dict[str, str]]:
-    """An image that every browser shows, with its status and headers: as found where it is an 8-bit JPEG or PNG, else as PNG."""
+    """An image that every browser shows, with its status and headers: as found where it is an 8-bit JPEG
+    or PNG, else as PNG.
+    """
     with Image.open(io.BytesIO(data)) as image:
         kind, mode = image.format, image.mode
     if kind not in ("JPEG", "PNG") or mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
@@ -209,7 +250,9 @@ def displayable(data: bytes) -> tuple[bytes, int, dict[str, str]]:
 
 
 def zipped(url: str, folder: Path) -> Path:
-    """judgements/, pairs/ and demonstrations/ in an archive under `folder`; what is already compressed is stored."""
+    """judgements/, pairs/ and demonstrations/ in an archive under `folder`; what is already compressed is
+    stored.
+    """
     export_all(url, str(folder / "out"))
     archive = folder / "judgements.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as target:

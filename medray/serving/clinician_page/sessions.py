@@ -1,6 +1,8 @@
-"""Who is signed in on the clinician page, and who may try to: kept in the study's database, for all replicas and across restarts.
+"""Who is signed in on the clinician page, and who may try to: kept in the study's database, for all replicas
+and across restarts.
 
-A browser holds a random session id in its cookie, never a token. The database holds the id's hash; signing out deletes it.
+A browser holds a random session id in its cookie, never a token. The database holds the id's hash; signing
+out deletes it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from medray.serving.tokens import Holder, Tokens, digest_of
 
 _SECOND = 10**6  # of now()
 _WINDOW = 60 * _SECOND
-FAILURES_PER_ADDRESS, FAILURES = 10, 100  # in a minute; tokens have 256 bits, so this is against load and noise more than against guessing
+# in a minute; tokens have 256 bits, so this is against load and noise more than against guessing
+FAILURES_PER_ADDRESS, FAILURES = 10, 100
+
 
 class TooManyFailures(Exception):
     """Too many failed sign-ins; `seconds` until the next one may come."""
@@ -53,8 +57,16 @@ class Sessions:
         with writing(self.engine) as connection:
             connection.execute(delete(failures).where(failures.c.failed_at <= moment - _WINDOW))
             for limit, which in ((FAILURES_PER_ADDRESS, failures.c.address_hash == place), (FAILURES, True)):
-                latest = select(failures.c.failed_at).where(which).order_by(failures.c.failed_at.desc()).limit(limit).subquery()
-                count, oldest = connection.execute(select(func.count(), func.min(latest.c.failed_at)).select_from(latest)).one()
+                latest = (
+                    select(failures.c.failed_at)
+                    .where(which)
+                    .order_by(failures.c.failed_at.desc())
+                    .limit(limit)
+                    .subquery()
+                )
+                count, oldest = connection.execute(
+                    select(func.count(), func.min(latest.c.failed_at)).select_from(latest)
+                ).one()
                 if count == limit:
                     raise TooManyFailures(max(1.0, (oldest + _WINDOW - moment) / _SECOND))
             holder = self.tokens.holder(token)
@@ -63,14 +75,24 @@ class Sessions:
                 return None
             identity = secrets.token_urlsafe(32)
             gone = sessions.c.expires_at <= moment
-            connection.execute(delete(sessions).where(gone if earlier is None else gone | (sessions.c.session_hash == digest_of(earlier))))
+            connection.execute(
+                delete(sessions).where(
+                    gone if earlier is None else gone | (sessions.c.session_hash == digest_of(earlier))
+                )
+            )
             expires = moment + int(self.seconds * _SECOND)
-            connection.execute(insert(sessions).values(session_hash=digest_of(identity), token_hash=digest_of(token), expires_at=expires))
+            connection.execute(
+                insert(sessions).values(
+                    session_hash=digest_of(identity), token_hash=digest_of(token), expires_at=expires
+                )
+            )
             return holder, identity
 
     def holder(self, identity: str) -> Holder | None:
         """Whose session it is; None for one that has ended, and for a token that is no longer known."""
-        wanted = select(sessions.c.token_hash).where(sessions.c.session_hash == digest_of(identity), sessions.c.expires_at > now())
+        wanted = select(sessions.c.token_hash).where(
+            sessions.c.session_hash == digest_of(identity), sessions.c.expires_at > now()
+        )
         with self.engine.connect() as connection:
             token_hash = connection.scalar(wanted)
         return None if token_hash is None else self.tokens.holders.get(token_hash)
@@ -82,7 +104,8 @@ class Sessions:
 
 
 def client_address(scope: Any, proxies: Collection[str]) -> str:
-    """The address a request comes from: of the connection, or, where that is one of the reverse proxies, the last other one in X-Forwarded-For.
+    """The address a request comes from: of the connection, or, where that is one of the reverse proxies, the
+    last other one in X-Forwarded-For.
 
     Args:
         proxies: addresses, or networks (10.0.0.0/8).
@@ -98,8 +121,16 @@ def client_address(scope: Any, proxies: Collection[str]) -> str:
 
 
 def _bare_address(hop: str) -> str:
-    """An address without the port that some proxies write, an IPv4 one in IPv6's clothes as IPv4; other text as it is."""
-    host = hop[1:].partition("]")[0] if hop.startswith("[") else hop.partition(":")[0] if hop.count(":") == 1 else hop
+    """An address without the port that some proxies write, an IPv4 one in IPv6's clothes as IPv4; other
+    text as it is.
+    """
+    host = (
+        hop[1:].partition("]")[0]
+        if hop.startswith("[")
+        else hop.partition(":")[0]
+        if hop.count(":") == 1
+        else hop
+    )
     try:
         found = ip_address(host)
     except ValueError:

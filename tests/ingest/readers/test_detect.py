@@ -18,10 +18,21 @@ from tests.ingest.test_source_index import CELL, LLAVA, QA
 
 CAPTION = {"Image": "a.png", "Report": "A lung."}
 TABLES = [
-    ("skincon", "annotations_ddi.csv", skin("a.png", {"Scar"})), ("cbis-ddsm", "mass_case_description_train_set.csv", MASS),
-    ("cbis-ddsm", "calc_case_description_test_set.csv", CALC), ("pmc-vqa", "train.csv", PMC_1), ("pmc-vqa", "train_2.csv", PMC_2), ("captions", "x.csv", CAPTION),
-    ("wbcatt", "pbc_attr_v1_train.csv", CELL), ("slake", "validate.json", [SLAKE]), ("omnimedvqa", "ACRIMA.json", [OMNI]), ("vqa-rad", "VQA.json", [QA]),
-    ("llava", "x.json", [LLAVA]), ("llava-med-captions", "fig.json", {"ct_scan": [FIGURE]}), ("llava-med-qa", "llava_med_eval_qa50_qa.jsonl", CHAT), ("preference", "x.jsonl", PAIR), ("captions", "metadata.jsonl", CAPTION),
+    ("skincon", "annotations_ddi.csv", skin("a.png", {"Scar"})),
+    ("cbis-ddsm", "mass_case_description_train_set.csv", MASS),
+    ("cbis-ddsm", "calc_case_description_test_set.csv", CALC),
+    ("pmc-vqa", "train.csv", PMC_1),
+    ("pmc-vqa", "train_2.csv", PMC_2),
+    ("captions", "x.csv", CAPTION),
+    ("wbcatt", "pbc_attr_v1_train.csv", CELL),
+    ("slake", "validate.json", [SLAKE]),
+    ("omnimedvqa", "ACRIMA.json", [OMNI]),
+    ("vqa-rad", "VQA.json", [QA]),
+    ("llava", "x.json", [LLAVA]),
+    ("llava-med-captions", "fig.json", {"ct_scan": [FIGURE]}),
+    ("llava-med-qa", "llava_med_eval_qa50_qa.jsonl", CHAT),
+    ("preference", "x.jsonl", PAIR),
+    ("captions", "metadata.jsonl", CAPTION),
 ]
 
 
@@ -38,7 +49,9 @@ def put(path, content):
     return str(path)
 
 
-@pytest.mark.parametrize(("kind", "name", "content"), TABLES, ids=[f"{kind} {name}" for kind, name, _ in TABLES])
+@pytest.mark.parametrize(
+    ("kind", "name", "content"), TABLES, ids=[f"{kind} {name}" for kind, name, _ in TABLES]
+)
 def test_tables_are_known_by_their_names(tmp_path, kind, name, content):
     path = put(tmp_path / name, content)
     assert detect(DataConfig(source=str(tmp_path))) == (kind, [path])
@@ -46,10 +59,15 @@ def test_tables_are_known_by_their_names(tmp_path, kind, name, content):
     assert detect(DataConfig(source=str(tmp_path), format=kind)) == (kind, [path])
 
 
-@pytest.mark.parametrize(("kind", "row"), [
-    ("shards", {"sample_id": "1", "image": b"x", "chosen": "c", "rejected": "r"}), ("preference", {"images": [{"bytes": b"x"}], "chosen": "c", "rejected": "r"}),
-    ("hf-parquet", {"image": {"bytes": b"x", "path": None}, "question": "q", "answer": "a"}), ("hf-parquet", {"image": {"bytes": b"x"}, "text": "t"}),
-])
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("shards", {"sample_id": "1", "image": b"x", "chosen": "c", "rejected": "r"}),
+        ("preference", {"images": [{"bytes": b"x"}], "chosen": "c", "rejected": "r"}),
+        ("hf-parquet", {"image": {"bytes": b"x", "path": None}, "question": "q", "answer": "a"}),
+        ("hf-parquet", {"image": {"bytes": b"x"}, "text": "t"}),
+    ],
+)
 def test_parquet_is_known_by_its_columns(tmp_path, kind, row):
     files = [put(tmp_path / "data" / f"{split}-00000-of-00001.parquet", [row]) for split in ("test", "train")]
     put(tmp_path / "dataset_infos.json", {"default": {}})
@@ -86,7 +104,9 @@ def test_versions_and_resplits_are_read_where_they_are_named(tmp_path):
     files = {name: put(tmp_path / name, PMC_2 if "2" in name else PMC_1) for name in names}
     assert detect(DataConfig(source=str(tmp_path))) == ("pmc-vqa", [files["test.csv"], files["train.csv"]])
     assert detect(DataConfig(source=files["train_2.csv"])) == ("pmc-vqa", [files["train_2.csv"]])
-    both = [put(tmp_path / "rad" / name, [QA]) for name in ("mevf_testset.json", "records.json", "testset.json")]
+    both = [
+        put(tmp_path / "rad" / name, [QA]) for name in ("mevf_testset.json", "records.json", "testset.json")
+    ]
     assert detect(DataConfig(source=str(tmp_path / "rad"))) == ("vqa-rad", both[1:2])
 
 
@@ -94,12 +114,19 @@ def test_a_table_that_nobody_knows_is_not_passed_over(tmp_path):
     """Images beside it alone would be read without their labels."""
     put(tmp_path / "labels.csv", {"name": "a", "label": "1"})
     put(tmp_path / "a.jpg", b"x")
-    with pytest.raises(DataError, match=r"no known format \(labels\.csv: it has name, label\); looked for .*skincon \(Do not consider this image\).*name it with data.format"):
+    with pytest.raises(
+        DataError,
+        match=r"no known format \(labels\.csv: it has name, label\); looked for .*skincon \(Do not consider "
+        r"this image\).*name it with data.format",
+    ):
         detect(DataConfig(source=str(tmp_path)))
     assert detect(DataConfig(source=str(tmp_path), format="images")) == ("images", [str(tmp_path)])
     with pytest.raises(DataError, match=r"has no \.json or \.jsonl file, which data\.format slake needs"):
         detect(DataConfig(source=str(tmp_path), format="slake"))
-    put(tmp_path / "coco/x.json", {"images": [{"file_name": "a.jpg"}], "annotations": [{"caption": "A lung."}]})
+    put(
+        tmp_path / "coco/x.json",
+        {"images": [{"file_name": "a.jpg"}], "annotations": [{"caption": "A lung."}]},
+    )
     with pytest.raises(DataError, match="no known format"):
         detect(DataConfig(source=str(tmp_path / "coco")))
     (tmp_path / "empty").mkdir()
@@ -134,16 +161,28 @@ def test_whole_sources(ray_cluster, tmp_path):
     put(tmp_path / "folder/test/metadata.csv", {"file_name": "a.png", "text": "A bone."})
     put(tmp_path / "folder/train/a.png", image)
     put(tmp_path / "folder/test/a.png", image)
-    put(tmp_path / "hub/data/train-00000-of-00001.parquet", [{"image": {"bytes": image, "path": None}, "question": "is it?", "answer": "no"}])
-    put(tmp_path / "hub/data/validation-00000-of-00001.parquet", [{"image": {"bytes": image, "path": None}, "question": "what?", "answer": "a lung"}])
+    put(
+        tmp_path / "hub/data/train-00000-of-00001.parquet",
+        [{"image": {"bytes": image, "path": None}, "question": "is it?", "answer": "no"}],
+    )
+    put(
+        tmp_path / "hub/data/validation-00000-of-00001.parquet",
+        [{"image": {"bytes": image, "path": None}, "question": "what?", "answer": "a lung"}],
+    )
     (tmp_path / "tars").mkdir()
     for name in ("train", "test"):
         tar(tmp_path / f"tars/{name}-000000.tar", [("0.png", image), ("0.txt", b"A lung.")])
     put(tmp_path / "alone/val/p/1.png", image)
     put(tmp_path / "alone/2.png", image)
     splits = {
-        "slake": ["test", "train", "train"], "omni": [None], "pmc": ["train"], "pmc/train_2.csv": ["train"], "folder": ["test", "train"], "hub": ["train", "val"],
-        "tars": ["test", "train"], "alone": [None, "val"],
+        "slake": ["test", "train", "train"],
+        "omni": [None],
+        "pmc": ["train"],
+        "pmc/train_2.csv": ["train"],
+        "folder": ["test", "train"],
+        "hub": ["train", "val"],
+        "tars": ["test", "train"],
+        "alone": [None, "val"],
     }
     for name, wanted in splits.items():
         rows = index(tmp_path / name)
@@ -151,5 +190,5 @@ def test_whole_sources(ray_cluster, tmp_path):
         assert sorted(map(str, (row["split"] for row in rows))) == sorted(map(str, wanted))
         for row in rows:
             assert (row["image"] or read_image_bytes(row["image_file"], 10**6)) == image
-    moved, = index(tmp_path / "pmc/train_2.csv", images=str(tmp_path / "elsewhere"))
+    (moved,) = index(tmp_path / "pmc/train_2.csv", images=str(tmp_path / "elsewhere"))
     assert moved["image_file"] == str(tmp_path / "elsewhere/PMC8253797_Fig4_41.jpg")

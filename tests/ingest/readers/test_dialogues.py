@@ -110,7 +110,10 @@ def test_messages_and_images_in_json(tmp_path):
 
 
 def test_a_label_that_is_a_class_is_named_as_unused(tmp_path):
-    write(tmp_path / "data.json", [{"messages": BLOCKS, "images": ["a.png"], "label": label} for label in (0, 1, "pneumonia")])
+    write(
+        tmp_path / "data.json",
+        [{"messages": BLOCKS, "images": ["a.png"], "label": label} for label in (0, 1, "pneumonia")],
+    )
     _, rows, notes = index(tmp_path)
     assert [row["error"] for row in rows] == [None] * 3
     assert unused(notes) == {"data.json": {"label"}}
@@ -191,7 +194,9 @@ def prepared(rows):
 
 
 def test_equal_ids_of_different_records(tmp_path):
-    """LLaVA's id is the image's: its dialogues are all kept, whatever the order of the records; equal ones are duplicates."""
+    """LLaVA's id is the image's: its dialogues are all kept, whatever the order of the records; equal
+    ones are duplicates.
+    """
     records = [dialogue("a.png", answer, id="0001") for answer in ("One.", "Two.", "One.", "Three.")]
     write(tmp_path / "1/data.json", records)
     write(tmp_path / "2/data.json", records[::-1])

@@ -18,7 +18,9 @@ from tests.support.sources import dialogue, index, payloads, unused, write
 
 def png(number=0):
     buffer = io.BytesIO()
-    Image.fromarray(np.random.RandomState(number).randint(0, 255, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.RandomState(number).randint(0, 255, (8, 8, 3), dtype=np.uint8)).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 
@@ -34,10 +36,19 @@ def tar(path, **members):
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("partial-train", "train"), ("images_test", "test"), ("train_data", "train"), ("VQA_test", "test"), ("valQuestions", "val"), ("test_v2", "test"),
-        ("blood_test", None), ("stress-test images", None), ("test-project", None), ("train_and_test", None), ("latest", None),
+        ("partial-train", "train"),
+        ("images_test", "test"),
+        ("train_data", "train"),
+        ("VQA_test", "test"),
+        ("valQuestions", "val"),
+        ("test_v2", "test"),
+        ("blood_test", None),
+        ("stress-test images", None),
+        ("test-project", None),
+        ("train_and_test", None),
+        ("latest", None),
     ],
-)  # fmt: skip
+)
 def test_folders_and_sections_with_other_words(name, split):
     assert split_of_folder(name) == split
 
@@ -50,10 +61,16 @@ def test_sections_with_other_words_are_splits(tmp_path):
 @pytest.mark.parametrize(
     ("record", "split"),
     [
-        ({"is_test": True}, "test"), ({"isTrain": 1}, "train"), ({"is_test": "false"}, None), ({"in_val": "yes"}, "val"), ({"metadata": {"split": "Test"}}, "test"),
-        ({"meta": {"Split": "dev"}}, "val"), ({"metadata": {"source": "x"}}, None), ({"is_testing_site": True}, None),
+        ({"is_test": True}, "test"),
+        ({"isTrain": 1}, "train"),
+        ({"is_test": "false"}, None),
+        ({"in_val": "yes"}, "val"),
+        ({"metadata": {"split": "Test"}}, "test"),
+        ({"meta": {"Split": "dev"}}, "val"),
+        ({"metadata": {"source": "x"}}, None),
+        ({"is_testing_site": True}, None),
     ],
-)  # fmt: skip
+)
 def test_splits_in_flags_and_metadata(record, split):
     assert record_split(record) == split
 
@@ -67,20 +84,35 @@ def test_tars_of_one_name_in_two_folders_are_apart(tmp_path):
 
 @pytest.mark.parametrize(("caption", "error"), [("  ", None), ("Another.", "says something else")])
 def test_a_text_beside_the_json_of_a_tar(tmp_path, caption, error):
-    tar(tmp_path / "a.tar", x__png=png(), x__json=json.dumps({"caption": caption}).encode(), x__txt=b"A cell.")
+    tar(
+        tmp_path / "a.tar", x__png=png(), x__json=json.dumps({"caption": caption}).encode(), x__txt=b"A cell."
+    )
     (row,) = index(tmp_path)[1]
     assert (error in row["error"]) if error else payloads([row]) == [{"caption": "A cell.", "context": None}]
 
 
 def test_other_peoples_tables_with_a_sample_id_are_not_our_shards(tmp_path):
-    row = {"sample_id": "1", "image": {"bytes": png()}, "question": "Which?", "options": ["lung", "heart"], "answer": "B"}
+    row = {
+        "sample_id": "1",
+        "image": {"bytes": png()},
+        "question": "Which?",
+        "options": ["lung", "heart"],
+        "answer": "B",
+    }
     write(tmp_path / "test-00000.parquet", [row])
     kind, (row,), _ = index(tmp_path)
-    assert (kind, row["split"], payloads([row])[0]["qa"]["choices"]) == ("hf-parquet", "test", ["lung", "heart"])
+    assert (kind, row["split"], payloads([row])[0]["qa"]["choices"]) == (
+        "hf-parquet",
+        "test",
+        ["lung", "heart"],
+    )
 
 
 def test_questions_without_answers_are_no_captions(tmp_path):
-    write(tmp_path / "q.jsonl", json.dumps({"question_id": 1, "image": "1.png", "text": "What is it?", "category": "conv"}) + "\n")
+    write(
+        tmp_path / "q.jsonl",
+        json.dumps({"question_id": 1, "image": "1.png", "text": "What is it?", "category": "conv"}) + "\n",
+    )
     with pytest.raises(DataError, match=r"questions .* without answers"):
         index(tmp_path)
 
@@ -98,7 +130,9 @@ def test_the_image_beside_a_table_comes_before_one_of_that_name_elsewhere(tmp_pa
     assert row["image_file"] == str(tmp_path / "sub/1.png")
 
 
-@pytest.mark.parametrize("names", [("option1", "option2"), ("choice_1", "choice_2"), ("Option 0", "Option 1")])
+@pytest.mark.parametrize(
+    "names", [("option1", "option2"), ("choice_1", "choice_2"), ("Option 0", "Option 1")]
+)
 def test_options_in_numbered_columns(names):
     assert options_of(dict(zip(names, ("lung", "heart")))) == [("A", "lung"), ("B", "heart")]
 
@@ -109,7 +143,13 @@ def test_options_among_candidates():
 
 @pytest.mark.parametrize(
     ("answer", "options", "place"),
-    [("B", ["B", "A", "C"], None), ("A", ["A", "B"], 0), (1, ["2", "1", "3"], 1), (1, ["3", "2", "1"], None), ("1", ["3", "2", "1"], 2)],
+    [
+        ("B", ["B", "A", "C"], None),
+        ("A", ["A", "B"], 0),
+        (1, ["2", "1", "3"], 1),
+        (1, ["3", "2", "1"], None),
+        ("1", ["3", "2", "1"], 2),
+    ],
 )
 def test_an_answer_of_two_meanings_is_refused(answer, options, place):
     if place is None:
@@ -122,10 +162,14 @@ def test_an_answer_of_two_meanings_is_refused(answer, options, place):
 @pytest.mark.parametrize(
     ("question", "options"),
     [
-        ("Which organ?\nA. lung\nB. heart", [("A", "lung"), ("B", "heart")]), ("Which?\n(A) lung\n(B) heart\n(C) liver", [("A", "lung"), ("B", "heart"), ("C", "liver")]),
-        ("A. lung\nB. heart", []), ("Which?\nA. lung", []), ("Which?\nB. lung\nC. heart", []), ("Is it?", []),
+        ("Which organ?\nA. lung\nB. heart", [("A", "lung"), ("B", "heart")]),
+        ("Which?\n(A) lung\n(B) heart\n(C) liver", [("A", "lung"), ("B", "heart"), ("C", "liver")]),
+        ("A. lung\nB. heart", []),
+        ("Which?\nA. lung", []),
+        ("Which?\nB. lung\nC. heart", []),
+        ("Is it?", []),
     ],
-)  # fmt: skip
+)
 def test_options_inside_the_question(question, options):
     stem, found = options_in(question)
     assert found == options and stem == (question.split("\n")[0] if options else question)
@@ -142,7 +186,10 @@ def test_placeholders_of_other_fields_are_refused(text):
         asked(text, "question")
 
 
-@pytest.mark.parametrize(("value", "caption"), [("['A cell.']", "A cell."), ("['A cell.', 'Two cells.']", None), ("[A] cell", "[A] cell")])
+@pytest.mark.parametrize(
+    ("value", "caption"),
+    [("['A cell.']", "A cell."), ("['A cell.', 'Two cells.']", None), ("[A] cell", "[A] cell")],
+)
 def test_captions_in_lists(tmp_path, value, caption):
     write(tmp_path / "metadata.csv", f'file_name,text\n1.png,"{value}"\n')
     (row,) = index(tmp_path)[1]
@@ -150,14 +197,18 @@ def test_captions_in_lists(tmp_path, value, caption):
 
 
 def test_csv_with_blanks_after_commas_and_images_in_a_list(tmp_path):
-    write(tmp_path / "a.csv", "image, question, answer\n\"['1.png']\", \"Is it, here?\", yes\n")
+    write(tmp_path / "a.csv", 'image, question, answer\n"[\'1.png\']", "Is it, here?", yes\n')
     (row,) = index(tmp_path)[1]
     assert payloads([row])[0]["qa"]["question"] == "Is it, here?" and row["image_file"].endswith("/1.png")
 
 
 def test_an_image_in_the_record_comes_before_a_path(tmp_path):
     """VLMEvalKit's tables have both, and the path is one of another machine."""
-    write(tmp_path / "a.tsv", f"index\timage\timage_path\tquestion\tanswer\n1\t{base64.b64encode(png()).decode()}\tx/1.png\tIs it?\tyes\n")
+    write(
+        tmp_path / "a.tsv",
+        f"index\timage\timage_path\tquestion\tanswer\n1\t{base64.b64encode(png()).decode()}\tx/1.png\tIs "
+        "it?\tyes\n",
+    )
     _, (row,), notes = index(tmp_path)
     assert row["image"] == png() and unused(notes) == {"a.tsv": {"index", "image_path"}}
 
@@ -190,8 +241,15 @@ def test_a_qid_alone_is_not_vqa_rads(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl"])
 def test_images_of_a_patient_share_a_group_whatever_the_format(tmp_path, name):
-    rows = [{"image": f"{number}.png", "patient_id": f"p{number // 2}x", "question": "Is it?", "answer": "yes"} for number in range(4)]
-    text = "".join(json.dumps(row) + "\n" for row in rows) if name.endswith("l") else "image,patient_id,question,answer\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    rows = [
+        {"image": f"{number}.png", "patient_id": f"p{number // 2}x", "question": "Is it?", "answer": "yes"}
+        for number in range(4)
+    ]
+    text = (
+        "".join(json.dumps(row) + "\n" for row in rows)
+        if name.endswith("l")
+        else "image,patient_id,question,answer\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    )
     write(tmp_path / name, rows if name.endswith("parquet") else text)
     groups = [row["group_id"] for row in index(tmp_path)[1]]
     assert groups[0] == groups[1] != groups[2] == groups[3] and "p0x" not in groups

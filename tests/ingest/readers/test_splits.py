@@ -170,11 +170,16 @@ def test_a_split_after_its_records_is_refused(tmp_path):
 
 
 def test_a_member_whose_name_is_a_split_needs_no_other(tmp_path):
-    write(tmp_path / "a.json", {"name": "set one", "subset": "chest", "test": [dialogue("a.png")], "split": "test"})
+    write(
+        tmp_path / "a.json",
+        {"name": "set one", "subset": "chest", "test": [dialogue("a.png")], "split": "test"},
+    )
     assert [row["split"] for row in index(tmp_path)[1]] == ["test"]
 
 
-@pytest.mark.parametrize(("own", "split"), [(None, "test"), ("", "test"), ("nan", "test"), ("train", "train")])
+@pytest.mark.parametrize(
+    ("own", "split"), [(None, "test"), ("", "test"), ("nan", "test"), ("train", "train")]
+)
 def test_a_section_gives_its_split_to_records_whose_own_is_empty(tmp_path, own, split):
     write(tmp_path / "a.json", {"test": [{**dialogue("a.png"), "Split": own}]})
     assert [row["split"] for row in index(tmp_path)[1]] == [split]

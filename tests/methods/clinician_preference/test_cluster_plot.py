@@ -23,10 +23,16 @@ def test_components_are_those_of_the_covariance():
 def test_the_picture_shows_a_sample_and_every_drawn_image(tmp_path):
     rng = np.random.default_rng(0)
     rows = [{"sample_id": f"i{number}", "embedding": rng.normal(size=3)} for number in range(200)]
-    pq.write_table(pa.Table.from_pylist([*rows, {"sample_id": "broken", "error": "e"}], schema=EMBEDDED), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([*rows, {"sample_id": "broken", "error": "e"}], schema=EMBEDDED),
+        tmp_path / "a.parquet",
+    )
     clusters = Clusters(rng.normal(size=(4, 3)).astype(np.float32))
     drawn = [{"sample_id": f"i{number}"} for number in range(7)]
-    few, many = (cluster_plot(str(tmp_path), clusters, drawn, DemonstrationsConfig(picture_points=points)) for points in (20, 50))
+    few, many = (
+        cluster_plot(str(tmp_path), clusters, drawn, DemonstrationsConfig(picture_points=points))
+        for points in (20, 50)
+    )
     assert many.startswith("<svg") and "57 images in 4 clusters" in many and "drawn (7)" in many
     # The lines of the grid count too, and their number follows from the points.
     assert 28 <= many.count('clip-path="') - few.count('clip-path="') <= 32
