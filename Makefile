@@ -20,6 +20,7 @@ check: lint
 	$(BIN)/python -m pytest -m "not (whole_job or vllm or faults)" $(ARGS)
 
 lint: setup
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
 
 doctor: setup

@@ -10,24 +10,30 @@ from medray.plan.preflight import check_clinician_preference
 
 EPILOG = """\
 what it does
-  data -> embeddings, k-means, a diverse draw -> two answers per question about the drawn images -> clinicians tick the good ones
-  -> dialogues about all images, after demonstrations that clinicians accepted -> ratings 0-10 -> pairs -> rating model -> scores
+  data -> embeddings, k-means, a diverse draw -> two answers per question about the drawn images
+  -> clinicians tick the good ones -> dialogues about all images, after accepted demonstrations
+  -> ratings 0-10 -> pairs -> rating model -> scores
   -> selection -> tuning -> export -> verify -> evaluate -> report.html
 
 clinicians
-  By default they are simulated from the images' true attributes, with clinicians.error_rate, and called so everywhere. With real ones
-  the job ends with exit status 3 when its questions are ready and says how to serve the page; when enough is ticked, run it again:
+  By default they are simulated from the images' true attributes, with clinicians.error_rate, and called so
+  everywhere. With real ones the job ends with exit status 3 when its questions are ready, and says how
+  to serve the page; when enough is ticked, run it again:
   --set clinicians.kind=database --set clinicians.source=sqlite:///judgements.db
 
 examples
-  python jobs/clinician_preference.py                                  the demo: synthetic cells, bundled tiny models, two cores
+  python jobs/clinician_preference.py             the demo: synthetic cells, bundled tiny models, two cores
   python jobs/clinician_preference.py --data path/to/wbcatt --run runs/cells --set 'weights=[1, 10, 100]'
   python jobs/clinician_preference.py --set rater.train_on=model --set select.fraction=0.1       an ablation
-  python jobs/clinician_preference.py --config clinician_preference/qwen2.5-vl-7b --data s3://bucket/figures --run s3://bucket/runs/a
-  ray job submit --working-dir . -- python jobs/clinician_preference.py --config clinician_preference/qwen2.5-vl-7b --data ... --run ...
+  python jobs/clinician_preference.py --config qwen2.5-vl-7b --data s3://bucket/figures \\
+    --run s3://bucket/runs/a
+  ray job submit --working-dir . -- python jobs/clinician_preference.py --config qwen2.5-vl-7b \\
+    --data ... --run ...
 
-The same command continues a run that was stopped or killed. Every field: docs/reference/config.md, or `medray config`.
-The method, and what to set: docs/clinician_preference.md. The last line on stdout is JSON: {"run", "base", "selected", "rater", ...}.
+The same command resumes a run that was stopped or killed.
+Every field: `medray config`, docs/reference/config.md.
+The method, and what to set: docs/clinician_preference.md.
+The last line on stdout is JSON: {"run", "base", "selected", "rater", ...}.
 """
 
 

@@ -20,18 +20,22 @@ EPILOG = f"""\
 benchmarks
   {"  ".join(BENCHMARKS)}
   Each reads the files as published, from DIR/<benchmark> where that exists, else from DIR; a directory of
-  jobs/prepare_data.py does too. The split and the words put after the question belong to a benchmark and are printed.
+  jobs/prepare_data.py does too. The split, and the words put after the question, belong to a benchmark
+  and are printed.
 
 examples
-  python jobs/evaluate.py --model testbed:base --benchmark vqa-rad --data path/to/vqa_rad --config evaluate/tiny-cpu
+  python jobs/evaluate.py --model testbed:base --benchmark vqa-rad --data path/to/vqa_rad --config tiny-cpu
   python jobs/evaluate.py --model base=llava-hf/llava-1.5-7b-hf --model tuned=runs/a/stages/15-dpo/model \\
     --benchmark vqa-rad,slake --data data/ --set text_only=true
-  python jobs/evaluate.py --model base=... --model tuned=... --benchmark slake --data data/slake --set judge.model=gpt-4o    (win rate, chat score)
+  python jobs/evaluate.py --model base=... --model tuned=... --benchmark slake --data data/slake \\
+    --set judge.model=gpt-4o                                                       (win rate, chat score)
   python jobs/evaluate.py --model api:gpt-4o --benchmark slake --data data/slake        (key: OPENAI_API_KEY)
-  python jobs/evaluate.py --rescore runs/e/stages/10-vqa-rad-tuned/rows                (no model; Parquet, JSONL, lmms-eval, VLMEvalKit)
+  python jobs/evaluate.py --rescore runs/e/stages/10-vqa-rad-tuned/rows
+    (no model; Parquet, JSON Lines, files of lmms-eval and VLMEvalKit)
 
-The same command continues a run that was stopped. Models are compared with the first one on the same questions.
-The last line on stdout is JSON: {{"run", "accuracy": {{benchmark: {{model: {{"value", "low", "high"}}}}}}, "report", "seconds"}}.
+The same command resumes a run that was stopped. Models are compared with the first one on the same questions.
+The last line on stdout is JSON:
+{{"run", "accuracy": {{benchmark: {{model: {{"value", "low", "high"}}}}}}, "report", "seconds"}}.
 """
 
 

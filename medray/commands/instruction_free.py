@@ -12,19 +12,27 @@ from medray.plan.preflight import check_instruction_free
 
 EPILOG = """\
 what it does
-  data -> warm-up (a proxy instruction of k vectors learns alone) -> tuning (vision tower, projector and proxy) -> export without
-  the proxy -> verify -> multiple choice, leaked descriptions, general questions kept, descriptions -> report.html
+  data -> warm-up (a proxy instruction of k vectors learns alone) -> tuning (vision tower, projector and
+  proxy)
+  -> export without the proxy -> verify -> multiple choice, leaked descriptions, general questions kept,
+  descriptions -> report.html
 
 examples
-  python jobs/instruction_free.py                                  the demo: synthetic cells, bundled tiny model, two cores
+  python jobs/instruction_free.py                 the demo: synthetic cells, bundled tiny model, two cores
   python jobs/instruction_free.py --data path/to/wbcatt --run runs/cells --set tune.proxy.count=32
-  python jobs/instruction_free.py --set 'tune.instruction=Describe this medical scan.' --set tune.shuffling=none     the plain way, to compare
-  python jobs/instruction_free.py --config instruction_free/qwen2.5-vl-7b --data s3://bucket/reports --run s3://bucket/runs/a \\
+  python jobs/instruction_free.py --set 'tune.instruction=Describe this medical scan.' \\
+    --set tune.shuffling=none
+                                                  the plain way, to compare
+  python jobs/instruction_free.py --config qwen2.5-vl-7b --data s3://bucket/reports \\
+    --run s3://bucket/runs/a \\
     --set tune.shuffling=sentences --set evaluate.general=s3://bucket/vqa-rad
-  ray job submit --working-dir . -- python jobs/instruction_free.py --config instruction_free/qwen2.5-vl-7b --data ... --run ...
+  ray job submit --working-dir . -- python jobs/instruction_free.py --config qwen2.5-vl-7b --data ... \\
+    --run ...
 
-The same command continues a run that was stopped or killed. Every field: docs/reference/config.md, or `medray config`.
-The method, and what to set: docs/instruction_free.md. The last line on stdout is JSON: {"run", "base": {"strict", ...}, "tuned", "floors", ...}.
+The same command resumes a run that was stopped or killed.
+Every field: `medray config`, docs/reference/config.md.
+The method, and what to set: docs/instruction_free.md.
+The last line on stdout is JSON: {"run", "base": {"strict", ...}, "tuned", "floors", ...}.
 """
 
 

@@ -21,7 +21,7 @@ formats (found by content; --format names one)
   llava-med-qa       LLaVA-Med's chat benchmark (question_id, gpt4_answer)
   vqa-rad  slake  pmc-vqa  omnimedvqa       the files as published
   hf-parquet         Hugging Face Parquet with image{bytes,path}: questions, dialogues, texts
-  wbcatt  skincon  cbis-ddsm                attribute tables; CBIS-DDSM with its DICOM files or their JPEG copies
+  wbcatt  skincon  cbis-ddsm           attribute tables; CBIS-DDSM with its DICOM files or their JPEG copies
   preference         preference rows of TRL (prompt, chosen, rejected) and LLaMA-Factory
   questions          a table of image files, question and answer, with options or without
   webdataset         tars of key.jpg + key.json or key.txt
@@ -36,7 +36,8 @@ examples
   ray job submit --working-dir . -- python jobs/prepare_data.py s3://bucket/raw --to s3://bucket/prepared
 
 The same command continues a run that was stopped. data.source of any job takes the directory.
-The last line on stdout is JSON: {"run", "format", "images", "splits", "questions", "quarantined", "duplicates", "leaks", ...}.
+The last line on stdout is JSON:
+{"run", "format", "images", "splits", "questions", "quarantined", "duplicates", "leaks", ...}.
 """
 
 

@@ -8,16 +8,18 @@ from medray.plan.preflight import check_self_training
 
 EPILOG = """\
 what it does
-  data -> SQ-SFT -> export -> verify -> self-questions and answers -> judge -> pairs -> reference log-probabilities
-  -> DPO -> export -> verify -> evaluate -> report.html; --set rounds=N repeats from the self-questions.
+  data -> SQ-SFT -> export -> verify -> self-questions and answers -> judge -> pairs
+  -> reference log-probabilities -> DPO -> export -> verify -> evaluate -> report.html;
+  --set rounds=N repeats from the self-questions.
 
 examples
-  python jobs/self_train.py                                     the demo: synthetic cells, bundled tiny models, two cores
+  python jobs/self_train.py                       the demo: synthetic cells, bundled tiny models, two cores
   python jobs/self_train.py --data path/to/wbcatt --run runs/wbc --set rounds=2
-  python jobs/self_train.py --config self_train/llava-1.5-7b --data s3://bucket/shards --run s3://bucket/runs/a
-  ray job submit --working-dir . -- python jobs/self_train.py --config self_train/llava-1.5-7b --data ... --run ...
+  python jobs/self_train.py --config llava-1.5-7b --data s3://bucket/shards --run s3://bucket/runs/a
+  ray job submit --working-dir . -- python jobs/self_train.py --config llava-1.5-7b --data ... --run ...
 
-The same command continues a run that was stopped or killed. Every field: docs/reference/config.md, or `medray config`.
+The same command resumes a run that was stopped or killed.
+Every field: `medray config`, docs/reference/config.md.
 The last line on stdout is JSON: {"run", "base", "tuned", "pairs", "seconds", ...}.
 """
 

@@ -63,7 +63,7 @@ class CaptionsConfig(Section):
     attributes: int = Field(
         3,
         ge=0,
-        description="How many of an image's attributes its caption states, drawn by its id; 0 for no caption.",
+        description="Number of an image's attributes in its caption, drawn by its id; 0: no caption.",
     )
     modality: str | None = Field(
         None,

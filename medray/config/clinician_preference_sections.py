@@ -175,7 +175,7 @@ class SelectConfig(Section):
     )
     top: PositiveInt | None = Field(
         None,
-        description="Number that is kept, in place of fraction: dialogues, or turns where aggregate is turns.",
+        description="Number kept, in place of fraction: dialogues, or turns if aggregate is turns.",
     )
     per_modality: Literal["global", "proportional", "equal"] = Field(
         "proportional",

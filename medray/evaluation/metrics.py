@@ -368,7 +368,8 @@ def mcq_letter(answer: str, choices: int = 4) -> str | None:
     """The option letter an answer gives, or None where its format is wrong.
 
     The text after the last "The correct answer is", else the whole answer, must be one option letter, with
-    nothing around it but punctuation (of any script and width), markup or the word answer: "B", "(B)", "Ｂ．",
+    nothing around it but punctuation (of any script and width), markup or the word answer: "B", "(B)",
+    "Ｂ．",
     "**b**", "Answer: B", "\\boxed{B}" and "The correct answer is B." pass; "B because ..." and "B. round" do
     not.
     """

@@ -387,7 +387,8 @@ def _table_name(relative: str, key: bytes | None) -> str:
     shard = _SHARD.search(relative)
     if shard is None:
         return shown_path(relative, key=key)
-    return f"{shown_path(relative[: shard.start()], key=key)}{shard[0]}{shown_path(relative[shard.end() :], key=key)}"
+    before, after = relative[: shard.start()], relative[shard.end() :]
+    return f"{shown_path(before, key=key)}{shard[0]}{shown_path(after, key=key)}"
 
 
 def _names(fs: Any, folder: str) -> list[str]:

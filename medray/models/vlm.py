@@ -34,7 +34,8 @@ PARTS: tuple[Part, ...] = ("vision", "projector", "llm")
 _TOP = r"^(?:base_model\.model\.)?(?:model\.)?"
 _PROJECTOR = re.compile(
     _TOP
-    + r"(multi_modal_projector|mm_projector|projector|vision_projection|connector|aligner|merger|embed_vision|image_newline|"
+    + r"(multi_modal_projector|mm_projector|projector|vision_projection|connector|aligner|"
+    + r"merger|embed_vision|image_newline|"
     r"visual\.merger|visual\.deepstack_merger_list)(\.|$)"
 )
 _VISION = re.compile(_TOP + r"(vision_tower|visual|vision_model|vision_encoder)(\.|$)")

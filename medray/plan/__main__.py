@@ -30,12 +30,16 @@ SCALES = {"paper": (60_000, 10_000), "internet": (100_000_000, 100_000_000)}
 _MAY_BE_ZERO = {"start", "endpoint"}  # seconds; the other assumptions are divided by
 EXAMPLES = """examples:
   python -m medray.plan --config self_train/llava-1.5-7b --device a100-80gb --gpus 4
-  python -m medray.plan --config self_train/qwen2.5-vl-7b --scale internet --device h100-80gb --gpus 512 --cpus 4096 \\
-      --set sft.num_workers=512 --set dpo.num_workers=512 --set dpo.reference_workers='[1, 512]' --set engine.actors='[1, 512]'
+  python -m medray.plan --config self_train/qwen2.5-vl-7b --scale internet --device h100-80gb --gpus 512 \\
+      --cpus 4096 --set sft.num_workers=512 --set dpo.num_workers=512 \\
+      --set dpo.reference_workers='[1, 512]' --set engine.actors='[1, 512]'
   python -m medray.plan --config self_train/llava-1.5-7b --fits cluster/aws.yaml
-  python -m medray.plan --config self_train/llava-1.5-7b --fits cluster/kuberay/rayservice.yaml --serve cluster/kuberay/rayservice.yaml
+  python -m medray.plan --config self_train/llava-1.5-7b --fits cluster/kuberay/rayservice.yaml \\
+      --serve cluster/kuberay/rayservice.yaml
 
-Every number rests on assumptions that are printed; --gain NAME=VALUE and --length NAME=VALUE replace them by what you measured."""
+Every number rests on assumptions that are printed; --gain NAME=VALUE and --length NAME=VALUE replace them by
+what
+you measured."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,13 +16,22 @@ from medray.config.section import without_passwords
 
 STYLE = """
 :root{--ink:#1c2733;--soft:#5d6b7a;--line:#dde3ea;--good:#0b7a53;--bad:#b3362b;--accent:#2457a6}
-*{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);max-width:1080px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}
+*{box-sizing:border-box}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);max-width:1080px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin:0}
+h2{font-size:1.15rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}
 p.soft,td.soft{color:var(--soft)}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}th{font-weight:600;color:var(--soft)}
-td.n{text-align:right}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:1rem}.plots svg{width:100%;height:auto}
-.card{display:grid;grid-template-columns:128px 1fr;gap:1rem;border:1px solid var(--line);border-radius:8px;padding:.8rem;margin:.7rem 0}
-.card img{width:128px;border-radius:4px}.good{color:var(--good)}.bad{color:var(--bad)}details pre{white-space:pre-wrap;font-size:12px}
+th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
+th{font-weight:600;color:var(--soft)}
+td.n{text-align:right}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:1rem}
+.plots svg{width:100%;height:auto}
+.card{display:grid;grid-template-columns:128px 1fr;gap:1rem;padding:.8rem;margin:.7rem 0}
+.card{border:1px solid var(--line);border-radius:8px}
+.card img{width:128px;border-radius:4px}
+.good{color:var(--good)}
+.bad{color:var(--bad)}
+details pre{white-space:pre-wrap;font-size:12px}
 .big{font-size:1.25rem}.tag{font-size:12px;color:var(--soft)}
 """
 
@@ -185,7 +194,8 @@ def gallery(judged: Iterable[dict[str, Any]], most: int = 12) -> str:
         better = verdict["first_score"] >= verdict["second_score"]
         cards.append(
             f'<div class="card">{image_tag(row["image"])}<div><b>{html.escape(question["question"])}</b>'
-            f"{_answer(first['text'], verdict['first_score'], better)}{_answer(second['text'], verdict['second_score'], not better)}"
+            f"{_answer(first['text'], verdict['first_score'], better)}"
+            f"{_answer(second['text'], verdict['second_score'], not better)}"
             f'<div class="tag">description: {html.escape(row["description"] or "")}</div></div></div>'
         )
         if len(cards) == most:
@@ -201,5 +211,6 @@ def _answer(text: str, score: float, chosen: bool) -> str:
 def config_section(config: dict[str, Any]) -> str:
     return (
         "<details><summary>resolved "
-        f"configuration</summary><pre>{html.escape(json.dumps(without_passwords(config), indent=1))}</pre></details>"
+        "configuration</summary>"
+        f"<pre>{html.escape(json.dumps(without_passwords(config), indent=1))}</pre></details>"
     )

@@ -601,7 +601,8 @@ recorder = OpenTelemetryMetricRecorder()
 for kind, name, about, *more in {made!r}:
     getattr(recorder, f"register_{{kind.lower()}}_metric")(name, about, *more[:-1])
     recorder.set_metric_value(name, dict.fromkeys(more[-1], "x"), 1.0)
-print(repr({{sample.name: sorted(sample.labels) for metric in REGISTRY.collect() for sample in metric.samples if "medray" in sample.name}}))
+samples = [sample for metric in REGISTRY.collect() for sample in metric.samples]
+print(repr({{sample.name: sorted(sample.labels) for sample in samples if "medray" in sample.name}}))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT

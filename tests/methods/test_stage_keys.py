@@ -309,7 +309,8 @@ TABLE: dict[str, dict[str, str]] = {
         "rater.clinician_weight": NONE,  # weights takes its place
         "rater.train_on": "among *",  # one rating model instead of one for each weight
         "rater.*": "08-rater*",
-        "score.actors score.cpus_per_actor score.gpus_per_actor score.place.* score.batch score.rows_per_task": NONE,
+        "score.actors score.cpus_per_actor score.gpus_per_actor score.place.*": NONE,
+        "score.batch score.rows_per_task": NONE,
         "score.*": "08-rater* 09-score",
         "select.order": NONE,  # each arm says its own
         "select.*": "10-select-*",
@@ -340,7 +341,8 @@ TABLE: dict[str, dict[str, str]] = {
             "data.read_cpus data.encoders data.label_fraction data.max_labelled data.max_unlabelled "
             "data.unlabelled_per_round data.turns"
         ): NONE,
-        "data.max_image_bytes data.max_image_pixels data.max_aspect data.min_image_side data.rows_per_shard": "01-vqa-rad-samples",
+        "data.max_image_bytes data.max_image_pixels data.max_aspect": "01-vqa-rad-samples",
+        "data.min_image_side data.rows_per_shard": "01-vqa-rad-samples",
         "data.*": "00-vqa-rad-index",
         " ".join(f"engine.{name}" for name in ENGINE.split()): NONE,
         "engine.*": "05-answers-local 10-vqa-rad-local",
@@ -366,7 +368,8 @@ TABLE: dict[str, dict[str, str]] = {
             "data.read_cpus data.encoders data.label_fraction data.max_labelled data.max_unlabelled "
             "data.unlabelled_per_round data.turns"
         ): NONE,
-        "data.max_image_bytes data.max_image_pixels data.max_aspect data.min_image_side data.rows_per_shard": "02-shards",
+        "data.max_image_bytes data.max_image_pixels data.max_aspect": "02-shards",
+        "data.min_image_side data.rows_per_shard": "02-shards",
         "data.*": "01-index",
         "leaks.*": "04-leaks",
     },

@@ -40,11 +40,17 @@ from medray.running.ray_session import ray_session
 @ray.remote
 def worker():
     import logging
-    return {"level": logging.getLogger("ray.data._internal").level, "train": os.environ["RAY_TRAIN_V2_ENABLED"], "watcher": os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"], "runtime_env": dict(ray.get_runtime_context().runtime_env)}
+    return {
+        "level": logging.getLogger("ray.data._internal").level,
+        "train": os.environ["RAY_TRAIN_V2_ENABLED"],
+        "watcher": os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"],
+        "runtime_env": dict(ray.get_runtime_context().runtime_env),
+    }
 
 with ray_session(ClusterConfig(num_cpus=1)):
     found = ray.get(worker.remote())
-print(json.dumps({**found, "kept": {name: os.environ.get(name) for name in ("TOKENIZERS_PARALLELISM", "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR")}}))
+names = ("TOKENIZERS_PARALLELISM", "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR")
+print(json.dumps({**found, "kept": {name: os.environ.get(name) for name in names}}))
 """
 
 
@@ -96,7 +102,8 @@ def work():
     run = Run(RUN)
     with held(run), ray_session(ClusterConfig(num_cpus=2)):
         pool = ray.data.ActorPoolStrategy(size=1)
-        rows = ray.data.range(40, override_num_blocks=10).map_batches(Engine, batch_size=4, compute=pool, max_restarts=2, max_task_retries=2)
+        rows = ray.data.range(40, override_num_blocks=10)
+        rows = rows.map_batches(Engine, batch_size=4, compute=pool, max_restarts=2, max_task_retries=2)
         return {"rows": rows.materialize().count()}
 
 sys.exit(run_job(work, f"--run {RUN}"))

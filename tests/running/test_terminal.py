@@ -8,7 +8,8 @@ from medray.running import run_log
 from medray.running.terminal import WorkerLines
 
 CREATION = """\
-Exception raised in creation task: The actor died because of an error raised in its creation task, \x1b[36mray::MapWorker(Play).__init__()\x1b[39m (pid=7)
+Exception raised in creation task: The actor died because of an error raised in its creation task, \
+\x1b[36mray::MapWorker(Play).__init__()\x1b[39m (pid=7)
            ^^^^^^^^^^^^
   File "/x/vllm/v1/engine/async_llm.py", line 256, in from_engine_args
     return cls(
@@ -26,7 +27,8 @@ VLLM = """\
 (EngineCore pid=12) ERROR 12-01 13:00:00 [core.py:1]     step()
 (EngineCore pid=12) ERROR 12-01 13:00:00 [core.py:1] ValueError: no token"""
 RETRY = """\
-Task f failed. There are 2 retries remaining, so the task will be retried. Error: Traceback (most recent call last):
+Task f failed. There are 2 retries remaining, so the task will be retried. \
+Error: Traceback (most recent call last):
   File "/x/f.py", line 3, in f
 ray.exceptions.ActorDiedError: it died"""
 THREAD = """\

@@ -68,7 +68,8 @@ class Page:
               const canvas = document.getElementById("view");
               const scale = Math.min(canvas.width / 256, canvas.height / 128);
               const x = (canvas.width - 256 * scale) / 2 + (Math.floor(across * 256) + 0.5) * scale;
-              answer(canvas.getContext("2d").getImageData(Math.floor(x), Math.floor(canvas.height / 2), 1, 1).data[0]);
+              const middle = Math.floor(canvas.height / 2);
+              answer(canvas.getContext("2d").getImageData(Math.floor(x), middle, 1, 1).data[0]);
             });""",
             across,
         )
@@ -387,12 +388,20 @@ def test_everything_has_a_name_and_enough_contrast(page, served):
 # Relative luminance and contrast as WCAG 2.2 defines them, for every element that shows text of its own.
 CONTRAST = r"""
 const parts = (colour) => colour.match(/[\d.]+/g).map(Number);
-const light = (c) => { const [r, g, b] = c.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+const light = (c) => { const [r, g, b] = c.map((v) => v / 255).map(linear);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-const behind = (e) => { for (; e; e = e.parentElement) { const c = parts(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
+const behind = (e) => {
+  for (; e; e = e.parentElement) {
+    const c = parts(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] > 0) return c;
+  }
+  return [255, 255, 255];
+};
 const low = []; let checked = 0;
 for (const e of document.querySelectorAll("body *")) {
-  if (!e.checkVisibility() || ![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
+  const texts = [...e.childNodes].filter((n) => n.nodeType === 3 && n.textContent.trim());
+  if (!e.checkVisibility() || !texts.length) continue;
   const [a, b] = [parts(getComputedStyle(e).color), behind(e)].map(light);
   const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   checked += 1;

@@ -130,7 +130,8 @@ from vllm import LLM, SamplingParams
 jobs = json.load(open(sys.argv[1]))
 answers = {}
 for path, rows in jobs["models"].items():
-    llm = LLM(path, dtype="float32", gpu_memory_utilization=0.3, enforce_eager=True, max_model_len=512, max_num_seqs=8)
+    limits = {"gpu_memory_utilization": 0.3, "max_model_len": 512, "max_num_seqs": 8}
+    llm = LLM(path, dtype="float32", enforce_eager=True, **limits)
     prompts = []
     for row in rows:
         prompt = {"prompt": row["text"]}

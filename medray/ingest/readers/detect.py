@@ -64,12 +64,15 @@ _NAMES: dict[str, tuple[set[str], ...]] = {
 }
 
 LOOKED_FOR = (
-    "Parquet with the columns of medray's own shards, with chosen and rejected (preference) or with an image column (hf-parquet); "
+    "Parquet with the columns of medray's own shards, with chosen and rejected (preference) or with an image "
+    "column (hf-parquet); "
     + "; ".join(
         f"{kind} ({' or '.join(', '.join(sorted(names)) for names in alternatives)})"
         for kind, alternatives in _NAMES.items()
     )
-    + f"; questions (question, answer and a column of the image files); captions (a column of {', '.join(IMAGE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}); webdataset (*.tar); "
+    + "; questions (question, answer and a column of the image files)"
+    + f"; captions (a column of {', '.join(IMAGE_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)})"
+    + "; webdataset (*.tar); "
     "dicom (*.dcm or DICM at byte 128); images (*.jpg, *.png, ...)"
 )
 
@@ -130,7 +133,10 @@ def missing_columns(names: Iterable[str]) -> str:
     if not names:
         return "no columns or keys were found in it"
     if _asks(names):
-        return "its texts are questions (question_id, text) without answers; write the answers beside them, with columns question and answer"
+        return (
+            "its texts are questions (question_id, text) without answers; write the answers beside them, "
+            "with columns question and answer"
+        )
     said = f"it has {', '.join(str(name)[:60] for name in names[:30])}{', ...' if len(names) > 30 else ''}"
     image, text = column(names, IMAGE_COLUMNS), column(names, (*TEXT_COLUMNS, "question"))
     if image is None and text is not None:

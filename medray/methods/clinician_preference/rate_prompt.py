@@ -15,7 +15,8 @@ LOWEST, HIGHEST = 0.0, 10.0
 # The score alone on its line, named or not: "8", "Score: 8.5", "**Rating - 7**", "[9]", "8/10", "8 out of
 # 10."
 _SCORE = re.compile(
-    r"[*_#\s\[(]*(?:(?:overall\s+)?(?:score|rating)[*_\s]*[:=-]?[*_\s]*)?[\[(]?(-?\d+(?:\.\d+)?)(?:\s*(?:/|out "
+    r"[*_#\s\[(]*(?:(?:overall\s+)?(?:score|rating)[*_\s]*[:=-]?[*_\s]*)?"
+    r"[\[(]?(-?\d+(?:\.\d+)?)(?:\s*(?:/|out "
     r"of)\s*(\d+(?:\.\d+)?))?[\])*_.。\s]*",
     re.IGNORECASE,
 )
