@@ -40,7 +40,7 @@ class RowMetrics:
 
 
 class TrainMetrics:
-    """Of a training, told by its first worker: samples, seconds and those of them that were spent waiting
+    """Training metrics reported by rank 0: samples, seconds and those of them that were spent waiting
     for rows, the loss and the number of workers.
     """
 

@@ -44,8 +44,8 @@ HELPERS = {  # module with a `main`, what it does
 
 def usage() -> str:
     """What `medray --help` prints."""
-    told = {**JOBS, **{name: about for name, (_, about) in {**APPS, **HELPERS}.items()}}
-    lines = [f"  {name:<22}{about}" for name, about in told.items()]
+    commands = {**JOBS, **{name: about for name, (_, about) in {**APPS, **HELPERS}.items()}}
+    lines = [f"  {name:<22}{about}" for name, about in commands.items()]
     return "\n".join(
         [
             "usage: medray COMMAND [ARGUMENTS]",

@@ -43,11 +43,11 @@ def job_parser(name: str, description: str | None, epilog: str) -> argparse.Argu
         name: of the script in jobs/.
     """
     script = f"jobs/{name}.py"
-    told = epilog.replace(f"python {script}", program_name) if program_name else epilog
+    examples = epilog.replace(f"python {script}", program_name) if program_name else epilog
     return argparse.ArgumentParser(
         prog=program_name or script,
         description=description,
-        epilog=told,
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

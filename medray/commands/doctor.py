@@ -1,4 +1,4 @@
-"""`medray doctor`: is this machine fit to run medray? Every line that is not ok says how to mend it."""
+"""`medray doctor`: check that this machine can run medray; every check that fails names its fix."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def main() -> int:
     for check in diagnose():
         print(check, flush=True)
         bad += not check.ok
-    print("all well" if not bad else f"{bad} to mend")
+    print("all checks passed" if not bad else f"{bad} check(s) failed")
     return int(bad > 0)
 
 

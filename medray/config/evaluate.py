@@ -45,7 +45,7 @@ class EvaluateJobConfig(Section):
     )
     judge: JudgeConfig | None = Field(
         None,
-        description="Who rates answers to open questions: win rate against the first model, and, by a judge "
+        description="Judge of open questions: win rate against the first model, and, by a judge "
         "that writes scores, 100 x model / reference (LLaVA-Med's chat score). null: nobody.",
     )
     text_only: bool = Field(

@@ -44,7 +44,7 @@ def markdown() -> str:
         "or under `args` in a Serve config file.",
         "",
     ]
-    told: set[type[Section]] = set()
+    shown: set[type[Section]] = set()
     for title, cls in {**{f"jobs/{job}.py": cls for job, cls in JOBS.items()}, ENDPOINT: ServeConfig}.items():
         sections = {name: section for name, section in fields_of(cls).items() if section is not None}
         lines += [
@@ -63,7 +63,7 @@ def markdown() -> str:
             if nested is not None
         }
         for name, section in {**sections, **inner}.items():
-            if section not in told:
+            if section not in shown:
                 lines += [
                     f"### {name}",
                     "",
@@ -71,7 +71,7 @@ def markdown() -> str:
                     "",
                     *_table(section),
                 ]
-                told.add(section)
+                shown.add(section)
     return "\n".join(lines)
 
 

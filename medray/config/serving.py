@@ -38,7 +38,8 @@ class LimitsConfig(Section):
     samples: PositiveInt = Field(8, description="Answers to one request (n).")
     schema_bytes: PositiveInt = Field(16_384, description="Of a JSON schema for structured output.")
     requests_per_minute: PositiveInt = Field(
-        600, description="Of one key (429), for each ingress replica; a minute's worth may come at once."
+        600,
+        description="Requests per minute per key and ingress replica; bursts up to this size; more gets 429.",
     )
     seconds: Annotated[float, Field(gt=0)] = Field(
         120.0, description="Until a request must be answered in full (408)."
@@ -101,10 +102,10 @@ class ReplicaConfig(Section):
         16.0, description="Requests at work in one replica above which another is started."
     )
     upscale_delay_s: Annotated[float, Field(ge=0)] = Field(
-        30.0, description="Load must last so long before a replica is added."
+        30.0, description="Seconds of sustained load before a replica is added."
     )
     downscale_delay_s: Annotated[float, Field(ge=0)] = Field(
-        600.0, description="And its lack so long before one is taken away."
+        600.0, description="Seconds of low load before a replica is removed."
     )
     queued: PositiveInt = Field(
         256, description="Requests that may wait for a replica of one model; more are answered with 503."
@@ -175,7 +176,7 @@ class ServeConfig(ReplicaConfig):
     ingress_replicas: PositiveInt = Field(
         1, description="Processes that take requests, check them and decode images."
     )
-    ingress_cpus: Annotated[float, Field(ge=0)] = Field(0.5, description="Logical CPUs of each.")
+    ingress_cpus: Annotated[float, Field(ge=0)] = Field(0.5, description="Logical CPUs per ingress replica.")
     title: str = Field("medray", description="Of the web page.")
     examples: Annotated[int, Field(ge=0, le=50)] = Field(
         6, description="Held-out questions of the first run that the page offers to try, of one image each."
@@ -183,7 +184,7 @@ class ServeConfig(ReplicaConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_a_command_line(cls, given: Any) -> Any:
+    def _parse_cli_values(cls, given: Any) -> Any:
         """`serve run` hands on words: replicas=[1,4] is a list all the same."""
         if not isinstance(given, dict):
             return given
@@ -223,4 +224,4 @@ class ServeConfig(ReplicaConfig):
 
 def _check(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name for a model; use letters, digits and . _ -")
+        raise ValueError(f"{name!r} is not a valid model name; use letters, digits, '.', '_' and '-'")

@@ -233,10 +233,7 @@ class Placement(Section):
                     f"{key}: {value!r} is no label selector; write a value, !value, in(a,b) or !in(a,b)"
                 )
         for name in _RESOURCES & self.resources.keys():
-            raise ValueError(
-                f"resources: {name} is none of a cluster's own; CPUs, GPUs and memory have fields of their "
-                "own"
-            )
+            raise ValueError(f"resources: {name} is built in; CPUs, GPUs and memory have fields of their own")
         return self
 
 

@@ -84,7 +84,7 @@ class Predict(EngineWorker):
         (output, *_), *others = await asyncio.gather(
             *(self.engine.generate(prompt, one, self.sampling, image_id=name) for one, name in shown)
         )
-        self.told.tokens(len(output.token_ids) + sum(len(other.token_ids) for other, *_ in others))
+        self.metrics.tokens(len(output.token_ids) + sum(len(other.token_ids) for other, *_ in others))
         answer, thinking = self._plain(prompt, output)
         options = self.options(row) if self.option_likelihood else []
         likely = await asyncio.gather(

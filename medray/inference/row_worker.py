@@ -33,7 +33,7 @@ from medray.storage.begun import Begun
 
 logger = logging.getLogger("medray")
 
-_NO_ROWS_FAULT = (EngineLost, EndpointDown)
+_STAGE_ERRORS = (EngineLost, EndpointDown)
 _LAST_IDS = 16  # of a prompt, that an opening tag would be in
 
 
@@ -52,7 +52,7 @@ class RowWorker:
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(rows_in_flight)
         threading.Thread(target=self._loop.run_forever, name=f"{self.stage}-rows", daemon=True).start()
-        self.begun, self.told = Begun(), RowMetrics(self.stage)
+        self.begun, self.metrics = Begun(), RowMetrics(self.stage)
 
     async def row(self, row: dict[str, Any]) -> dict[str, Any]:
         """Work on one row; what it raises becomes the row's `error`."""
@@ -73,7 +73,7 @@ class RowWorker:
             _end_actor()
             raise
         set_aside = sum(row["error"] is not None for row in rows)
-        self.told.rows(len(rows) - set_aside, set_aside)
+        self.metrics.rows(len(rows) - set_aside, set_aside)
         return conform(pa.Table.from_pylist(rows, schema=self.schema), self.schema)
 
     def run(self, coroutine: Any) -> Any:
@@ -83,7 +83,7 @@ class RowWorker:
     async def _rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._guarded(row)) for row in rows]
-        lost = next((task.result() for task in tasks if isinstance(task.result(), _NO_ROWS_FAULT)), None)
+        lost = next((task.result() for task in tasks if isinstance(task.result(), _STAGE_ERRORS)), None)
         if lost is not None:
             raise lost
         await self.settled()
@@ -98,7 +98,7 @@ class RowWorker:
         async with self._slots:
             try:
                 return await self.row(row)
-            except _NO_ROWS_FAULT as lost:
+            except _STAGE_ERRORS as lost:
                 return lost
             except Exception as error:
                 # the row boundary: whatever is wrong with one row is named and set aside
@@ -146,7 +146,7 @@ class EngineWorker(RowWorker):
         usage.requests += 1
         usage.prompt_tokens += output.prompt_tokens
         usage.completion_tokens += len(output.token_ids)
-        self.told.tokens(len(output.token_ids))
+        self.metrics.tokens(len(output.token_ids))
         return output
 
     def spoken(self, prompt: list[int], output: Output) -> str:

@@ -1,6 +1,6 @@
 """Groups to canonical samples (records.SAMPLE): an image once, with all that the source says of it.
 
-The way back is medray.ingest.readers.canonical.members_of.
+Inverse: medray.ingest.readers.canonical.members_of.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Formats people have, as one stream of index rows: small, without pixels, in any order.
+"""Read any supported source format as a stream of index rows: small, without pixels, in any order.
 
 An index row says what one record of the source holds and where its image lies; what comes after orders the
 rows, loads the images and writes shards. A record that cannot be used becomes a row with `error`, never an

@@ -133,7 +133,7 @@ def check_clinician_preference(config: ClinicianPreferenceConfig) -> None:
         )
     if config.judge is not None and config.judge.kind not in ("vllm", "api"):
         problems.append(
-            f"judge.kind: {config.judge.kind} says nothing of two models' answers here; take vllm or api"
+            f"judge.kind: {config.judge.kind} cannot compare two models' answers; use vllm or api"
         )
     if len(set(config.weights)) < len(config.weights):
         problems.append(f"weights: {list(config.weights)} names a weight twice")

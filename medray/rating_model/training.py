@@ -49,7 +49,7 @@ def train_rater(
     data_config: DataConfig,
     max_quarantined: float = 1.0,
 ) -> RaterResult:
-    """Train on records.RATING_PAIR shards; the same call after a crash goes on from the last checkpoint.
+    """Train on records.RATING_PAIR shards; the same call after a crash resumes from the last checkpoint.
 
     Args:
         stage_dir: where checkpoints go: a path or URL that every node reaches.

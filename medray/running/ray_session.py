@@ -107,8 +107,8 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         if local:
             # A Ray of our own inherits them. Given as a runtime_env they would cost every worker a second
             # interpreter: Ray starts it by way of another that imports Ray too, and throws away those that it
-            # has started before. Nor need one machine be watched for notice that it will be taken away, by a
-            # process of its own in each training.
+            # has started before. On a single machine the preemption watcher, a process of its own in each
+            # training, is unnecessary.
             watcher = {_WATCHER: os.environ.get(_WATCHER, "0")}
             # Ray's own handler of SIGTERM, which init installs, would exit silently.
             with (

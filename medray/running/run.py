@@ -70,7 +70,9 @@ def digest(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Section):
         return value.settings()
-    raise TypeError(f"{type(value).__name__} has no place in a stage's inputs")
+    raise TypeError(
+        f"{type(value).__name__} cannot be an input of a stage; give something that JSON can hold"
+    )
 
 
 class Run:
@@ -271,7 +273,7 @@ class Run:
         try:
             outputs = work(stage)
         except TooManySetAside as error:
-            # What set these rows aside may be mended by now: an image, a server. Rows of this attempt would
+            # What set these rows aside may be fixed by now: an image, a server. Rows of this attempt would
             # fare no better.
             again = [path for file in error.files if (path := url_to_fs(file)[1]) in earlier]
             if not again:
@@ -315,7 +317,7 @@ class Run:
 
     def reread(self, read: Callable[[], Any], index: str, rows: str) -> Any:
         """What `read` returns, which runs stages that read a source. Where more is set aside than allowed of
-        what an earlier job read, they read it again, once: the source may be mended by now.
+        what an earlier job read, they read it again, once: the source may be fixed by now.
 
         Args:
             index: the stage that lists the source, which starts over.

@@ -57,7 +57,7 @@ class Guard:
     """ASGI middleware. `request.state.holder` is who sent the request, `request.state.number` its id (the
     caller's, or a new one).
 
-    Requests of nobody known are answered with 401, before their body is read. It is read whole before the app
+    Unauthenticated requests are answered with 401, before their body is read. It is read whole before the app
     sees it, so that no app can forget the limits. An error that the app does not answer is answered with 500,
     and logged without its text. WebSockets are refused.
 
@@ -74,7 +74,7 @@ class Guard:
         headers: beside and before SECURITY_HEADERS; a header the app sets itself stays.
         open_posts: paths that anybody may ask for with any method and a body.
         body_seconds: bodies that are not there by then are answered with 408.
-        failed: told of every request with an error that the app does not answer, in seconds.
+        failed: called for every request with an error that the app does not answer, in seconds.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class Guard:
 
     async def _http(self, scope: Any, receive: Any, send: Any) -> None:
         """An answer with its headers, whatever happens."""
-        headers, began, begun = Headers(scope=scope), time.monotonic(), False
+        headers, began, started = Headers(scope=scope), time.monotonic(), False
         given = headers.get("x-request-id", "")
         number = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
         async def sending(message: Any) -> None:
-            nonlocal begun
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 answered = MutableHeaders(scope=message)
                 answered["X-Request-ID"] = number
                 for name, value in self.headers.items():
@@ -132,7 +132,7 @@ class Guard:
         except Exception as error:
             response = failure(error, number)
             self.failed(time.monotonic() - began)
-            if begun:
+            if started:
                 # Too late for another answer: the server must cut the connection. It logs the error it gets,
                 # so not the one with the text.
                 raise RuntimeError(f"the answer to {number} broke off") from None
@@ -242,7 +242,7 @@ def failure(error: Exception, number: str) -> JSONResponse:
     )
 
 
-async def to_the_guard(request: Request, error: Exception) -> Response:
+async def reraise(request: Request, error: Exception) -> Response:
     """Starlette's handler of such errors, in place of its own, which answers before the Guard can."""
     raise error
 

@@ -106,7 +106,7 @@ def _parse(lines: Iterable[str], where: str) -> dict[str, Holder]:
             )
         holders[digest] = Holder(name, role == "lead")
     if not holders:
-        raise ConfigError(f"tokens: {where} names nobody; add someone with python -m serve.tokens FILE NAME")
+        raise ConfigError(f"tokens: {where} lists no users; add one with python -m serve.tokens FILE NAME")
     return holders
 
 

@@ -20,7 +20,7 @@ def shares(
 
     proportional: the same share of every group, by largest remainders, but at least one of each as long as
         there are enough. equal: the same number of each; what a group is too
-    small for goes to the others. Who gets an item more than an equal of his is drawn with `seed`.
+    small for goes to the others. Ties are broken by a draw with `seed`.
     """
     left = min(total, sum(sizes.values()))
     drawn = {group: hash64(str(group), seed) for group in sizes}

@@ -1,4 +1,4 @@
-"""Rows through workers into shards, resumably: a killed job goes on with the rows that are left."""
+"""Rows through workers into shards, resumably: a killed job resumes with the rows that are left."""
 
 from __future__ import annotations
 

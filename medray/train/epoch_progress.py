@@ -1,4 +1,4 @@
-"""Which samples of an epoch are done, whatever their number: named in a checkpoint's files, and looked up
+"""Track the samples finished in the current epoch: named in a checkpoint's files, and looked up
 by digests after a restart.
 """
 

@@ -1,7 +1,7 @@
 """The one training loop: Ray Data shard -> global batches -> TrainStep -> checkpoints, under Ray Train.
 
 A checkpoint holds the training state (any world size, any ZeRO stage), the ids of this epoch that are done,
-and the metrics so far, so that a restart on other machines goes on with exactly the samples that are left::
+and the metrics so far, so that a restart on other machines resumes with exactly the samples that are left::
 
     state.safetensors     trained weights in fp32, Adam moments; the proxy instruction and its moments
     progress.json         epoch, finished (whether the epoch is), steps, samples, world_size
@@ -60,7 +60,7 @@ SECONDS_BETWEEN_PREEMPTION_CHECKS = 5.0
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loop is told of what it trains for.
+    """What the loop needs to know of what it trains for.
 
     Args:
         name: in metrics and in the step's `kind`.
@@ -310,11 +310,11 @@ class Clock:
     """Speeds, log lines and preemption checks, each at its own pace.
 
     Args:
-        told: rank 0's way to Prometheus.
+        metrics: rank 0's recorder for Prometheus.
     """
 
-    def __init__(self, told: TrainMetrics | None = None) -> None:
-        self.told = told
+    def __init__(self, metrics: TrainMetrics | None = None) -> None:
+        self.recorder = metrics
         self.last_step = self.last_log = self.last_check = time.monotonic()
         self.waited = 0.0
         self.warned = False
@@ -334,8 +334,8 @@ class Clock:
             "data_seconds": self.waited,
             "samples_per_second": metrics["samples"] / seconds,
         }
-        if self.told is not None:
-            self.told.step(stamped, workers)
+        if self.recorder is not None:
+            self.recorder.step(stamped, workers)
         return stamped
 
     def log(self, progress: Progress, all_samples: int, rank: int) -> None:
@@ -466,7 +466,7 @@ def run_training(
     proxy: str | None = None,
     max_quarantined: float = 1.0,
 ) -> TrainResult:
-    """Train in Ray workers; the same call after a crash, of workers or of this process, goes on from the last
+    """Train in Ray workers; the same call after a crash, of workers or of this process, resumes from the last
     checkpoint.
 
     Args:

@@ -106,13 +106,13 @@ def test_errors_of_a_replica_are_told_from_the_loss_of_one():
     from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
     from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
-    from medray.serving.chat.app import _told
+    from medray.serving.chat.app import to_api_error
 
     def of_task(cause):
         return RayTaskError("chat", "a traceback", cause).as_instanceof_cause()
 
     def said(error):
-        told = _told(error, "r1")
+        told = to_api_error(error, "r1")
         return told.status, told.param, told.code
 
     assert said(RayActorError()) == said(of_task(RayActorError())) == (503, None, "overloaded")

@@ -18,7 +18,7 @@ from starlette.routing import Mount, Route
 from medray.clinicians.store import Store
 from medray.errors import ConfigError
 from medray.serving.clinician_page.asgi_app import make_app
-from medray.serving.guard import SECURITY_HEADERS, Guard, Unavailable, to_the_guard
+from medray.serving.guard import SECURITY_HEADERS, Guard, Unavailable, reraise
 from medray.serving.tokens import VARIABLE, Holder, Tokens, add_holder, digest_of, main, read_tokens
 
 
@@ -44,7 +44,7 @@ ROUTES = [
 
 def guarded_by(app=None, **options):
     return Guard(
-        app or Starlette(routes=ROUTES, exception_handlers={Exception: to_the_guard}),
+        app or Starlette(routes=ROUTES, exception_handlers={Exception: reraise}),
         PEOPLE.get,
         {"/", "/open/"},
         max_body_bytes=100,

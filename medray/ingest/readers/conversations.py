@@ -84,7 +84,7 @@ def preference_pair(record: Mapping[str, Any]) -> dict[str, str]:
             )
         prompt = questions[0]
     elif any(questions) and any(
-        [one.text for one in begun] not in ([], [one.text for one in prompt]) for begun in questions
+        [one.text for one in opening] not in ([], [one.text for one in prompt]) for opening in questions
     ):
         raise BadRecord(f"chosen and rejected begin with another question than {field!r}")
     if len(prompt) != 1 or prompt[0].role == "assistant":

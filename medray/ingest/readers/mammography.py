@@ -116,8 +116,8 @@ def _image(record: dict[str, Any], place: Place) -> tuple[str, str]:
         pixels = {file: _pixels(place, file) for file in dict.fromkeys([*crops, *_files(place, mask)])}
         smallest = min(pixels, key=pixels.__getitem__)
         # One alone, or beside one that cannot be read, may be the mask.
-        told = len(pixels) > 1 and inf not in pixels.values()
-        if told or not mammograms or pixels[smallest] < _pixels(place, mammograms[0]):
+        known = len(pixels) > 1 and inf not in pixels.values()
+        if known or not mammograms or pixels[smallest] < _pixels(place, mammograms[0]):
             return crop, _framed(smallest)
     if not mammograms:
         raise BadRecord(

@@ -92,7 +92,7 @@ def simulated(config: ClinicianPreferenceConfig, items: str, drawn: str) -> Iter
 
 
 def _real_judgements(stage: Stage, config: ClinicianPreferenceConfig, items: str) -> None:
-    """What people have said of the items, as the stage's judgements. Raises Waiting where it is not
+    """Copy what clinicians have judged into the stage. Raises Waiting where it is not
     enough.
     """
     from medray.clinicians.import_export import ask_for, export_judgements, import_items, why_unusable

@@ -39,7 +39,7 @@ def checkable(captioned: str) -> dict[str, dict[str, str]]:
     }
 
 
-def rightness(captioned: str) -> Callable[[pa.Table], pa.Array]:
+def correctness_scorer(captioned: str) -> Callable[[pa.Table], pa.Array]:
     """Scores for a table of exchanges: 1 of a right answer, 0 of a wrong one, 0.5 where it cannot be
     checked (or is of none of the first TRUTH_IMAGES images).
     """

@@ -36,7 +36,7 @@ from typing import Any
 from medray.config import ClinicianPreferenceConfig
 from medray.methods.clinician_preference import collect_judgements
 from medray.methods.clinician_preference import stages as steps
-from medray.methods.clinician_preference.report import who, write_report
+from medray.methods.clinician_preference.report import describe_clinicians, write_report
 from medray.methods.shared import stages
 from medray.methods.shared.model_card import CLINICIAN_PREFERENCE, publish_models
 from medray.plan.preflight import check_clinician_preference
@@ -102,7 +102,7 @@ def clinician_preference(
             steps.win_rates(run, config, made["data"], scores),
         )
         if models:
-            said = (f"The clinicians were {who(results['clinicians'])}.",)
+            said = (f"The clinicians were {describe_clinicians(results['clinicians'])}.",)
             publish_models(run, config, CLINICIAN_PREFERENCE, models, config.evaluate.arms[0], results, said)
     alignment = {
         origin: found["pair_accuracy"]

@@ -133,7 +133,7 @@ def table(results: dict[str, Any]) -> str:
     lines.append(
         f"rating model, held-out pairs ordered as judged: {', '.join(shown) or 'no pair is held out'}"
     )
-    lines.append(who(results["clinicians"]))
+    lines.append(describe_clinicians(results["clinicians"]))
     if results["truth"]:
         shares = (
             f"{arm} {'none can be checked' if share is None else f'{share:.3f}'}"
@@ -154,7 +154,7 @@ def clinicians_of(config: ClinicianPreferenceConfig, judged: dict[str, Any]) -> 
     }
 
 
-def who(clinicians: dict[str, Any]) -> str:
+def describe_clinicians(clinicians: dict[str, Any]) -> str:
     """Who judged, in one line: how many, simulated or not, and what came of it."""
     people = [one["simulated"] for one in clinicians["agreement"]["clinicians"].values()]
     error_rate = "" if clinicians["error_rate"] is None else f", error rate {clinicians['error_rate']:g}"
@@ -196,7 +196,8 @@ def render(
     return html_report.page(
         "Clinician preference alignment report",
         sections,
-        f"{config.model.path} on {config.data.source}; {who(results['clinicians'])}; run {run.uri}",
+        f"{config.model.path} on {config.data.source}; {describe_clinicians(results['clinicians'])}; run "
+        f"{run.uri}",
     )
 
 
@@ -243,7 +244,7 @@ def _win_rates(win_rates: dict[str, Any]) -> str:
 
 
 def _clinicians(clinicians: dict[str, Any]) -> str:
-    note = f'<p class="soft"><b>{html.escape(who(clinicians))}.</b></p>'
+    note = f'<p class="soft"><b>{html.escape(describe_clinicians(clinicians))}.</b></p>'
     agreement = clinicians["agreement"]
     people = [
         [

@@ -11,8 +11,8 @@ from typing import Any
 from medray.config import ClinicianPreferenceConfig, RaterConfig
 from medray.data.attribute_questions import ATTRIBUTES
 from medray.errors import DataError
-from medray.methods.clinician_preference.ground_truth import checkable, rightness
-from medray.methods.clinician_preference.report import clinicians_of, who
+from medray.methods.clinician_preference.ground_truth import checkable, correctness_scorer
+from medray.methods.clinician_preference.report import clinicians_of, describe_clinicians
 from medray.methods.shared import stages
 from medray.methods.shared.model_card import CARD, rater_card
 from medray.methods.shared.stages import Model
@@ -331,7 +331,7 @@ def train_rater(
     )
     if quality["pairs"]:
         _check_scored(stage.path("held_out"), config.max_quarantined, "held-out pairs")
-    clinicians = f"The clinicians were {who(clinicians_of(config, judged))}."
+    clinicians = f"The clinicians were {describe_clinicians(clinicians_of(config, judged))}."
     stage.run.write_text(
         rater_card(config, rater, result.counts, quality, clinicians), stage.folder, "model", CARD
     )
@@ -410,7 +410,7 @@ def select(
         made["scored"]["outputs"]["rows"],
         stage.path("rows"),
         asked,
-        rightness(made["data"]["outputs"]["captioned"]) if by_truth else None,
+        correctness_scorer(made["data"]["outputs"]["captioned"]) if by_truth else None,
     )
     return {"conversations": stage.path("rows"), **found}
 

@@ -1,4 +1,4 @@
-"""What tuning on descriptions is measured by beside accuracy: does the model still follow instructions, and
+"""Metrics of description tuning besides accuracy: does the model still follow instructions, and
 how well does it describe?
 
 Numbers of written predictions (records.PREDICTION); no model, no Ray. S is {"value", "low", "high"}: a mean

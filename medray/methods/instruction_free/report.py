@@ -274,7 +274,7 @@ def _examples(
 
     first = list(itertools.islice(read_predictions(outputs["base"]["sets"][one]), rows))
     answers = {model: by_id(found["sets"][one], ["answer"]) for model, found in outputs.items()}
-    told = [
+    shown = [
         (
             row,
             {
@@ -285,8 +285,10 @@ def _examples(
         )
         for row in first
     ]
-    told = [(row, both) for row, both in told if len(set(both.values())) > 1][:most]
-    images = dict(images_of(data["outputs"][one], {row["sample_id"] for row, _ in told}))
+    shown = [(row, both) for row, both in shown if len(set(both.values())) > 1][:most]
+    images = dict(images_of(data["outputs"][one], {row["sample_id"] for row, _ in shown}))
     return (
-        ({**row, "image": images[row["sample_id"]]}, both) for row, both in told if row["sample_id"] in images
+        ({**row, "image": images[row["sample_id"]]}, both)
+        for row, both in shown
+        if row["sample_id"] in images
     )

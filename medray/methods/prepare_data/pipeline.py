@@ -1,4 +1,4 @@
-"""What people have, as canonical shards: index -> shards -> account -> leaks -> report.
+"""Convert a dataset to canonical shards: index -> shards -> account -> leaks -> report.
 
     shards/       records.SAMPLE rows: an image once, with all that the source says of it
     quarantine/   records.QUARANTINE rows: everything set aside, with file and reason

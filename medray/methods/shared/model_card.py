@@ -22,7 +22,7 @@ from medray.running.run import Run
 
 CARD = "README.md"
 # Fields that name a place: a folder, file, address or hub id. Those of _LOCAL hold no hub id, and those of
-# _WHERE say where the work ran, which is told to nobody.
+# _WHERE say where the work ran, which is never published.
 _PLACES = {"path", "encoder", "model", "base_url", "source", "images", "chat_template", "general"}
 _LOCAL = {"source", "images", "chat_template", "general"}
 _WHERE = {"cluster", "place"}
@@ -261,14 +261,14 @@ def _settings(section: Section) -> dict[str, Any]:
     """A section as it may be published; places that are a field's default stand in medray's own code and
     stay.
     """
-    told = without_passwords(section.model_dump(mode="json", exclude=_WHERE))
-    for name in told:
+    public = without_passwords(section.model_dump(mode="json", exclude=_WHERE))
+    for name in public:
         value = getattr(section, name)
         if isinstance(value, Section):
-            told[name] = _settings(value)
+            public[name] = _settings(value)
         elif name in _PLACES and value is not None and value != type(section).model_fields[name].default:
-            told[name] = _public(value, hub=name not in _LOCAL)
-    return told
+            public[name] = _public(value, hub=name not in _LOCAL)
+    return public
 
 
 def _public(place: str, hub: bool = True) -> str:

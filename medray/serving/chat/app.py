@@ -114,7 +114,7 @@ class Ingress(OpenAiIngress):
         except (BackPressureError, DeploymentUnavailableError):
             raise _busy("too many requests are waiting for this model; try again") from None
         except Exception as error:
-            raise _told(error, number) from error
+            raise to_api_error(error, number) from error
         if isinstance(response, StreamingResponse):
             response.body_iterator = _streamed(response.body_iterator, number)
         return response
@@ -144,14 +144,14 @@ async def _streamed(chunks: Any, number: str) -> AsyncIterator[Any]:
         async for chunk in chunks:
             yield chunk
     except Exception as error:
-        raise _told(error, number) from error
+        raise to_api_error(error, number) from error
 
 
 def _busy(message: str) -> ApiError:
     return ApiError(message, 503, None, "overloaded", "overloaded_error", 2)
 
 
-def _told(error: Exception, number: str) -> ApiError:
+def to_api_error(error: Exception, number: str) -> ApiError:
     """What the caller is told of an error behind the checks."""
     # What a replica's code raised comes as a RayTaskError around it; the other errors of Ray's say that a
     # process or node was lost.

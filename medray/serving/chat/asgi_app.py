@@ -23,7 +23,7 @@ from medray.serving.chat.rate_limit import RateLimit
 from medray.serving.chat.request import ANSWER_TOKENS, ApiError, check, parsed, prepared
 from medray.serving.chat.request_images import ImageLoader
 from medray.serving.chat.served_models import Hosted
-from medray.serving.guard import PAGE_HEADERS, Guard, failure, refused, to_the_guard
+from medray.serving.guard import PAGE_HEADERS, Guard, failure, refused, reraise
 from medray.serving.tokens import Holder, Tokens
 
 STATIC = Path(__file__).parent / "static"
@@ -42,7 +42,7 @@ class Endpoint:
         answer: a checked request and its id -> JSON or server-sent events. Raises ApiError.
         ready: model -> whether it can answer (a model that starts with its first request can); models it
             leaves out cannot.
-        observe: told of every chat request, and of others that failed: model ("" where none was named
+        observe: called for every chat request, and of others that failed: model ("" where none was named
             rightly), status, seconds. Of streams when they end.
         examples: {"question", "reference", "image"} to try, image as a data URI.
     """
@@ -259,7 +259,7 @@ def make_app(endpoint: Endpoint, tokens: Tokens | None) -> Guard:
         Route("/", _page),
         Mount("/static", StaticFiles(directory=STATIC, packages=[("medray.serving", "static")])),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: to_the_guard})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: reraise})
     limits = endpoint.config.limits
     return Guard(
         app,

@@ -37,16 +37,16 @@ async def checked(items: AsyncIterator[Any], refuse: Callable[[ApiError], Any]) 
     Args:
         refuse: makes of an error what is yielded in its place.
 
-    Raises ApiError where a stream that has begun ends with an error.
+    Raises ApiError where a stream that has started ends with an error.
     """
     held: list[str] = []  # events before the first that says something
-    begun = False
+    started = False
     async for item in items:
         # ray.serve.llm batches all that a request for a stream yields
         for part in item if isinstance(item, list) else [item]:
             failure = _error_in(part)
             if failure is not None:
-                if begun:
+                if started:
                     if held:
                         yield held
                     raise failure
@@ -56,8 +56,8 @@ async def checked(items: AsyncIterator[Any], refuse: Callable[[ApiError], Any]) 
                 yield part
                 continue
             held.append(part)
-            begun = begun or not _says_nothing(part)
-        if begun and held:
+            started = started or not _says_nothing(part)
+        if started and held:
             yield held
             held = []
     if held:

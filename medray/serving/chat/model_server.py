@@ -36,7 +36,7 @@ log = logging.getLogger("ray.serve")
 
 
 def settings(model: Hosted, config: ReplicaConfig, local: str | None = None) -> LLMConfig:
-    """What ray.serve.llm is told.
+    """Settings of ray.serve.llm.
 
     Args:
         local: folder of the model on this node, or a hub id; None where only placement is asked for, and the
@@ -149,7 +149,7 @@ class ModelServer(LLMServer):
 
 
 async def _answered(items: AsyncIterator[Any], request: Any, client: Any) -> AsyncIterator[Any]:
-    def told(error: ApiError) -> ApiError:
+    def to_api_error(error: ApiError) -> ApiError:
         if error.status < 500:
             # vLLM names the prompt where prompt and answer together pass the context; then the greater part
             # is at fault.
@@ -165,12 +165,12 @@ async def _answered(items: AsyncIterator[Any], request: Any, client: Any) -> Asy
         return _unfollowed(request) if has_grammar(request) else error
 
     try:
-        async for item in checked(items, lambda error: _refusal(told(error))):
+        async for item in checked(items, lambda error: _refusal(to_api_error(error))):
             yield item
     except ApiError as error:
-        raise told(error) from None
+        raise to_api_error(error) from None
     except GenerationError:
-        yield _refusal(told(api_error(500, "", None)))
+        yield _refusal(to_api_error(api_error(500, "", None)))
     except EngineDeadError:
         _end(ENGINE_DIED)
 

@@ -1,5 +1,5 @@
-"""Images of requests: data URIs, and https addresses of hosts that were named; decoded here, so that no
-engine meets a file of a stranger's making.
+"""Images of requests: data URIs, and https addresses of hosts that were named; decoded here, so the
+engine never parses untrusted files.
 """
 
 from __future__ import annotations

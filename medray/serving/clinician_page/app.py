@@ -70,7 +70,7 @@ class PageConfig(Section):
 
     @field_validator("proxies", mode="before")
     @classmethod
-    def _of_a_command_line(cls, given: Any) -> Any:
+    def _parse_cli_values(cls, given: Any) -> Any:
         """`serve run` hands on words: proxies=10.0.0.1,10.0.0.2 is a list all the same."""
         return (
             [address.strip(" []\"'") for address in given.split(",") if address.strip(" []\"'")]

@@ -30,7 +30,7 @@ from medray.clinicians.store import KeyUsed, NotAssigned, Store, Word
 from medray.config import DataConfig
 from medray.images.decoding import LARGEST_SQUARE, decode
 from medray.serving.clinician_page.sessions import Sessions, TooManyFailures, client_address
-from medray.serving.guard import PAGE_HEADERS, Guard, Unavailable, refused, to_the_guard, unavailable
+from medray.serving.guard import PAGE_HEADERS, Guard, Unavailable, refused, reraise, unavailable
 from medray.serving.tokens import Holder, Tokens
 
 STATIC = Path(__file__).parent / "static"
@@ -262,7 +262,7 @@ def zipped(url: str, folder: Path) -> Path:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    app.add_exception_handler(Exception, to_the_guard)
+    app.add_exception_handler(Exception, reraise)
 
     @app.exception_handler(HTTPException)
     async def _(_request: Request, error: HTTPException) -> Response:
