@@ -23,7 +23,12 @@ MODULES = {
 
 def imported(path):
     """The modules of this project that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    tree.body = [node for node in tree.body if node not in for_types]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             for alias in node.names:
                 yield from (name for name in (f"{node.module}.{alias.name}", node.module) if name in MODULES)

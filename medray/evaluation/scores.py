@@ -36,8 +36,8 @@ def score(predictions: str, config: EvaluateConfig, text_only: str | None = None
 
     Returns (schema 1)::
 
-        {"schema": 1, "model", "errors", "error_reasons": {reason: number}, "thinking": {"answers",
-        "unfinished"}, "overall": G,
+        {"schema": 1, "model", "errors", "error_reasons": {reason: number}, "thinking": {"answers", "unfinished"},
+         "overall": G,
          "by_type": {"open": G + OPEN, "closed": G + CLOSED, "mcq": G + MCQ},
          "by_attribute", "by_modality", "by_language", "by_benchmark":
             {name: G + {"by_type": {type: accuracy}, "types": {type: as in by_type above}}},
@@ -47,8 +47,7 @@ def score(predictions: str, config: EvaluateConfig, text_only: str | None = None
                  "strict": {"recall": S, "precision": S, "f1": S, "exact_match": S},
                  "set_recall": S, "bleu": [S, S, S, S], "rouge_l": S}
         CLOSED  {"legacy": S, "strict": S, "legacy_published": S or null, "legacy_left_out": share,
-        "unparsable": share}
-                + LIKELIHOOD
+                 "unparsable": share} + LIKELIHOOD
         MCQ     {"strict": S, "unparsable": share (the format-failure rate)} + LIKELIHOOD
         LIKELIHOOD  {} or {"likelihood": {"n", "accuracy": S, "normalised": S}}: the option of the highest
         log-likelihood,

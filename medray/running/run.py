@@ -12,10 +12,10 @@ Layout::
 
     config.yaml              the resolved configuration, without the passwords of its URLs
     stages/03-self_play/     inputs.json (written first), whatever the stage writes, files.jsonl (what it
-    wrote: medray.running.contents),
-                             manifest.json (written last)
+                             wrote: medray.running.contents), manifest.json (written last)
     results/03-self_play.json  what the stage came out as, for each of the inputs it was run with:
-    medray.running.contents metrics.jsonl            every training metric, one line per step, with its stage
+                             medray.running.contents
+    metrics.jsonl            every training metric, one line per step, with its stage
     report.html  results.json
 """
 

@@ -6,9 +6,11 @@ and the metrics so far, so that a restart on other machines resumes with exactly
     state.safetensors     trained weights in fp32, Adam moments; the proxy instruction and its moments
     progress.json         epoch, finished (whether the epoch is), steps, samples, world_size
     rows-00000.parquet    one per worker: sample_id, error (null: trained; text: quarantined) of this epoch,
-    since the workers started rows-before.parquet   those of earlier starts metrics.jsonl         one line per
-    optimiser step checksums-00000.json  one per worker: size and hash of each of its files, written last
-    (medray.train.checkpoints)
+                          since the workers started
+    rows-before.parquet   those of earlier starts
+    metrics.jsonl         one line per optimiser step
+    checksums-00000.json  one per worker: size and hash of each of its files, written last
+                          (medray.train.checkpoints)
 """
 
 from __future__ import annotations

@@ -321,7 +321,7 @@ def test_a_job_without_what_it_needs_prints_its_usage(job, capsys):
     """jobs/prepare_data.py once rendered the synthetic set."""
     import importlib
 
-    assert importlib.import_module(f"jobs.{job}").main([]) == 2
+    assert importlib.import_module(f"medray.commands.{job}").main([]) == 2
     said = capsys.readouterr().err
     assert f"usage: jobs/{job}.py" in said
     assert (

@@ -45,7 +45,7 @@ def test_training_workers_take_custom_resources():
 
 @pytest.mark.parametrize("name", ["CPU", "GPU", "memory", "object_store_memory"])
 def test_resources_with_fields_of_their_own_are_refused(name):
-    with pytest.raises(ConfigError, match=rf"sft\.place: .*resources: {name} is none of a cluster's own"):
+    with pytest.raises(ConfigError, match=rf"sft\.place: .*resources: {name} is built in"):
         load_config(SelfTrainingConfig, None, [f"sft.place.resources={{{name}: 1}}"])
 
 

@@ -409,7 +409,7 @@ def test_a_file_of_tokens(tmp_path, capsys, monkeypatch):
     "content, reason",
     [
         ("ann", "line 1: not of the form"),
-        ("# nobody\n", "names nobody"),
+        ("# nobody\n", "lists no users"),
         (f"ann {'0' * 63}", "line 1: not of the form"),
         (f"x {'0' * 64}\nann {'1' * 64} boss", "line 2: not of the form"),
         (f"x {'0' * 64}\ny {'0' * 64}", "line 2: y or its hash"),
