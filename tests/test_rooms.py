@@ -37,6 +37,8 @@ def imported(path):
 
 
 def room_of(path):
+    if path.name == "__main__.py":  # a program, which nothing imports
+        return path.relative_to(ROOT).as_posix()
     return path.parent.relative_to(ROOT).as_posix()
 
 

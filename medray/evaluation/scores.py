@@ -36,8 +36,8 @@ def score(predictions: str, config: EvaluateConfig, text_only: str | None = None
 
     Returns (schema 1)::
 
-        {"schema": 1, "model", "errors", "error_reasons": {reason: number}, "thinking": {"answers", "unfinished"},
-         "overall": G,
+        {"schema": 1, "model", "errors", "error_reasons": {reason: number},
+         "thinking": {"answers", "unfinished"}, "overall": G,
          "by_type": {"open": G + OPEN, "closed": G + CLOSED, "mcq": G + MCQ},
          "by_attribute", "by_modality", "by_language", "by_benchmark":
             {name: G + {"by_type": {type: accuracy}, "types": {type: as in by_type above}}},

@@ -14,11 +14,10 @@ left. In a script of your own, with TRL::
     from medray.models.proxy_instruction import ProxyInstruction, add_placeholder
     processor, model = AutoProcessor.from_pretrained(path), AutoModelForImageTextToText.from_pretrained(path)
     model.requires_grad_(False)
-    model.model.vision_tower.requires_grad_(True)
+    tower = model.model.vision_tower.requires_grad_(True)
     proxy = ProxyInstruction(count=8, width=model.get_input_embeddings().embedding_dim, mode="textbook")
     proxy.attach(model, add_placeholder(processor.tokenizer))
-    parameters = [*model.model.vision_tower.parameters(), *proxy.parameters()]
-    optimizer = AdamW(parameters, lr=2e-5, weight_decay=0.01)
+    optimizer = AdamW([*tower.parameters(), *proxy.parameters()], lr=2e-5, weight_decay=0.01)
     optimizer.register_step_post_hook(lambda *_: proxy.after_step())
     rows = [{"images": [image], "prompt": [{"role": "user", "content": proxy.text}],
              "completion": [{"role": "assistant", "content": description}]} for image, description in pairs]
