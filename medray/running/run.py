@@ -10,6 +10,7 @@ go: where only those changed it goes on too.
 
 Layout::
 
+    schema.json              the version of this layout
     config.yaml              the resolved configuration, without the passwords of its URLs
     stages/03-self_play/     inputs.json (written first), whatever the stage writes, files.jsonl (what it
                              wrote: medray.running.contents), manifest.json (written last)
@@ -46,6 +47,7 @@ from medray.running.run_lock import SCRATCH, RunLock, unwritable
 
 logger = logging.getLogger("medray")
 
+SCHEMA_FILE, SCHEMA = "schema.json", 2  # of a run directory; 1 had no such file
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
 # patients' images are in a run: for its owner alone, until the owner says otherwise
@@ -148,6 +150,25 @@ class Run:
         except OSError:  # no space: what there is of it would take some
             os.unlink(scratch)
             raise
+
+    def check_schema(self) -> None:
+        """Mark a new run directory with the schema that this version of medray works in.
+
+        Raises ConfigError for a run of another version: its records mean something else.
+        """
+        if self.exists(SCHEMA_FILE):
+            found = self.read_json(SCHEMA_FILE).get("schema")
+        elif self.exists("stages"):
+            found = 1
+        else:
+            self.write_json({"schema": SCHEMA}, SCHEMA_FILE)
+            return
+        if found != SCHEMA:
+            raise ConfigError(
+                f"run {self.uri} was made by another version of medray (schema {found}, this one works with "
+                f"{SCHEMA}); "
+                "give another directory, or remove this one"
+            )
 
     def check_held(self) -> None:
         """Raise RunLost if another job has taken the run over since this process began to hold it."""

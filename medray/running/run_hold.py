@@ -49,6 +49,8 @@ def held(*runs: Run, keep: bool = True) -> Iterator[None]:
                 stack.callback(lock.release)
                 locks[run.uri] = lock
                 remove_leftovers(run)
+                if keep:
+                    run.check_schema()
             run.lock = locks[run.uri]
             stack.callback(setattr, run, "lock", None)
         if keep:

@@ -334,6 +334,8 @@ def test_what_a_run_holds_is_for_its_owner_alone(tmp_path):
 
 def test_what_a_killed_job_left_half_written_is_removed(tmp_path):
     run = Run(tmp_path / "run")
+    with held(run):
+        pass  # an earlier job
     for left in (
         ".part-abc",
         "stages/15-dpo/.part-model-x/weights",
@@ -345,7 +347,7 @@ def test_what_a_killed_job_left_half_written_is_removed(tmp_path):
         path.write_text("x")
     (tmp_path / "run" / "stages/15-dpo/rows/a.parquet").write_text("x")
     waiting = tmp_path / "run" / "lock" / ".part-of-another-job"
-    waiting.parent.mkdir()
+    waiting.parent.mkdir(exist_ok=True)
     waiting.write_text("x")
     with held(run):
         assert waiting.exists()

@@ -374,3 +374,18 @@ def test_an_export_leaves_no_lock_beside_its_files(tmp_path):
     with held(Run(tmp_path), keep=False), pytest.raises(RunHeld), held(Run(tmp_path), keep=False):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("written", [None, '{"schema": 1}', '{"schema": 3}'])
+def test_a_run_of_another_version_is_refused(tmp_path, written):
+    run = Run(tmp_path / "run")
+    with held(run):
+        pass
+    (tmp_path / "run/stages/a").mkdir(parents=True)
+    with held(run):
+        pass
+    schema = tmp_path / "run/schema.json"
+    schema.unlink() if written is None else schema.write_text(written)
+    with pytest.raises(ConfigError, match="another version of medray"), held(Run(tmp_path / "run")):
+        raise AssertionError("it was not refused")
+    assert RunLock(run.fs, str(tmp_path / "run"), run.uri, True).acquire() is None, "and is held by nobody"
