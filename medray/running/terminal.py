@@ -1,5 +1,5 @@
-"""What of Ray's output reaches the terminal: no traceback of Ray's or of a worker's, which go into the run's
-log instead.
+"""What of Ray's output reaches the terminal: no traceback of Ray's or of a worker's, and no housekeeping,
+which go into the run's log instead.
 
 A stage that fails ends in one line of its own (medray.commands.command_line). Ray prints tracebacks before
 it: Ray Data for what it takes for an error of its own, the driver for each retry of a task, and whatever
@@ -31,6 +31,14 @@ _BEGIN = re.compile(
 # Lines of a traceback, and those that join one to the next.
 _INNER = re.compile(r"^(\s|$|\w+(\.\w+)*(Error|Exception|Exit|Interrupt|Warning|Dead|Died)\b)")
 
+# What Ray, Ray Train and vLLM say of their own housekeeping: a reader of the terminal can make nothing of it.
+_HOUSEKEEPING = re.compile(
+    r"Progress bars disabled|^Setting up process group for|^Requesting resources: "
+    r"|training worker group of size|^- \(ip=[\d.]+, pid=\d+\) world_rank|NUMA"
+    r"|Token authentication is enabled|generation flags are not valid"
+    r"|default values have been overridden by model's `generation_config"
+)
+
 
 class TracebackFilter(logging.Filter):
     """For the handlers of a terminal: records with a traceback, or that announce one, go into the run's
@@ -39,7 +47,8 @@ class TracebackFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         said = record.getMessage()
-        if not record.exc_info and _TRACEBACK not in said and not _ANNOUNCED.search(said):
+        hidden = _TRACEBACK in said or _ANNOUNCED.search(said) or _HOUSEKEEPING.search(said)
+        if not record.exc_info and not hidden:
             return True
         return not run_log.keep(record)
 
@@ -65,7 +74,7 @@ class WorkerLines:
                 self._inside.add(who)
             elif who in self._inside and not _INNER.match(text):
                 self._inside.discard(who)
-            (kept if who in self._inside else shown).append(line)
+            (kept if who in self._inside or _HOUSEKEEPING.search(text) else shown).append(line)
         if kept:
             record = logging.makeLogRecord(
                 {

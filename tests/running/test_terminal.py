@@ -64,3 +64,23 @@ def test_tracebacks_are_shown_where_no_run_has_a_log(monkeypatch):
         {"pid": 7, "lines": ["loading", *THREAD.split("\n")]}
     )
     assert shown == ["loading", *THREAD.split("\n")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Progress bars disabled. To enable, set `ray.data.DataContext...`.",
+        "\x1b[36mSetting up process group for: env:// [rank=0, world_size=1]",
+        "Started training worker group of size 1: ",
+        "- (ip=127.0.0.1, pid=7) world_rank=0, local_rank=0, node_rank=0",
+        "WARNING 12-01 13:00:00 [cpu.py:1] NUMA nodes cannot be read",
+    ],
+)
+def test_housekeeping_goes_into_the_runs_log(monkeypatch, line):
+    kept, shown = [], []
+    log = logging.Handler()
+    log.emit = lambda record: kept.append(record.getMessage())
+    monkeypatch.setattr(run_log, "_open", [log])
+    progress = "step 11, epoch 0, 176 of 1768 samples, loss 0.7376, 7.6 samples/s"
+    WorkerLines(lambda data: shown.extend(data["lines"]))({"pid": 7, "lines": [line, progress]})
+    assert (shown, kept) == ([progress], [line])
